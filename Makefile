@@ -1,0 +1,56 @@
+# Everything runs in .venv, in this folder. A fresh machine needs python3 (>= 3.11, with venv) and make.
+PYTHON ?= python3
+# Installed first, and only when .venv has no torch: the newest torch would bring gigabytes of CUDA
+# packages to a machine without a GPU. Choose another with, for example,
+#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+#   make demo TORCH="torch==2.11.0"
+TORCH ?= torch==2.13.0
+EXTRAS ?= dev
+PYTEST_ARGS ?= -n 2
+DEMO_IMAGE ?= src/st3/assets/samples/scene-1.png
+DEMO_PROMPT ?= describe the image in detail.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench docs clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml
+	@echo "==> making $(VENV) (a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -e ".[$(EXTRAS)]"
+	@touch $@
+
+demo: $(STAMP) ## answer about a real image, untrimmed and with ST3, and draw what was kept
+	$(BIN)/st3 generate $(DEMO_IMAGE) -p "$(DEMO_PROMPT)" --compare --heatmap demo.png
+
+# One thread in each of the test processes: two threads in each would fight over two cores.
+test: $(STAMP) ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff correct what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## measure prefill and decode against the untrimmed model
+	$(BIN)/python -m st3.bench
+
+docs: $(STAMP) ## build the documentation into site/
+	$(BIN)/python -c "import mkdocs, material" 2>/dev/null || $(BIN)/python -m pip install -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clean: ## remove builds, caches and the environment
+	rm -rf $(VENV) build dist site demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
