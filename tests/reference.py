@@ -1,0 +1,278 @@
+"""The slow reference: what trimming must compute, said in the plainest way.
+
+All tokens stay in every layer. A visual token that was dropped is hidden, as a key, from the layer
+where it was dropped on; its own row still runs through the layers, but nobody sees it. So the
+outputs at all other positions are exactly those of a model from which it was taken out.
+
+Everything happens in one attention function, registered under a name of its own and set on the text
+config of the model for the time of the call. It hands the work to the family's own eager attention,
+with the mask changed, and keeps the attention of the last prompt row. Nothing here is shared with
+the code under test.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import AttentionInterface
+
+NAME = "slow_reference"
+Spans = list[list[tuple[int, int]]]
+# (layer, query [B, H, T, D], key [B, H, T, D], attention [B, T]) -> [B, T]: what to rank by, in
+# place of the last prompt row's attention. Query and key have passed RoPE; KV heads are repeated.
+Score = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Schedule(Protocol):
+    def kept(self, layer: int, n_visual: int) -> int: ...
+    def visible(self, layer: int, n_visual: int, step: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class FakeSchedule:
+    """``shares[i] = (layer, share)``: from ``layer`` on, ``share`` of the visual tokens is kept.
+    In decode step s a layer shows ``kept * max(floor, 1 - s / tau)`` of them (tau 0: all)."""
+
+    shares: tuple[tuple[int, float], ...] = ()
+    tau: int = 0
+    floor: float = 0.0
+
+    def kept(self, layer: int, n_visual: int) -> int:
+        share = 1.0
+        for first, s in self.shares:
+            share = s if layer >= first else share
+        return int(n_visual * share + 1e-9)
+
+    def visible(self, layer: int, n_visual: int, step: int) -> int:
+        kept = self.kept(layer, n_visual)
+        return int(kept * max(self.floor, 1 - step / self.tau)) if self.tau else kept
+
+
+@dataclass
+class ReferenceResult:
+    """``logits`` [B, T, V]; ``kept[layer]`` and ``scores[layer]`` [B, T]: who was still there in
+    the layer, and the last prompt row's attention (or ``score``) measured in it."""
+
+    logits: Tensor
+    kept: list[Tensor]
+    scores: list[Tensor]
+
+
+@dataclass
+class _Pass:
+    """One generate() or forward(): who is kept where, and the scores, filled at prefill."""
+
+    schedule: Schedule
+    visual: Tensor  # bool [B, T]
+    valid: Tensor  # bool [B, T], False at padding
+    spans: Spans | None
+    score: Score | None
+    rank: str
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    rank_scores: dict[int, Tensor] = field(default_factory=dict)
+
+    def groups(self, row: int) -> list[Tensor]:
+        """The sets of positions that share a budget: all of a row, or each image."""
+        if self.spans is None:
+            return [self.visual[row]]
+        groups = []
+        for start, end in self.spans[row]:
+            group = torch.zeros_like(self.visual[row])
+            group[start:end] = self.visual[row, start:end]
+            groups.append(group)
+        return groups
+
+    def choose(self, among: Tensor, scores: Tensor, count: Callable[[int], int]) -> Tensor:
+        """bool [B, T]: in each group, the ``count(n)`` best of ``among``; ties: lower position."""
+        chosen = torch.zeros_like(among)
+        for row in range(len(among)):
+            for group in self.groups(row):
+                wanted = count(int(group.sum()))
+                places = (among[row] & group).nonzero().flatten()
+                order = scores[row, places].argsort(descending=True, stable=True)
+                chosen[row, places[order[:wanted]]] = True
+        return chosen
+
+    def prefill(self, layer: int, below: int | None) -> Tensor:
+        """Who is there in ``layer``, given the layer before it."""
+        if below is None:
+            self.kept[layer] = self.valid.clone()
+            return self.kept[layer]
+        before = self.kept[below]
+        visual = before & self.visual
+        chosen = self.choose(visual, self.scores[below], lambda n: self.schedule.kept(layer, n))
+        fewer = bool((chosen != visual).any())
+        self.kept[layer] = (before & ~self.visual) | chosen
+        # The scores of the latest decision, for rank="decision".
+        self.rank_scores[layer] = (
+            self.scores[below] if fewer else self.rank_scores.get(below, self.scores[below])
+        )
+        return self.kept[layer]
+
+    def decode(self, layer: int, step: int) -> Tensor:
+        """Which prompt positions ``layer`` shows in decode step ``step``."""
+        kept = self.kept[layer]
+        source = self.scores if self.rank == "own" else self.rank_scores
+        ranks = source.get(layer, self.scores[layer])
+        chosen = self.choose(
+            kept & self.visual, ranks, lambda n: self.schedule.visible(layer, n, step)
+        )
+        return (kept & ~self.visual) | chosen
+
+
+_current: _Pass | None = None
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The family's own eager attention, with dropped visual tokens hidden."""
+    now = _current
+    assert now is not None, "the reference is not running"
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    layer = module.layer_idx
+    batch, _, q_len, _ = query.shape
+    k_len, prompt = key.shape[2], now.valid.shape[1]
+    hidden = torch.zeros(batch, 1, q_len, k_len, dtype=torch.bool)
+    prefill = k_len == q_len
+    if prefill:
+        below = max((i for i in now.kept if i < layer), default=None)
+        hidden[..., :] = ~now.prefill(layer, below)[:, None, None, :]
+    else:
+        for i in range(q_len):
+            step = k_len - q_len + i - prompt + 1
+            hidden[:, 0, i, :prompt] = ~now.decode(layer, step)
+    assert attention_mask is not None and attention_mask.dim() == 4, "eager attention has a mask"
+    mask = attention_mask[..., :k_len].expand(batch, -1, -1, -1)
+    mask = mask.masked_fill(hidden, torch.finfo(query.dtype).min)
+    output = eager(module, query, key, value, mask, **kwargs)
+    if prefill:
+        _measure(now, layer, query, key, kwargs)
+    return output
+
+
+@torch.no_grad()
+def _measure(now: _Pass, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+    """The last valid prompt row's softmax attention, mean over all query heads; over the keys
+    that are there, without any sliding window or chunk."""
+    rows = torch.arange(len(query))
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    positions = torch.arange(now.valid.shape[1])
+    last = (now.valid * positions).argmax(-1)
+    logits = torch.einsum("bhd,bhtd->bht", query[rows, :, last], key) * kwargs["scaling"]
+    if (softcap := kwargs.get("softcap")) is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = logits.masked_fill(~now.kept[layer][:, None], -torch.inf)
+    attention = logits.float().softmax(-1).mean(1)
+    now.scores[layer] = attention if now.score is None else now.score(layer, query, key, attention)
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, eager_mask)
+
+
+@contextmanager
+def _running(model: PreTrainedModel, now: _Pass) -> Iterator[None]:
+    global _current
+    config = model.config.get_text_config(decoder=True)
+    before, _current = config._attn_implementation, now
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation, _current = before, None
+
+
+def _new_pass(
+    batch: dict[str, Any],
+    schedule: Schedule,
+    visual_mask: Tensor,
+    per_image_spans: Spans | None,
+    score: Score | None,
+    rank: str = "own",
+    repeat: int = 1,
+) -> _Pass:
+    valid = batch["attention_mask"].bool()
+    if repeat > 1:
+        valid = valid.repeat_interleave(repeat, 0)
+        visual_mask = visual_mask.repeat_interleave(repeat, 0)
+        if per_image_spans is not None:
+            per_image_spans = [row for row in per_image_spans for _ in range(repeat)]
+    return _Pass(schedule, visual_mask, valid, per_image_spans, score, rank)
+
+
+def reference_prefill(
+    model: PreTrainedModel,
+    batch: dict[str, Any],
+    schedule: Schedule,
+    visual_mask: Tensor,
+    *,
+    per_image_spans: Spans | None = None,
+    score: Score | None = None,
+) -> ReferenceResult:
+    """One forward over the prompt. Logits at dropped positions mean nothing.
+
+    ``visual_mask`` bool [B, T]; ``per_image_spans`` gives each image its own budget.
+    """
+    now = _new_pass(batch, schedule, visual_mask, per_image_spans, score)
+    with _running(model, now), torch.no_grad():
+        logits = model(**batch, use_cache=False).logits
+    layers = sorted(now.kept)
+    return ReferenceResult(logits, [now.kept[i] for i in layers], [now.scores[i] for i in layers])
+
+
+def full_cache(model: PreTrainedModel) -> DynamicCache:
+    """A cache that keeps every token, also in layers with a sliding window (their masks hide
+    what lies outside it), so that key j is always position j."""
+    cache = DynamicCache(config=model.config)
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            cache.layers[i] = DynamicLayer()
+    return cache
+
+
+def reference_generate(
+    model: PreTrainedModel,
+    batch: dict[str, Any],
+    schedule: Schedule,
+    visual_mask: Tensor,
+    max_new_tokens: int,
+    *,
+    per_image_spans: Spans | None = None,
+    score: Score | None = None,
+    rank: str = "own",
+    **generate: Any,
+) -> tuple[Tensor, Tensor]:
+    """Tokens [B, new] and logits [B, new, V] of greedy decoding (``generate`` may ask for more:
+    beams, sampling). The step of the forward that is fed the s-th generated token is s.
+
+    ``rank="own"``: annealing orders a layer's tokens by the attention measured in that layer;
+    ``"decision"``: by the scores of the latest decision at or before it.
+    """
+    repeat = (
+        generate.get("num_beams", 1)
+        if generate.get("num_beams", 1) > 1
+        else generate.get("num_return_sequences", 1)
+    )
+    now = _new_pass(batch, schedule, visual_mask, per_image_spans, score, rank, repeat)
+    options = {"do_sample": False, **generate}
+    with _running(model, now), torch.no_grad():
+        out = model.generate(
+            **batch,
+            past_key_values=full_cache(model),
+            max_new_tokens=max_new_tokens,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+    return out.sequences[:, batch["input_ids"].shape[1] :], torch.stack(out.logits, 1)

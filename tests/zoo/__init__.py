@@ -1,0 +1,28 @@
+"""Tiny random-weight models of every vision-language family, for the tests.
+
+>>> family = FAMILIES["llava"]
+>>> model = family.model()
+>>> batch = family.inputs(model, [[T(5), I(), T(4)], [T(7)]])
+>>> model(**batch).logits.shape[:2] == family.visual_mask(model, batch).shape
+True
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from . import gemma, llava, qwen
+from .base import Batch, Family, I, T, V
+
+FAMILIES: dict[str, Family] = {
+    family.name: family for module in (llava, qwen, gemma) for family in module.FAMILIES
+}
+
+
+def build(name: str, seed: int = 0) -> tuple[Family, PreTrainedModel]:
+    """The family of this name and a fresh model of it."""
+    family = FAMILIES[name]
+    return family, family.model(seed)
+
+
+__all__ = ["FAMILIES", "Batch", "Family", "I", "T", "V", "build"]
