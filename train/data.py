@@ -1,0 +1,118 @@
+"""Training batches.
+
+One image carries several independent chats behind the same visual tokens: a full
+description, and a conversation of short questions.  They do not see each other (a block
+mask, equal positions), so the costly visual tokens are paid for once.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from train.scenes import Scene, draw, sample_scene
+from train.tasks import DESCRIBE, Turn, conversation, describe, pair_conversation
+from train.world import EMOJI
+
+# A one-word answer has 1 or 2 labels and a description about 105.
+ANSWER_WEIGHT = 4.0
+IGNORE = -100
+
+
+@dataclass
+class Batch:
+    """T tokens a row, V images in all; ``attend`` is (B, 1, T, T), True where a token looks."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attend: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    pixel_values: torch.Tensor
+
+
+def to_pixels(scenes: list[Scene]) -> torch.Tensor:
+    """(V, 3, 96, 96), scaled to [-1, 1] as the image processor does."""
+    stacked = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class Packer:
+    """Builds batches from scenes; the same seed gives the same batch."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_tokens: int, turns: int = 6):
+        self.tokenizer = tokenizer
+        self.turns = turns
+        self.image = [tokenizer.convert_tokens_to_ids("<image>")] * image_tokens
+        self.user = tokenizer.convert_tokens_to_ids("<user>")
+        self.assistant = tokenizer.convert_tokens_to_ids("<assistant>")
+
+    def single(self, seeds: range) -> Batch:
+        """One image a row, with a description and a conversation."""
+        scenes = [sample_scene(seed) for seed in seeds]
+        rows = []
+        for scene in scenes:
+            rng = random.Random(scene.seed)
+            full = [("describe", rng.choice(DESCRIBE), describe(scene))]
+            turns = conversation(scene, rng, self.turns)
+            if rng.random() < 0.25:  # a description as a later turn, too
+                full = conversation(scene, rng, 1) + full
+            rows.append(self._row([self.image], [full, turns]))
+        return self._batch(rows, scenes)
+
+    def pair(self, seeds: range) -> Batch:
+        """Two images a row and questions about both; the second may come in a later turn."""
+        scenes: list[Scene] = []
+        rows = []
+        for seed in seeds:
+            rng = random.Random(seed)
+            first = sample_scene(seed)
+            shared = [name for name in first.names if name in EMOJI][: rng.randint(0, 3)]
+            second = sample_scene(7 * seed + 3, include=tuple(shared))
+            turns = pair_conversation(first, second, rng, self.turns)
+            if rng.random() < 0.5:
+                rows.append(self._row([self.image, self.image], [turns]))
+            else:
+                opening = conversation(first, rng, 1)
+                rows.append(self._row([self.image], [opening + turns], second_at=1))
+            scenes += [first, second]
+        return self._batch(rows, scenes)
+
+    def _row(
+        self, images: list[list[int]], chats: list[list[Turn]], second_at: int | None = None
+    ) -> list[tuple[int, int, int, int, float]]:
+        """Per token: id, position, segment (0: seen by all), label, weight."""
+        prefix = [self.tokenizer.bos_token_id, self.user, *sum(images, [])]
+        row = [(token, i, 0, IGNORE, 0.0) for i, token in enumerate(prefix)]
+        for segment, chat in enumerate(chats, start=1):
+            position = len(prefix)
+            for number, (task, question, answer) in enumerate(chat):
+                asked = [self.user] if number else []
+                asked += self.image if number == second_at else []
+                asked += [*self._ids(question), self.assistant]
+                said = [*self._ids(answer), self.tokenizer.eos_token_id]
+                weight = 1.0 if task == "describe" else ANSWER_WEIGHT
+                for token, label, w in [(t, IGNORE, 0.0) for t in asked] + [
+                    (t, t, weight) for t in said
+                ]:
+                    row.append((token, position, segment, label, w))
+                    position += 1
+        return row
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _batch(self, rows: list[list[tuple]], scenes: list[Scene]) -> Batch:
+        length = max(len(row) for row in rows)
+        padding = (self.tokenizer.pad_token_id, 0, -1, IGNORE, 0.0)
+        padded = [row + [padding] * (length - len(row)) for row in rows]
+        ids, positions, segments, labels, weights = (
+            torch.tensor([[token[field] for token in row] for row in padded]) for field in range(5)
+        )
+        same = segments[:, :, None] == segments[:, None, :]
+        attend = (same | (segments[:, None, :] == 0)).tril()
+        return Batch(ids, positions, attend[:, None], labels, weights, to_pixels(scenes))

@@ -1,0 +1,68 @@
+"""The architecture of st3-tiny: a SigLIP tower, a projector and a LLaMA decoder."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+)
+
+from train.scenes import IMAGE_SIZE
+from train.tokenizer import PATCH_SIZE
+
+
+def build_config(
+    tokenizer: PreTrainedTokenizerFast,
+    layers: int = 16,
+    hidden: int = 256,
+    vision_layers: int = 4,
+    vision_hidden: int = 192,
+) -> LlavaConfig:
+    """12.5 M parameters by default (25 MB in bf16); tests use smaller ones."""
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=vision_hidden,
+        intermediate_size=4 * vision_hidden,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=vision_hidden // 32,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        vision_use_head=False,
+    )
+    return LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+
+
+def build_model(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:
+    """A new model; what the decoder layers add starts small, as in GPT-2 (1 / sqrt(2 L))."""
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config)
+    scale = (2 * config.text_config.num_hidden_layers) ** -0.5
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            layer.self_attn.o_proj.weight.mul_(scale)
+            layer.mlp.down_proj.weight.mul_(scale)
+    return model
