@@ -1,0 +1,43 @@
+"""Random choice at the counts of another method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from st3.policies.base import Policy, register
+from st3.policies.st3 import ST3
+from st3.schedule import Schedule
+from st3.scores import RandomScore, Score
+
+
+@register
+@dataclass(frozen=True)
+class Random(Policy):
+    """Random: the same counts as another policy, chosen at random. The baseline of every table.
+
+    Args:
+        like: the policy whose counts are used.
+        seed: which random choice.
+
+    Source: random is a strong baseline at equal budget (arXiv 2502.11501).
+    """
+
+    like: Policy = field(default_factory=ST3)
+    seed: int = 0
+
+    name: ClassVar[str] = "random"
+    paper: ClassVar[str] = "baseline, see arXiv 2502.11501"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.like, Policy):
+            raise ValueError(f"like must be an st3 policy, got {self.like!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+
+    @property
+    def score(self) -> Score:
+        return RandomScore(self.seed)
+
+    def schedule(self, num_layers: int) -> Schedule:
+        return self.like.schedule(num_layers)
