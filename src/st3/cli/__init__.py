@@ -1,0 +1,73 @@
+"""The command line: `st3 generate`, `st3 models`, `st3 policies`; one file for each command.
+
+Nothing heavy is imported before a command needs it, so that `--help` and wrong usage answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from st3.cli.generate import generate
+from st3.cli.models import models
+from st3.cli.policies import policies
+
+
+class OneLineErrors(TyperGroup):
+    """Prints every foreseen error as one `error:` line on stderr; exit code 2 means wrong usage."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except typer.Abort:
+            code = 130
+        except Exception as error:
+            # typer's and click's own exceptions, whichever of the two the installed typer uses,
+            # and CliError have these two; anything else is a bug and keeps its traceback.
+            if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
+                raise
+            print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
+            code = error.exit_code
+        if not standalone_mode:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+app = typer.Typer(
+    name="st3",
+    cls=OneLineErrors,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"st3 {version('st3')}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Trim the visual tokens of vision-language models, spatially and over time (ST3)."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+app.command()(generate)
+app.command()(models)
+app.command()(policies)
+
+__all__ = ["app"]

@@ -1,0 +1,83 @@
+"""How `st3 generate` shows what it measured: a summary line, and the table of --compare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from st3.cli._measure import Answer
+
+
+def summary(answer: Answer, report: Any) -> str:
+    """Two lines for below a streamed answer. report: st3.Report."""
+    tpot = "" if answer.tpot is None else f", TPOT {_ms(answer.tpot)}"
+    return (
+        f"{answer.tokens} tokens, TTFT {_ms(answer.ttft)}{tpot} (one cold run; measure with "
+        f"--compare)\n{sum(report.n_visual)} visual tokens, {report.mean_share:.0%} of them kept "
+        f"on average over the layers; prefill FLOPs {report.prefill_flops_ratio:.0%} of untrimmed, "
+        f"KV cache {report.kv_mean_ratio:.0%} (mean over the answer)"
+    )
+
+
+def comparison(untrimmed: Answer, trimmed: Answer, report: Any, policy: str) -> Table:
+    """Both answers side by side, then their costs, with trimmed / untrimmed in the last column."""
+    table = Table(show_lines=False, pad_edge=False, header_style="bold", expand=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("untrimmed", ratio=1, overflow="fold")
+    table.add_column(escape(policy), ratio=1, overflow="fold")
+    table.add_column("ratio", justify="right", no_wrap=True)
+
+    same = "same" if untrimmed.text == trimmed.text else "differs"
+    table.add_row("answer", escape(untrimmed.text), escape(trimmed.text), same, end_section=True)
+
+    def row(name: str, before: float | None, after: float | None, show: Any) -> None:
+        ratio = f"{after / before:.0%}" if before and after is not None else ""
+        cells = ("-" if value is None else show(value) for value in (before, after))
+        table.add_row(name, *cells, ratio)
+
+    visual = sum(report.n_visual)
+    full_flops = report.prefill_flops / report.prefill_flops_ratio
+    mean_kv = report.kv_mean_ratio * report.kv_untrimmed_bytes
+    row("new tokens", untrimmed.tokens, trimmed.tokens, str)
+    row("visual tokens, mean over layers", visual, visual * report.mean_share, "{:.0f}".format)
+    row("TTFT", untrimmed.ttft, trimmed.ttft, _ms)
+    row("TPOT", untrimmed.tpot, trimmed.tpot, _ms)
+    row("whole answer", untrimmed.total, trimmed.total, _ms)
+    row("prefill FLOPs (decoder)", full_flops, report.prefill_flops, _flops)
+    row("KV cache in use, end", report.kv_untrimmed_bytes, report.kv_live_bytes, _bytes)
+    row("KV cache allocated, end", report.kv_untrimmed_bytes, report.kv_allocated_bytes, _bytes)
+    row("KV cache in use, mean", report.kv_untrimmed_bytes, mean_kv, _bytes)
+    return table
+
+
+def conditions(runs: int, where: str) -> str:
+    """The small print below the table."""
+    return (
+        f"Greedy; {where}; medians of {runs} alternating runs after one warm-up of each. TTFT: from "
+        "the call of generate(), image encoder included, to the first token. TPOT: mean time of "
+        "each further token. untrimmed: the untouched model with the cache of transformers."
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms"
+
+
+def _flops(value: float) -> str:
+    return _scaled(value, 1e3, ("", "K", "M", "G", "T", "P"), "FLOPs")
+
+
+def _bytes(value: float) -> str:
+    return _scaled(value, 1024, ("", "Ki", "Mi", "Gi", "Ti"), "B")
+
+
+def _scaled(value: float, step: float, prefixes: tuple[str, ...], unit: str) -> str:
+    for prefix in prefixes[:-1]:
+        if abs(value) < step:
+            break
+        value /= step
+    else:
+        prefix = prefixes[-1]
+    return f"{value:.3g} {prefix}{unit}"
