@@ -152,7 +152,7 @@ def _attention(
         for i in range(q_len):
             step = k_len - q_len + i - prompt + 1
             hidden[:, 0, i, :prompt] = ~now.decode(layer, step)
-    assert attention_mask is not None and attention_mask.dim() == 4, "eager attention has a mask"
+    assert attention_mask is not None, "eager attention has a mask"
     mask = attention_mask[..., :k_len].expand(batch, -1, -1, -1)
     mask = mask.masked_fill(hidden, torch.finfo(query.dtype).min)
     output = eager(module, query, key, value, mask, **kwargs)

@@ -68,7 +68,7 @@ def test_visual_mask_and_spans_agree(name: str) -> None:
         assert len(spans[i]) == len(images)
         inside = torch.zeros_like(mask[i])
         for start, end in spans[i]:
-            assert mask[i, start] and mask[i, end - 1]
+            assert mask[i, [start, end - 1]].all()
             assert 8 <= mask[i, start:end].sum() <= 64
             inside[start:end] = True
         assert not (mask[i] & ~inside).any()

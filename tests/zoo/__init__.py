@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from . import gemma, llava, qwen
+from . import gemma, idefics, llava, mistral, qwen
 from .base import Batch, Family, I, T, V
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for module in (llava, qwen, gemma) for family in module.FAMILIES
+    family.name: family
+    for module in (llava, qwen, gemma, idefics, mistral)
+    for family in module.FAMILIES
 }
 
 

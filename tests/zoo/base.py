@@ -8,7 +8,7 @@ Nothing is read from a model hub.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -41,9 +41,9 @@ class I:  # noqa: E742
 
 @dataclass(frozen=True)
 class V:
-    """One short video."""
+    """One short video; all videos of a batch need the same length in some families."""
 
-    frames: int = 2
+    frames: int = 4
 
 
 Segment = T | I | V
@@ -202,6 +202,13 @@ class Family:
         return batch.spans
 
 
+def features(output: Any) -> int:
+    """Number of visual tokens in what get_image_features or get_video_features returned."""
+    pooled = getattr(output, "pooler_output", output)
+    parts = pooled if isinstance(pooled, (list, tuple)) else [pooled]
+    return sum(part.numel() // part.shape[-1] for part in parts)
+
+
 def randomise(model: nn.Module, gain: float) -> None:
     """Weights under which logits depend on the image and attention is far from uniform.
 
@@ -228,21 +235,61 @@ def pixels(*shape: int, rng: torch.Generator) -> Tensor:
     return torch.randn(*shape, generator=rng)
 
 
-TEXT = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=8,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    pad_token_id=PAD,
-    bos_token_id=BOS,
-    eos_token_id=EOS,
-    tie_word_embeddings=False,
-)
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "tie_word_embeddings": False,
+    # mixtures of experts
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+PATCH = 4
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "embed_dim": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "depth": 2,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "patch_size": PATCH,
+    "image_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 32,
+    "projection_dim": 32,
+    "vision_use_head": False,
+}
 
 
-def text(**changes: Any) -> dict[str, Any]:
-    """Arguments of a tiny text config."""
-    return {**TEXT, **changes}
+def tiny(
+    config_class: type[PreTrainedConfig], defaults: dict[str, Any], **changes: Any
+) -> PreTrainedConfig:
+    """A config of ``config_class``: those of ``defaults`` that it knows, and all ``changes``."""
+    known = {f.name for f in fields(config_class)}
+    return config_class(**{**{k: v for k, v in defaults.items() if k in known}, **changes})
+
+
+def text(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
+    """A tiny text config: 8 layers, 4 heads on 2 KV heads."""
+    return tiny(config_class, TEXT, **changes)
+
+
+def vision(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
+    """A tiny vision config: 2 layers, patches of 4 pixels."""
+    return tiny(config_class, VISION, **changes)

@@ -5,48 +5,73 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import (
+    Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    GemmaConfig,
+    PaliGemmaConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     SiglipVisionConfig,
 )
 
-from .base import IMAGE, VISION_END, VISION_START, Batch, Family, I, Vision, pixels, text
+from .base import IMAGE, VISION_END, VISION_START, Batch, text, vision
+from .llava import FixedSize
 
-PATCH, SIDE = 4, 16
-
-
-def siglip(side: int = SIDE) -> SiglipVisionConfig:
-    return SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=side,
-        patch_size=PATCH,
-        vision_use_head=False,
-    )
+WINDOW = 16
 
 
-class Gemma3(Family):
+class PaliGemma(FixedSize):
+    """The whole prompt is a prefix that attends both ways (token type 0)."""
+
+    def extras(self, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+        return {"token_type_ids": torch.zeros_like(batch["input_ids"])}
+
+
+class Gemma3(FixedSize):
     """16 tokens per image, pooled from 64 patches; images attend to themselves both ways."""
 
     side = 32
-
-    def image(self, model: PreTrainedModel, segment: I, rng: torch.Generator) -> Vision:
-        ids = [VISION_START, *[IMAGE] * 16, VISION_END]
-        return Vision(ids, {"pixel_values": pixels(1, 3, self.side, self.side, rng=rng)})
+    before, after = (VISION_START,), (VISION_END,)
 
     def extras(self, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
         return {"token_type_ids": (batch["input_ids"] == IMAGE).long()}
 
 
-def _gemma3() -> Gemma3Config:
+def _paligemma() -> PreTrainedConfig:
+    return PaliGemmaConfig(
+        vision_config=vision(SiglipVisionConfig),
+        text_config=text(GemmaConfig, num_key_value_heads=1),
+        image_token_index=IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+        tie_word_embeddings=False,
+    )
+
+
+def _paligemma2() -> PreTrainedConfig:
+    return PaliGemmaConfig(
+        vision_config=vision(SiglipVisionConfig),
+        text_config=text(
+            Gemma2Config,
+            query_pre_attn_scalar=8,
+            sliding_window=WINDOW,
+            attn_logit_softcapping=5.0,  # far below the usual 50, so that it shows
+            final_logit_softcapping=30.0,
+        ),
+        image_token_index=IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+        tie_word_embeddings=False,
+    )
+
+
+def _gemma3() -> PreTrainedConfig:
     layers = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"] * 2
     return Gemma3Config(
-        vision_config=siglip(Gemma3.side),
-        text_config=Gemma3TextConfig(
-            **text(head_dim=8, query_pre_attn_scalar=8, sliding_window=16, layer_types=layers)
+        vision_config=vision(SiglipVisionConfig, image_size=Gemma3.side),
+        text_config=text(
+            Gemma3TextConfig, query_pre_attn_scalar=8, sliding_window=WINDOW, layer_types=layers
         ),
         mm_tokens_per_image=16,
         image_token_index=IMAGE,
@@ -56,4 +81,8 @@ def _gemma3() -> Gemma3Config:
     )
 
 
-FAMILIES = [Gemma3("gemma3", _gemma3)]
+FAMILIES = [
+    PaliGemma("paligemma", _paligemma),
+    PaliGemma("paligemma2", _paligemma2),
+    Gemma3("gemma3", _gemma3),
+]
