@@ -19,7 +19,26 @@ from transformers import (
 
 SIDE = 4  # the visual tokens of an image form a SIDE x SIDE grid
 LAYERS = 6
-WORDS = "describe the image in detail what is at top left red blue green and a of right user".split()
+WORDS = [
+    "describe",
+    "the",
+    "image",
+    "in",
+    "detail",
+    "what",
+    "is",
+    "at",
+    "top",
+    "left",
+    "red",
+    "blue",
+    "green",
+    "and",
+    "a",
+    "of",
+    "right",
+    "user",
+]
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
 CHAT = (
     "<s> {% for m in messages %}{% for c in m['content'] %}"
@@ -28,7 +47,7 @@ CHAT = (
 )
 
 
-def save_tiny_llava(folder: Path, seed: int = 0) -> Path:
+def save_tiny_llava(folder: Path, seed: int = 2) -> Path:
     """Write model and processor to `folder`, loadable with the Auto classes, and return it."""
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS, ".", "?"])}
     tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

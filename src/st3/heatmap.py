@@ -1,7 +1,7 @@
-"""Pictures of what was kept: the image, and beside it the patches that each of some layers still sees.
+"""Pictures of what was kept: the image, and beside it the patches that some layers still see.
 
-A visual token is mapped to the rectangle of the image that it stands for. That mapping is known here
-for models whose visual tokens are one square grid over each image (`GRID_MODELS`).
+A visual token is mapped to the rectangle of the image that it stands for. The mapping is known for
+models whose visual tokens are one square grid over each image (`GRID_MODELS`).
 """
 
 from __future__ import annotations
@@ -77,11 +77,15 @@ def choose_layers(kept: Sequence[int], count: int = 4) -> list[int]:
     if it never changes, the last layer alone.
     """
     if not kept:
-        raise ValueError("no heat map: the report has no layers (was there an image in the prompt?)")
+        raise ValueError(
+            "no heat map: the report has no layers (was there an image in the prompt?)"
+        )
     changes = [i for i in range(1, len(kept)) if kept[i] != kept[i - 1]]
     if len(changes) <= count:
         return changes or [len(kept) - 1]
-    picks = {round(i * (len(changes) - 1) / (count - 1)) for i in range(count)} if count > 1 else {-1}
+    picks = (
+        {round(i * (len(changes) - 1) / (count - 1)) for i in range(count)} if count > 1 else {-1}
+    )
     return [changes[i] for i in sorted(picks)]
 
 
@@ -106,7 +110,9 @@ def draw(
         )
     rows = []
     start = 0
-    for number, (image, box, n_visual) in enumerate(zip(images, boxes, visual_per_image, strict=True)):
+    for number, (image, box, n_visual) in enumerate(
+        zip(images, boxes, visual_per_image, strict=True)
+    ):
         side = grid_side(n_visual)
         name = "image" if len(images) == 1 else f"image {number + 1}"
         panel, box = _fit(image.convert("RGB"), box)
@@ -142,10 +148,15 @@ def _dimmed(panel: Image.Image, box: Box, side: int, kept: set[int]) -> Image.Im
     mask = Image.new("L", panel.size, 0)
     fill = ImageDraw.Draw(mask)
     for index in kept:
-        (x0, y0), (x1, y1) = corner(*divmod(index, side)), corner(index // side + 1, index % side + 1)
+        (x0, y0), (x1, y1) = (
+            corner(*divmod(index, side)),
+            corner(index // side + 1, index % side + 1),
+        )
         fill.rectangle((x0, y0, x1 - 1, y1 - 1), fill=255)
     grey = ImageEnhance.Color(panel).enhance(0.15)
-    out = Image.composite(panel, Image.blend(grey, Image.new("RGB", panel.size, (60, 60, 60)), 0.75), mask)
+    out = Image.composite(
+        panel, Image.blend(grey, Image.new("RGB", panel.size, (60, 60, 60)), 0.75), mask
+    )
 
     line = ImageDraw.Draw(out)
     for index in kept:  # the outline shows kept patches even where the image itself is dark

@@ -1,11 +1,13 @@
 """The command line: `st3 generate`, `st3 models`, `st3 policies`; one file for each command.
 
-Nothing heavy is imported before a command needs it, so that `--help` and wrong usage answer at once.
+Nothing heavy is imported before a command needs it, so that `--help` and wrong usage answer at
+once.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -20,9 +22,11 @@ from st3.cli.policies import policies
 class OneLineErrors(TyperGroup):
     """Prints every foreseen error as one `error:` line on stderr; exit code 2 means wrong usage."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        standalone_mode = extra.get("standalone_mode", True)
+        extra["standalone_mode"] = False
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(args, *rest, **extra)
         except typer.Abort:
             code = 130
         except Exception as error:
@@ -58,7 +62,9 @@ def main(
     context: typer.Context,
     show_version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Trim the visual tokens of vision-language models, spatially and over time (ST3)."""

@@ -41,6 +41,8 @@ class Answer:
 class Clock(TextStreamer):
     """Notes when each new token arrives on the host, and passes finished text on."""
 
+    next_tokens_are_prompt: bool
+
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.on_text = on_text

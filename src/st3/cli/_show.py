@@ -55,9 +55,9 @@ def comparison(untrimmed: Answer, trimmed: Answer, report: Any, policy: str) -> 
 def conditions(runs: int, where: str) -> str:
     """The small print below the table."""
     return (
-        f"Greedy; {where}; medians of {runs} alternating runs after one warm-up of each. TTFT: from "
-        "the call of generate(), image encoder included, to the first token. TPOT: mean time of "
-        "each further token. untrimmed: the untouched model with the cache of transformers."
+        f"Greedy; {where}; medians of {runs} alternating runs after one warm-up of each. TTFT: "
+        "from the call of generate(), image encoder included, to the first token. TPOT: mean time "
+        "of each further token. untrimmed: the untouched model with the cache of transformers."
     )
 
 
@@ -74,10 +74,8 @@ def _bytes(value: float) -> str:
 
 
 def _scaled(value: float, step: float, prefixes: tuple[str, ...], unit: str) -> str:
-    for prefix in prefixes[:-1]:
-        if abs(value) < step:
-            break
+    power = 0
+    while abs(value) >= step and power < len(prefixes) - 1:
         value /= step
-    else:
-        prefix = prefixes[-1]
-    return f"{value:.3g} {prefix}{unit}"
+        power += 1
+    return f"{value:.3g} {prefixes[power]}{unit}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from enum import Enum
+from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-class DType(str, Enum):
+class DType(StrEnum):
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -71,7 +73,7 @@ def generate(
 
     st3 generate photo.png -p "what is at the top left?" --compare --heatmap kept.png
 
-    st3 generate a.jpg b.jpg -p "compare the two." --model ./llava-1.5-7b-hf --policy fastv:layer=2,drop=0.5
+    st3 generate a.jpg b.jpg -p "compare the two." -m ./llava-1.5-7b-hf --policy fastv:drop=0.75
 
     st3 generate photo.png -p "describe the image." --json --compare | jq .report.mean_share
     """
@@ -86,59 +88,95 @@ def generate(
     console = stderr()
     with console.status("importing torch and transformers"):
         import st3
-        from st3.cli import _loading, _measure, _show
+        from st3.cli import _loading
         from st3.heatmap import check_supported
-    try:
-        chosen = st3.policies.parse(policy)
-    except (TypeError, ValueError) as error:
-        raise CliError(f"--policy {policy}: {first_line(error)}", 2) from error
+    chosen = _policy(policy)
     pictures = _loading.load_images(images)
     with console.status(f"loading {model or 'the bundled model'}"):
         loaded = _loading.load(model, device, dtype.value, trust_remote_code)
-    try:
+    result: dict[str, Any] = {
+        "model": loaded.name,
+        "policy": policy,
+        "images": images,
+        "prompt": prompt,
+        "conditions": loaded.conditions(),
+    }
+    with _failures_in_one_line():
         if heatmap is not None:
             check_supported(loaded.model.config.model_type)
         trimmer = st3.trim(loaded.model, chosen)
         inputs = _loading.prepare(loaded, pictures, prompt)
-        result: dict[str, Any] = {
-            "model": loaded.name,
-            "policy": policy,
-            "images": images,
-            "prompt": prompt,
-            "conditions": loaded.conditions(),
-        }
-        if compare:
-            from rich.progress import Progress
-
-            with Progress(console=console, transient=True) as progress:
-                task = progress.add_task("untrimmed and trimmed in turn", total=2 * runs + 2)
-                untrimmed, trimmed = _measure.compare(
-                    loaded, inputs, max_new_tokens, trimmer, runs, lambda: progress.advance(task)
-                )
-            report = trimmer.report
-            result |= {"runs": runs, "untrimmed": untrimmed.to_dict()}
-            if not as_json:
-                out = stdout()
-                out.print(_show.comparison(untrimmed, trimmed, report, policy))
-                out.print(_show.conditions(runs, loaded.conditions()), style="dim")
-        else:
-            write = None if as_json else _write
-            trimmed = _measure.answer(loaded, inputs, max_new_tokens, trimmer, write)
-            report = trimmer.report
-            if not as_json:
-                _write("\n")
-                console.print(_show.summary(trimmed, report), style="dim")
-        result |= {**trimmed.to_dict(), "report": report.to_dict()}
-        if heatmap is not None:
-            _draw(heatmap, loaded, pictures, report, wanted, policy)
-            result["heatmap"] = str(heatmap)
-            if not as_json:
-                console.print(f"kept patches drawn in {heatmap}", soft_wrap=True)
-    except (TypeError, ValueError, NotImplementedError, MemoryError, RuntimeError) as error:
-        # What transformers, torch and st3 raise for a model, prompt or policy that cannot be run.
-        raise CliError(f"{type(error).__name__}: {first_line(error)}") from error
+    if compare:
+        result |= _compared(loaded, inputs, trimmer, max_new_tokens, runs, policy, as_json)
+    else:
+        result |= _answered(loaded, inputs, trimmer, max_new_tokens, as_json)
+    result["report"] = trimmer.report.to_dict()
+    if heatmap is not None:
+        _draw(heatmap, loaded, pictures, trimmer.report, wanted, policy)
+        result["heatmap"] = str(heatmap)
+        if not as_json:
+            console.print(f"kept patches drawn in {heatmap}", soft_wrap=True)
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
+
+
+def _policy(text: str) -> Any:
+    import st3
+
+    try:
+        return st3.policies.parse(text)
+    except (TypeError, ValueError) as error:
+        raise CliError(f"--policy {text}: {first_line(error)}", 2) from error
+
+
+def _answered(
+    loaded: Loaded, inputs: Any, trimmer: Any, max_new_tokens: int, as_json: bool
+) -> dict[str, Any]:
+    """One streamed answer, with a summary on stderr."""
+    from st3.cli import _measure, _show
+
+    with _failures_in_one_line():
+        answer = _measure.answer(
+            loaded, inputs, max_new_tokens, trimmer, None if as_json else _write
+        )
+    if not as_json:
+        stderr().print(_show.summary(answer, trimmer.report), style="dim")
+    return answer.to_dict()
+
+
+def _compared(
+    loaded: Loaded,
+    inputs: Any,
+    trimmer: Any,
+    max_new_tokens: int,
+    runs: int,
+    policy: str,
+    as_json: bool,
+) -> dict[str, Any]:
+    """Both answers and their times, as a table on stdout."""
+    from rich.progress import Progress
+
+    from st3.cli import _measure, _show
+
+    with _failures_in_one_line(), Progress(console=stderr(), transient=True) as progress:
+        task = progress.add_task("untrimmed and trimmed in turn", total=2 * runs + 2)
+        untrimmed, trimmed = _measure.compare(
+            loaded, inputs, max_new_tokens, trimmer, runs, lambda: progress.advance(task)
+        )
+    if not as_json:
+        out = stdout()
+        out.print(_show.comparison(untrimmed, trimmed, trimmer.report, policy))
+        out.print(_show.conditions(runs, loaded.conditions()), style="dim")
+    return {**trimmed.to_dict(), "untrimmed": untrimmed.to_dict(), "runs": runs}
+
+
+@contextlib.contextmanager
+def _failures_in_one_line() -> Iterator[None]:
+    """What transformers, torch and st3 raise when a model, prompt or policy cannot be run."""
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise CliError(first_line(error)) from error
 
 
 def _write(text: str) -> None:
@@ -173,14 +211,19 @@ def _draw(
     kept = [len(report.kept_positions(layer)) for layer in range(len(report.kept))]
     layers = heatmap.choose_layers(kept) if wanted is None else wanted
     if bad := [layer for layer in layers if not 0 <= layer < len(kept)]:
-        raise ValueError(f"--layers {bad[0]}: the model has layers 0 to {len(kept) - 1}")
-    picture = heatmap.draw(
-        pictures,
-        [heatmap.seen_box(p.size, loaded.processor.image_processor) for p in pictures],
-        report.visual_per_image[0],
-        {layer: report.kept_positions(layer).tolist() for layer in layers},
-        title=f"{policy}: kept at prefill (bright, outlined); layers count from 0 to {len(kept) - 1}",
-    )
+        raise CliError(
+            f"--layers: there is no layer {bad[0]}, the model has 0 to {len(kept) - 1}", 2
+        )
+    try:
+        picture = heatmap.draw(
+            pictures,
+            [heatmap.seen_box(p.size, loaded.processor.image_processor) for p in pictures],
+            report.visual_per_image[0],
+            {layer: report.kept_positions(layer).tolist() for layer in layers},
+            title=f"{policy}: kept at prefill (bright, outlined); layers 0 to {len(kept) - 1}",
+        )
+    except ValueError as error:
+        raise CliError(first_line(error)) from error
     try:
         picture.save(path)
     except OSError as error:

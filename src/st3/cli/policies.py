@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from st3.cli._common import stdout
+
+if TYPE_CHECKING:
+    from st3.policies import Policy
 
 
 def policies() -> None:
@@ -17,21 +21,39 @@ def policies() -> None:
 
     console = stdout()
     for name, policy in st3.policies.available().items():
-        paper = getattr(policy, "paper", "")
-        console.print(f"[bold]{name}[/bold]" + (f"  ({escape(paper)})" if paper else ""))
+        paper = f"  ({policy.paper})" if policy.paper else ""
+        console.print(f"[bold]{name}[/bold]{escape(paper)}")
         summary = (inspect.getdoc(policy) or "").strip().splitlines()
         if summary:
             console.print(f"    {escape(summary[0])}")
-        for field in dataclasses.fields(policy):
-            if field.init:
-                console.print(f"    [cyan]{field.name}[/cyan] = {escape(_default(field))}")
+        for key, default in arguments(policy):
+            console.print(f"    [cyan]{key}[/cyan]={escape(default)}")
         console.print()
-    console.print("Give one with --policy, for example --policy fastv:layer=2,drop=0.5")
+    presets = st3.policies.presets()
+    if presets:
+        console.print("[bold]Presets[/bold]")
+        for name, preset in presets.items():
+            console.print(f"    {name}  is  {escape(str(preset))}")
+        console.print()
+    console.print("Give one with --policy, for example --policy fastv:layer=2,drop=0.75")
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is not dataclasses.MISSING:
-        return repr(field.default)
-    if field.default_factory is not dataclasses.MISSING:
-        return repr(field.default_factory())
-    return "(required)"
+def arguments(policy: type[Policy]) -> Iterator[tuple[str, str]]:
+    """Names and defaults of a policy's arguments, as they are written in --policy."""
+    from st3.policies import Policy
+
+    for field in dataclasses.fields(policy):
+        default: Any = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if isinstance(default, Policy):
+            yield field.name, f"({default})"
+        elif dataclasses.is_dataclass(
+            default
+        ):  # an annealing rule, whose parts are given one by one
+            for part in dataclasses.fields(default):
+                yield part.name, str(getattr(default, part.name))
+        elif default is dataclasses.MISSING:
+            yield field.name, "(required)"
+        else:
+            yield field.name, "none" if default is None else str(default)
