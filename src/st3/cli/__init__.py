@@ -67,7 +67,10 @@ def main(
         ),
     ] = False,
 ) -> None:
-    """Trim the visual tokens of vision-language models, spatially and over time (ST3)."""
+    """Trim the visual tokens of vision-language models, spatially and over time (ST3).
+
+    [bold]Example[/bold]: st3 generate photo.png -p "describe the image in detail." --compare
+    """
     if context.invoked_subcommand is None:
         print(context.get_help())
 

@@ -8,7 +8,10 @@ from st3.cli._common import stdout
 
 
 def models() -> None:
-    """List the supported model families."""
+    """List the supported model families.
+
+    [bold]Example[/bold]: st3 models
+    """
     from st3.engine.families import FAMILIES
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")

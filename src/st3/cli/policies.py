@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def policies() -> None:
-    """List the policies with their arguments, defaults and papers."""
+    """List the policies with their arguments, defaults and papers.
+
+    [bold]Example[/bold]: st3 policies
+    """
     import st3
 
     console = stdout()
