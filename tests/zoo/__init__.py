@@ -11,14 +11,11 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from . import gemma, idefics, llava, mistral, qwen
+from . import gemma, grids, idefics, llava, mistral, qwen
 from .base import Batch, Family, I, T, V
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for module in (llava, qwen, gemma, idefics, mistral)
-    for family in module.FAMILIES
-}
+_MODULES = (llava, qwen, gemma, idefics, mistral, grids)
+FAMILIES: dict[str, Family] = {f.name: f for module in _MODULES for f in module.FAMILIES}
 
 
 def build(name: str, seed: int = 0) -> tuple[Family, PreTrainedModel]:

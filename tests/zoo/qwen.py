@@ -62,10 +62,11 @@ class QwenVL(Family):
 
     frame_ids = False  # each frame of a video stands alone, with a timestamp before it
     video_id = VIDEO
+    frames_per_patch = FRAMES
 
     def _patches(self, grid: tuple[int, int, int], rng: torch.Generator) -> Tensor:
         t, h, w = grid
-        return pixels(t * h * w, 3 * FRAMES * PATCH * PATCH, rng=rng)
+        return pixels(t * h * w, 3 * self.frames_per_patch * PATCH * PATCH, rng=rng)
 
     def image(self, model: PreTrainedModel, segment: I, rng: torch.Generator) -> Vision:
         h, w = segment.height or 3, segment.width or 4
