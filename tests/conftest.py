@@ -44,7 +44,7 @@ def no_logged_deprecations() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random LLaVA and its processor: 6 layers, 16 visual tokens, CPU-fast."""
+    """A folder with a random LLaVA and its processor: 8 layers, 16 visual tokens, CPU-fast."""
     from tests.tiny_llava import save_tiny_llava
 
     return save_tiny_llava(tmp_path_factory.mktemp("models") / "tiny-llava")

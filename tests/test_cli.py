@@ -98,8 +98,8 @@ def test_compare_prints_both_sides_and_how_it_was_measured(picture: Path, tiny_m
     ):
         assert part in result.stdout
     visual = next(line for line in result.stdout.splitlines() if "visual tokens" in line)
-    # layers 0 and 1 of 6 see 16 tokens, the others 4: 8 on average
-    assert [cell.strip() for cell in visual.strip("│┃ ").split("│")][1:] == ["16", "8", "50%"]
+    # layers 0 and 1 of 8 see 16 tokens, the others 4: 7 on average
+    assert [cell.strip() for cell in visual.strip("│┃ ").split("│")][1:] == ["16", "7", "44%"]
 
 
 def test_heatmap_is_drawn_with_a_row_for_each_image(
@@ -142,9 +142,9 @@ def test_policies_lists_arguments_defaults_and_papers() -> None:
 
     result = st3("policies")
     assert result.exit_code == 0
+    words = " ".join(result.stdout.split())
     for name, policy in package.policies.available().items():
-        assert name in result.stdout
-        assert policy.paper in result.stdout
+        assert f"{name}: {policy.paper}" in words
     assert "first_drop=0.5" in result.stdout
     assert "final_keep=0.05" in result.stdout
     assert "tau=" in result.stdout
@@ -172,9 +172,7 @@ def test_version() -> None:
     assert result.stdout.startswith("st3 0.")
 
 
-def test_python_m_and_help_import_no_torch() -> None:
-    code = "import sys; import st3.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_python_m_is_the_same_command() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "st3.cli", "generate"], capture_output=True, text=True, check=False
     )
@@ -265,7 +263,7 @@ def test_model_with_broken_weights(picture: Path, tiny_model: Path, tmp_path: Pa
 def test_text_only_model(picture: Path, tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
-    LlamaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=8).save_pretrained(tmp_path)
+    LlamaConfig(hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path)
     check_error(generate(picture, tmp_path), 1, "model")
 
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 SIDE = 4  # the visual tokens of an image form a SIDE x SIDE grid
-LAYERS = 6
+LAYERS = 8  # enough for ST3 to drop twice: at layers 3 and 7
 WORDS = [
     "describe",
     "the",

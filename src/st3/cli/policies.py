@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
+from rich.padding import Padding
 
 from st3.cli._common import stdout
 
@@ -24,13 +25,11 @@ def policies() -> None:
 
     console = stdout()
     for name, policy in st3.policies.available().items():
-        paper = f"  ({policy.paper})" if policy.paper else ""
-        console.print(f"[bold]{name}[/bold]{escape(paper)}")
-        summary = (inspect.getdoc(policy) or "").strip().splitlines()
-        if summary:
-            console.print(f"    {escape(summary[0])}")
-        for key, default in arguments(policy):
-            console.print(f"    [cyan]{key}[/cyan]={escape(default)}")
+        console.print(f"[bold]{name}[/bold]: {escape(policy.paper or 'no paper')}")
+        summary = inspect.getdoc(policy) or ""
+        body = [escape(summary.partition("\n")[0])]
+        body += [f"[cyan]{key}[/cyan]={escape(default)}" for key, default in arguments(policy)]
+        console.print(Padding("\n".join(body), (0, 0, 0, 4), expand=False))
         console.print()
     presets = st3.policies.presets()
     if presets:
