@@ -52,13 +52,16 @@ class FixedSize(Family):
     """Images of one size; as many tokens as the model makes of them. Videos likewise."""
 
     side = 16
+    tokens = 0  # per image, where the model's features do not tell
     before: tuple[int, ...] = ()  # ids around the placeholders
     after: tuple[int, ...] = ()
 
     @torch.no_grad()
     def image(self, model: PreTrainedModel, segment: I, rng: torch.Generator) -> Vision:
         pixel_values = pixels(1, 3, self.side, self.side, rng=rng)
-        count = features(model.model.get_image_features(pixel_values, return_dict=True))
+        count = self.tokens or features(
+            model.model.get_image_features(pixel_values, return_dict=True)
+        )
         ids = [*self.before, *[IMAGE] * count, *self.after]
         return Vision(ids, {"pixel_values": pixel_values})
 
