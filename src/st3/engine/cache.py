@@ -1,0 +1,387 @@
+"""Cache layers that hold trimmed prompts, swapped one by one into generate()'s own DynamicCache.
+
+A layer's buffer is ``[padding | visual tokens by rising importance | text ...]``, preallocated.
+RoPE is applied before keys are stored, so their order is free, and annealing is nothing but a start
+pointer that moves to the right. Columns are counted from the layer's first stored one (*absolute*
+columns); ``base`` is the first that is still allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from st3.engine.columns import gather_columns
+from st3.engine.errors import TrimStateError
+from st3.schedule import Schedule
+
+# Free columns behind the last one when a buffer is allocated. Growing copies what is live, so a
+# larger block copies less often but keeps what annealing released for longer.
+HEADROOM = 32
+
+
+class Phase(Enum):
+    """What the forward pass under way does with a trimmed cache."""
+
+    IDLE = "idle"
+    PREFILL = "prefill"
+    APPEND = "append"
+
+
+@dataclass
+class Clock:
+    """Shared by the layers of one cache: logical time, as if nothing had been trimmed.
+
+    Attributes:
+        phase: IDLE outside of a forward pass of the trimmed model.
+        start: logical length before the pass.
+        tokens: logical tokens of the pass.
+        prompt: logical length of the prompt that annealing counts from.
+        dense_from: logical length behind which every token has a column of its own.
+    """
+
+    phase: Phase = Phase.IDLE
+    start: int = 0
+    tokens: int = 0
+    prompt: int = 0
+    dense_from: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Decode steps done when the pass is over."""
+        return max(0, self.start + self.tokens - self.prompt)
+
+    def step(self, length: int) -> int:
+        """Decode step of the token at logical position ``length``: the first generated is 1."""
+        return length - self.prompt + 1
+
+
+class TrimmedLayer(CacheLayerMixin):
+    """The KV entries of one decoder layer, [B, KV heads, columns, head size].
+
+    Args:
+        layer: decoder layer, 0-based.
+        schedule: the counts.
+        clock: shared by the layers of a cache.
+        window: sliding window of the layer in tokens, or None.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False  # lengths are logical in every layer: masks are never cut to a window
+    supports_early_init = False
+
+    def __init__(
+        self,
+        layer: int,
+        schedule: Schedule,
+        clock: Clock,
+        window: int | None = None,
+    ) -> None:
+        # No super().__init__(): it assigns `keys` and `values`, which are views here.
+        self.layer = layer
+        self.schedule = schedule
+        self.clock = clock
+        self.window = window
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.is_initialized = False
+        self.length = 0
+        self.base = self.end = 0
+        self.pad: tuple[int, ...] = ()
+        self.kept: tuple[int, ...] = ()
+        self.images: tuple[tuple[int, ...], ...] = ()
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._positions: Tensor | None = None
+        self._starts: dict[int, tuple[int, ...]] = {}
+
+    # What is live -----------------------------------------------------------------------------
+
+    def row_starts(self, step: int) -> tuple[int, ...]:
+        """First absolute column of each row that decode step ``step`` sees: a pure function of the
+        step, so that crops, beams and copies need no history."""
+        starts = self._starts.get(step)
+        if starts is None:
+            seen: dict[tuple[int, ...], int] = {}
+            for images in self.images:
+                if images not in seen:
+                    seen[images] = sum(self.schedule.visible(self.layer, n, step) for n in images)
+            starts = tuple(
+                pad + kept - seen[images]
+                for pad, kept, images in zip(self.pad, self.kept, self.images, strict=True)
+            )
+            if len(self._starts) > 64:  # enough for the steps of one pass
+                self._starts.clear()
+            self._starts[step] = starts
+        return starts
+
+    @property
+    def step(self) -> int:
+        """Decode step of the last token stored."""
+        return self.clock.step(self.length - 1)
+
+    @property
+    def live_tokens(self) -> int:
+        """KV entries that the last step saw, summed over the rows."""
+        starts = self.row_starts(self.step)
+        return self.end * len(starts) - sum(starts)
+
+    @property
+    def allocated_tokens(self) -> int:
+        """Columns held in memory, times rows."""
+        return 0 if self._keys is None else self._keys.shape[0] * self._keys.shape[2]
+
+    @property
+    def bytes_per_token(self) -> int:
+        if self._keys is None or self._values is None:
+            return 0
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in (self._keys, self._values))
+
+    def _view(self, buffer: Tensor, first: int) -> Tensor:
+        return buffer[:, :, first - self.base : self.end - self.base]
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """The live columns, padding of shorter rows included."""
+        return None if self._keys is None else self._view(self._keys, self.first_live())
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return None if self._values is None else self._view(self._values, self.first_live())
+
+    def first_live(self) -> int:
+        return max(self.base, min(self.row_starts(self.step)))
+
+    def positions(self, first: int) -> Tensor:
+        """Original columns of the entries from ``first`` on, [B, columns]; sliding layers only."""
+        if self._positions is None:
+            raise TrimStateError(f"layer {self.layer} has no sliding window and keeps no positions")
+        return self._positions[:, first - self.base : self.end - self.base]
+
+    # Writing ------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Buffers are made by :meth:`store`, when it is known what stays."""
+
+    def store(
+        self,
+        key: Tensor,
+        value: Tensor,
+        order: Tensor | None,
+        positions: Tensor,
+        counts: Sequence[int],
+        kept: Sequence[int],
+        images: Sequence[Sequence[int]],
+    ) -> None:
+        """Write a prompt straight into the buffer, in cache order, as its only copy.
+
+        Args:
+            key, value: [B, KV heads, N, head size].
+            order: columns in cache order [B, M], or None when they stand so.
+            positions: original columns [B, N].
+            counts: valid columns of each row.
+            kept: visual columns of each row.
+            images: the rows' original visual tokens, by budget: one number, or one per image.
+        """
+        width = key.shape[2] if order is None else order.shape[1]
+        self._keys = _allocate(key, width + HEADROOM)
+        self._values = _allocate(value, width + HEADROOM)
+        for buffer, source in ((self._keys, key), (self._values, value)):
+            _copy_columns(source, order, buffer[:, :, :width])
+        if self.window is not None:
+            stored = positions if order is None else positions.gather(1, order)
+            self._positions = positions.new_zeros(key.shape[0], width + HEADROOM)
+            self._positions[:, :width] = stored
+        self.base, self.end = 0, width
+        self.pad = tuple(width - count for count in counts)
+        self.kept = tuple(kept)
+        self.images = tuple(tuple(row) for row in images)
+        self.is_initialized = True
+        self._starts = {}
+        self.length = self.clock.start + self.clock.tokens
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take the pass's new keys and values and return those that attention reads.
+
+        During a prefill nothing is stored yet: :meth:`store` follows once the layer's own attention
+        has ranked the visual tokens.
+        """
+        if self.clock.phase is Phase.IDLE:
+            raise TrimStateError(
+                "this cache was trimmed by st3 and can only be continued by the model while it is "
+                "trimmed: call generate() inside the `with st3.trim(...)` block"
+            )
+        if self.clock.phase is Phase.PREFILL:
+            return key_states, value_states
+        if self._keys is None or self._values is None:
+            raise TrimStateError(f"layer {self.layer} of the cache is empty: no prompt was stored")
+        new = key_states.shape[2]
+        first = min(self.row_starts(self.clock.step(self.clock.start)))
+        self._reserve(new, first)
+        place = slice(self.end - self.base, self.end - self.base + new)
+        self._keys[:, :, place] = key_states
+        self._values[:, :, place] = value_states
+        self.end += new
+        self.length = self.clock.start + self.clock.tokens
+        return self._view(self._keys, first), self._view(self._values, first)
+
+    def note_positions(self, positions: Tensor) -> None:
+        """Original columns of the tokens just appended, [B, new]; sliding layers only."""
+        if self._positions is not None:
+            new = positions.shape[1]
+            self._positions[:, self.end - self.base - new : self.end - self.base] = positions
+
+    def _reserve(self, new: int, first: int) -> None:
+        """Make room for ``new`` columns; what lies before ``first`` is given up on the way."""
+        if self._keys is None or self.end + new - self.base <= self._keys.shape[2]:
+            return
+        self._move(first, self.end - first + new + HEADROOM)
+
+    def _move(self, first: int, capacity: int) -> None:
+        """Copy the columns from ``first`` on into buffers of ``capacity`` columns."""
+        live = slice(first - self.base, self.end - self.base)
+        width = self.end - first
+        for name in ("_keys", "_values"):
+            old = getattr(self, name)
+            fresh = _allocate(old, capacity)
+            fresh[:, :, :width] = old[:, :, live]
+            setattr(self, name, fresh)
+        if self._positions is not None:
+            fresh = self._positions.new_zeros(self._positions.shape[0], capacity)
+            fresh[:, :width] = self._positions[:, live]
+            self._positions = fresh
+        self.base = first
+
+    def compact(self) -> None:
+        """Free what annealing has released; a later crop cannot bring it back."""
+        if self._keys is not None:
+            first = self.first_live()
+            if first > self.base or self._keys.shape[2] > self.end - self.base:
+                self._move(first, self.end - first)
+
+    def reorder_visible(self, scores: Tensor) -> None:
+        """Sort the visible visual entries of each row anew.
+
+        Args:
+            scores: [B, columns] for the live columns from :meth:`first_live` on, higher is better.
+        """
+        if self._keys is None or self._values is None:
+            return
+        first = self.first_live()
+        starts = self.row_starts(self.step)
+        width = self.end - first
+        place = torch.arange(width, device=scores.device)
+        lo = torch.tensor([start - first for start in starts], device=scores.device)[:, None]
+        hi = torch.tensor(
+            [pad + kept - first for pad, kept in zip(self.pad, self.kept, strict=True)],
+            device=scores.device,
+        )[:, None]
+        visible = (place >= lo) & (place < hi)
+        # Text keeps its place behind, what precedes a row's start its place before.
+        key = torch.where(visible, scores.float(), torch.where(place >= hi, 2.0, -1.0))
+        order = torch.argsort(key, dim=1, stable=True)
+        span = max(pad + kept for pad, kept in zip(self.pad, self.kept, strict=True)) - first
+        if span <= 1:
+            return
+        order = order[:, :span]
+        for buffer in (self._keys, self._values):
+            view = self._view(buffer, first)
+            moved = torch.empty_like(view[:, :, :span])
+            _copy_columns(view, order, moved)
+            view[:, :, :span] = moved
+        if self._positions is not None:
+            view = self.positions(first)
+            view[:, :span] = view.gather(1, order)
+
+    # What generate() asks for -------------------------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        """Logical length: prompt and generated tokens as if nothing had been trimmed."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # the name before transformers 5.20
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens (a positive value is a target length).
+
+        Raises:
+            TrimStateError: if that reaches into a trimmed prompt, or before what a compaction kept.
+        """
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else self.length - tokens_to_remove
+        if remove <= 0 or self._keys is None:
+            return
+        if self.length - remove < self.clock.dense_from:
+            raise TrimStateError(
+                f"cannot crop {remove} tokens: the cache would end inside a trimmed prompt "
+                f"({self.clock.dense_from} tokens). Start again from the whole prompt"
+            )
+        self.length -= remove
+        self.end -= remove
+        self.clock.tokens = self.length - self.clock.start
+        if min(self.row_starts(self.step)) < self.base:
+            raise TrimStateError(
+                "cannot crop past a compaction: the visual entries of that step are freed. Do not "
+                "call compact() between steps that are rolled back"
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self._keys is not None:
+            rows = torch.arange(self._keys.shape[0], device=self._keys.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``."""
+        if self._keys is None or self._values is None:
+            return
+        self._keys = self._keys.index_select(0, indices.to(self._keys.device))
+        self._values = self._values.index_select(0, indices.to(self._values.device))
+        if self._positions is not None:
+            self._positions = self._positions.index_select(0, indices.to(self._positions.device))
+        facts = list(zip(self.pad, self.kept, self.images, strict=True))
+        alike = len(set(facts)) == 1
+        rows = [0] * len(indices) if alike else indices.tolist()  # no wait for the device if alike
+        self.pad = tuple(facts[row][0] for row in rows)
+        self.kept = tuple(facts[row][1] for row in rows)
+        self.images = tuple(facts[row][2] for row in rows)
+        self._starts = {}
+
+    def offload(self) -> None:
+        raise TrimStateError("offloaded caches are not supported: leave cache_implementation unset")
+
+    prefetch = offload
+
+
+def _allocate(like: Tensor, columns: int) -> Tensor:
+    return like.new_empty(like.shape[0], like.shape[1], columns, like.shape[3])
+
+
+def _copy_columns(source: Tensor, order: Tensor | None, target: Tensor) -> None:
+    """``target[b, :, i] = source[b, :, order[b, i]]``."""
+    if order is None:
+        target.copy_(source)
+        return
+    # Projections lie in memory as [B, N, heads * head size]: gathering there moves whole rows, 7 to
+    # 20 times faster on a CPU than `gather` along the sequence of [B, heads, N, head size].
+    batch, heads, columns, size = source.shape
+    rows = source.transpose(1, 2).reshape(batch, columns, heads * size)
+    target.copy_(gather_columns(rows, order).view(batch, -1, heads, size).transpose(1, 2))

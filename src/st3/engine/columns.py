@@ -1,0 +1,247 @@
+"""Which columns of a prompt batch are still there: ragged rows, kept tokens, their order.
+
+A *column* is a place along the sequence dimension of the current layer. Before the first pruning
+layer the columns are the prompt's own, with the caller's padding; from then on rows are
+LEFT-aligned, so that plain causal attention needs no mask (behind a row's end stands garbage that
+no valid token attends to). In the KV cache rows are right-aligned, so that the next token has one
+place for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The facts of a prompt batch, read off the device once per prefill.
+
+    Attributes:
+        length: columns of this chunk of the prompt, padding included.
+        images: for each row the number of visual tokens of each image (or video).
+        n_text: for each row its other valid tokens.
+        tail: trailing columns that are candidates of assisted decoding, not prompt.
+    """
+
+    length: int
+    images: tuple[tuple[int, ...], ...]
+    n_text: tuple[int, ...]
+    tail: int = 0
+
+    @property
+    def batch(self) -> int:
+        return len(self.images)
+
+    @property
+    def n_visual(self) -> tuple[int, ...]:
+        return tuple(sum(row) for row in self.images)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The columns present in a run of decoder layers, [B, N].
+
+    Attributes:
+        index: original column of each column; None is the identity.
+        visual: which columns are visual tokens.
+        ordinal: a visual token's place among its row's visual tokens.
+        group: which budget a visual token draws on: 0, or its image's number.
+        valid: which columns hold a token of the row; None when all do.
+        last: column of the prompt's last token, [B].
+        counts: valid columns of each row.
+        kept: for each row the visual tokens left in each group.
+    """
+
+    index: Tensor | None
+    visual: Tensor
+    ordinal: Tensor
+    group: Tensor | None
+    valid: Tensor | None
+    last: Tensor
+    counts: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
+
+    @property
+    def n_kept(self) -> tuple[int, ...]:
+        return tuple(sum(row) for row in self.kept)
+
+    def source_columns(self) -> Tensor:
+        """Original column of each column, [B, N]."""
+        if self.index is not None:
+            return self.index
+        batch, columns = self.visual.shape
+        return torch.arange(columns, device=self.visual.device).expand(batch, columns)
+
+
+def first_block(
+    visual: Tensor, attention_mask: Tensor | None, tail: int, per_image: bool
+) -> tuple[Rows, Block]:
+    """Read a prompt batch: ``visual`` [B, T] bool, ``attention_mask`` [B, T] or None.
+
+    An image is a run of visual tokens; families that put marker tokens between the tiles or rows
+    of an image make several runs of it. A prompt's very last token is never counted as visual: its
+    row is the one that ranks the others, so it must stay. This is the only place of a prefill where
+    the host waits for the device.
+    """
+    batch, columns = visual.shape
+    position = torch.arange(columns, device=visual.device)
+    valid = attention_mask.bool() if attention_mask is not None else None
+    last_valid = (position * valid).amax(1) if valid is not None else position[-1].expand(batch)
+    visual = visual & (position != (last_valid - tail)[:, None])
+    if valid is not None:
+        visual = visual & valid
+    number = torch.cumsum(_run_starts(visual), dim=1) - 1
+    n_images = int(number.max().item()) + 1 if columns else 0
+    facts = [] if n_images <= 0 else [((number == i) & visual).sum(1) for i in range(n_images)]
+    n_valid = (
+        valid.sum(1) if valid is not None else visual.new_full((batch,), columns, dtype=torch.long)
+    )
+    table = torch.stack([n_valid, *facts], dim=1).tolist()
+    images = tuple(tuple(n for n in row[1:] if n) for row in table)
+    counts = tuple(row[0] for row in table)
+    rows = Rows(
+        columns, images, tuple(c - sum(i) for c, i in zip(counts, images, strict=True)), tail
+    )
+    all_valid = all(count == columns for count in counts)
+    block = Block(
+        index=None,
+        visual=visual,
+        ordinal=torch.cumsum(visual, dim=1) - 1,
+        group=number.clamp_min(0) if per_image and n_images > 1 else None,
+        valid=None if all_valid else valid,
+        last=last_valid - tail,
+        counts=counts,
+        kept=images if per_image else tuple((sum(row),) for row in images),
+    )
+    return rows, block
+
+
+def _run_starts(visual: Tensor) -> Tensor:
+    starts = visual.clone()
+    starts[:, 1:] &= ~visual[:, :-1]
+    return starts
+
+
+def rank_visual(block: Block, score: Tensor) -> Tensor:
+    """Rank of each visual column within its budget, 0 the best, [B, N]. On equal scores the
+    earlier token ranks higher. Other columns hold no meaning."""
+    score = score.masked_fill(~block.visual, float("-inf"))
+    order = torch.argsort(score, dim=1, descending=True, stable=True)
+    place = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    if block.group is None:
+        return torch.empty_like(order).scatter_(1, order, place)
+    groups = max(len(row) for row in block.kept)
+    group = block.group.masked_fill(~block.visual, groups)  # all others behind the last image
+    by_group = torch.argsort(group.gather(1, order), dim=1, stable=True)
+    order = order.gather(1, by_group)
+    rank = torch.empty_like(order).scatter_(1, order, place)
+    ends = torch.cumsum(_table(block.kept, groups + 1, score.device), dim=1)
+    first = torch.nn.functional.pad(ends, (1, 0))
+    return rank - first.gather(1, group)
+
+
+def select(block: Block, score: Tensor, kept: Sequence[Sequence[int]]) -> tuple[Block, Tensor]:
+    """Keep the best ``kept[row][group]`` visual tokens and every text token, in their order.
+
+    Returns:
+        the new block, and the columns of the old one that it is made of, [B, N'].
+    """
+    groups = max(len(row) for row in kept)
+    limit = _table(kept, max(groups, 1), score.device)
+    allowed = limit[:, :1] if block.group is None else limit.gather(1, block.group)
+    keep = ~block.visual | (rank_visual(block, score) < allowed)
+    if block.valid is not None:
+        keep = keep & block.valid
+    dropped = [sum(old) - sum(new) for old, new in zip(block.kept, kept, strict=True)]
+    counts = tuple(c - d for c, d in zip(block.counts, dropped, strict=True))
+    width = max(counts)
+    columns = torch.argsort((~keep).to(torch.uint8), dim=1, stable=True)[:, :width]
+    ragged = any(count != width for count in counts)
+    valid = keep.gather(1, columns) if ragged else None
+    visual = block.visual.gather(1, columns)
+    # Text is never dropped, so the prompt's last token stands as far from its row's end as before.
+    before_last = torch.cumsum(keep, dim=1).gather(1, block.last[:, None])[:, 0] - 1
+    return replace(
+        block,
+        index=block.source_columns().gather(1, columns),
+        visual=visual & valid if valid is not None else visual,
+        ordinal=block.ordinal.gather(1, columns),
+        group=None if block.group is None else block.group.gather(1, columns),
+        valid=valid,
+        last=before_last,
+        counts=counts,
+        kept=tuple(tuple(row) for row in kept),
+    ), columns
+
+
+def cache_order(
+    block: Block, score: Tensor | None, stays: Sequence[Sequence[int]]
+) -> Tensor | None:
+    """The columns in the order of the KV cache, [B, M], right-aligned: padding, then visual tokens
+    by rising importance, then text. Without a score visual tokens stay where they are. None means
+    that the columns already stand so. ``stays[row][group]`` tokens are never annealed."""
+    if score is None and block.valid is None:
+        return None
+    batch, columns = block.visual.shape
+    key = torch.arange(columns, device=block.visual.device).expand(batch, columns) + columns + 1
+    if score is not None:
+        key = torch.where(block.visual, columns - _drop_rank(block, score, stays), key)
+    if block.valid is not None:
+        key = key.masked_fill(~block.valid, 0)
+    return torch.argsort(key, dim=1, stable=True)[:, columns - max(block.counts) :]
+
+
+def _drop_rank(block: Block, score: Tensor, stays: Sequence[Sequence[int]]) -> Tensor:
+    """Rank over a whole row: the highest is annealed first. With a budget per image, all images
+    lose the same share at the same time: that is what their own curves, rounded half up, do."""
+    rank = rank_visual(block, score)
+    if block.group is None:
+        return rank
+    width = max(len(row) for row in block.kept)
+    size = _table(block.kept, width, rank.device).clamp_min(1).gather(1, block.group)
+    share = (rank + 0.5) / size
+    share = share.masked_fill(rank < _table(stays, width, rank.device).gather(1, block.group), 0.0)
+    order = torch.argsort(share.masked_fill(~block.visual, 2.0), dim=1, stable=True)
+    place = torch.arange(rank.shape[1], device=rank.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place)
+
+
+def _table(rows: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
+    """Ragged host counts as a tensor [B, width], filled up with 0."""
+    return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], device=device)
+
+
+def gather_columns(tensor: Tensor, columns: Tensor) -> Tensor:
+    """``tensor`` [B, N, D] at ``columns`` [B, M] -> [B, M, D], as one copy of whole rows."""
+    batch, length, size = tensor.shape
+    if batch == 1:
+        return tensor.index_select(1, columns[0])
+    offset = torch.arange(batch, device=columns.device)[:, None] * length
+    flat = tensor.reshape(batch * length, size).index_select(0, (columns + offset).flatten())
+    return flat.view(batch, columns.shape[1], size)
+
+
+def gather_positions(tensor: Tensor, columns: Tensor) -> Tensor:
+    """Rotary tables [..., 1 or B, T, D] at ``columns`` [B, M] -> [..., B, M, D]."""
+    if tensor.shape[-3] == 1 and columns.shape[0] == 1:
+        return tensor.index_select(-2, columns[0])
+    lead = tensor.shape[:-3]
+    index = columns.view((1,) * len(lead) + (*columns.shape, 1))
+    index = index.expand(*lead, *columns.shape, tensor.shape[-1])
+    return tensor.expand(*lead, columns.shape[0], *tensor.shape[-2:]).gather(-2, index)
+
+
+Memo = dict[int, tuple[object, object]]
+
+
+def memoised(memo: Memo, original: object, make: Callable[[], object]) -> object:
+    """``make()`` once per ``original`` object: a text model passes the same mask and tables to all
+    layers of a kind. The memo holds the original, so that its id stays its own."""
+    found = memo.get(id(original))
+    if found is None:
+        found = memo[id(original)] = (original, make())
+    return found[1]

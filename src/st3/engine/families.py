@@ -1,0 +1,191 @@
+"""What differs between model families, and which of them can be trimmed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from st3.engine.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Family:
+    """One supported family.
+
+    Attributes:
+        model_type: ``config.model_type`` of its models.
+        name: how people call it.
+        notes: what a user should know.
+        video: whether videos are trimmed too.
+    """
+
+    model_type: str
+    name: str
+    notes: str = ""
+    video: bool = False
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("llava", "LLaVA 1.5"),
+    Family("llava_next", "LLaVA-NeXT (1.6)", "tiles and newline tokens are visual tokens"),
+    Family("llava_onevision", "LLaVA-OneVision", video=True),
+    Family("llava_next_video", "LLaVA-NeXT-Video", video=True),
+    Family("qwen2_vl", "Qwen2-VL", "multimodal RoPE", video=True),
+    Family("qwen2_5_vl", "Qwen2.5-VL", "multimodal RoPE", video=True),
+    Family("qwen3_vl", "Qwen3-VL", "DeepStack", video=True),
+    Family("idefics3", "Idefics3"),
+    Family("smolvlm", "SmolVLM, SmolVLM2"),
+    Family("internvl", "InternVL 2.5, 3, 3.5"),
+    Family("mistral3", "Mistral 3, Pixtral", "row-break tokens between patches are text"),
+    Family("paligemma", "PaliGemma 1, 2", "the whole prompt attends in both directions"),
+    Family("gemma3", "Gemma 3", "sliding windows; an image attends in both directions"),
+)
+
+REFUSED: dict[str, str] = {
+    "mllama": "its image goes through cross-attention layers, there are no visual tokens in the text",
+    "florence2": "it is an encoder-decoder: the decoder sees no visual tokens",
+    "kosmos-2": "it is an encoder-decoder style model without a shared decoder interface",
+    "gemma3n": "its last layers reuse the KV entries of earlier ones, which trimming makes uneven",
+    "blip-2": "a Q-Former already reduces an image to 32 tokens",
+    "instructblip": "a Q-Former already reduces an image to 32 tokens",
+}
+
+
+def family_of(model: nn.Module, untested: bool = False) -> Family:
+    """The family of a model.
+
+    Raises:
+        UnsupportedModelError: refused or unknown families; an unknown one can be tried with
+            ``untested=True`` if it has ``get_placeholder_mask``.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    for family in FAMILIES:
+        if family.model_type == model_type:
+            return family
+    if model_type in REFUSED:
+        raise UnsupportedModelError(f"{model_type} cannot be trimmed: {REFUSED[model_type]}")
+    if untested and hasattr(getattr(model, "model", None), "get_placeholder_mask"):
+        return Family(str(model_type), str(model_type), "untested")
+    known = ", ".join(family.model_type for family in FAMILIES)
+    raise UnsupportedModelError(
+        f"model type {model_type!r} is not a supported vision-language model. Supported: {known}. "
+        "If it passes its visual tokens through get_placeholder_mask, try untested=True"
+    )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of a model that the engine hooks into."""
+
+    inner: nn.Module
+    text: nn.Module
+    layers: tuple[nn.Module, ...]
+    attentions: tuple[nn.Module, ...]
+    windows: tuple[int | None, ...]
+
+
+def parts_of(model: nn.Module) -> Parts:
+    """Find the text model, its decoder layers and their attention.
+
+    Raises:
+        UnsupportedModelError: if the model is laid out otherwise, with the reason.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", "this model")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{model_type} is an encoder-decoder and cannot be trimmed")
+    inner = getattr(model, "model", None)
+    text = getattr(inner, "language_model", None) or getattr(inner, "text_model", None)
+    layers = getattr(text, "layers", None)
+    if inner is None or text is None or not isinstance(layers, nn.ModuleList):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no model.language_model.layers: load it with "
+            "AutoModelForImageTextToText"
+        )
+    count = text.config.num_hidden_layers
+    attentions = tuple(getattr(layer, "self_attn", None) for layer in layers[:count])
+    if any(attention is None or not hasattr(attention, "layer_idx") for attention in attentions):
+        raise UnsupportedModelError(
+            f"{model_type} mixes in decoder layers without softmax attention, which hold no KV "
+            "entries to trim"
+        )
+    if any(getattr(attention, "is_kv_shared_layer", False) for attention in attentions):
+        raise UnsupportedModelError(
+            f"this {model_type} shares KV entries between layers, which trimming makes uneven"
+        )
+    return Parts(inner, text, tuple(layers[:count]), attentions, _windows(text.config, attentions))
+
+
+def _windows(config: Any, attentions: tuple[Any, ...]) -> tuple[int | None, ...]:
+    """The sliding window of each decoder layer, as its attention module or the config says it."""
+    types = getattr(config, "layer_types", None)
+    windows: list[int | None] = []
+    for index, attention in enumerate(attentions):
+        kind = types[index] if types else None
+        if kind is None:
+            window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+        elif kind == "sliding_attention":
+            window = getattr(attention, "sliding_window", None) or config.sliding_window
+        elif kind == "full_attention":
+            window = None
+        else:
+            raise UnsupportedModelError(f"decoder layers of type {kind!r} are not supported")
+        windows.append(window)
+    return tuple(windows)
+
+
+class VisualTokens:
+    """Listens to a model for which tokens of the chunk under way are visual.
+
+    Most families ask their own ``get_placeholder_mask`` where image features go, which also answers
+    for ``inputs_embeds``; for the others the config's image token id is looked for.
+    """
+
+    def __init__(self, model: nn.Module, inner: nn.Module) -> None:
+        self.model = model
+        self.inner = inner
+        self.mask: Tensor | None = None
+        self._asks = hasattr(inner, "get_placeholder_mask")
+
+    def attach(self) -> None:
+        """Listen on this instance alone; the class stays as it is."""
+        if not self._asks:
+            return
+        original: Callable[..., Any] = self.inner.get_placeholder_mask
+
+        def get_placeholder_mask(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            for mask in result if isinstance(result, tuple) else (result,):
+                self._add(mask)
+            return result
+
+        self.inner.get_placeholder_mask = get_placeholder_mask
+
+    def detach(self) -> None:
+        self.mask = None
+        self.inner.__dict__.pop("get_placeholder_mask", None)
+
+    def begin(self, kwargs: dict[str, Any]) -> None:
+        """A forward pass starts, with these arguments of the model inside."""
+        self.mask = None
+        if self._asks:
+            return
+        if kwargs.get("pixel_values") is None and kwargs.get("image_hidden_states") is None:
+            return
+        token = self.model.config.image_token_id
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if ids is not None:
+            self._add(ids == token)
+        elif embeds is not None:
+            row = self.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+            self._add((embeds == row).all(-1))
+
+    def _add(self, mask: Tensor | None) -> None:
+        """``mask`` is [B, T], [B, T, 1] or [B, T, D]."""
+        if mask is None:
+            return
+        flat = mask[..., 0] if mask.dim() == 3 else mask
+        self.mask = flat if self.mask is None else self.mask | flat

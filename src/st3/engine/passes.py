@@ -1,0 +1,367 @@
+"""What happens to one forward pass of the text model, layer by layer.
+
+``enter`` runs in the pre-hook of each decoder layer and shrinks what goes in; ``attend`` runs in
+place of the layer's attention function, scores the visual tokens and files keys and values;
+``finish`` runs on the text model's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from st3.engine.cache import Clock, Phase, TrimmedLayer
+from st3.engine.columns import (
+    Block,
+    Memo,
+    Rows,
+    cache_order,
+    gather_columns,
+    gather_positions,
+    memoised,
+    rank_visual,
+    select,
+)
+from st3.engine.errors import TrimStateError
+from st3.engine.masks import (
+    Kind,
+    as_bool,
+    causal,
+    decode_mask,
+    finish,
+    gather_mask,
+    is_plain,
+    prefill_mask,
+)
+from st3.schedule import Schedule
+from st3.scores import LayerView, Score
+
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A policy laid out on a model: what the passes need to know of both."""
+
+    schedule: Schedule
+    score: Score
+    rerank: int | None
+    kind: Kind
+    windows: tuple[int | None, ...]
+    per_image: bool
+
+    def anneals(self, layer: int, rows: Rows) -> bool:
+        """Whether ``layer`` will ever show less than it stores of these rows."""
+        if not self.schedule.anneals:
+            return False
+        return any(
+            stays < self.schedule.kept(layer, n)
+            for row, left in zip(self.budgets(rows), self.stays(layer, rows), strict=True)
+            for n, stays in zip(row, left, strict=True)
+        )
+
+    def stays(self, layer: int, rows: Rows) -> list[list[int]]:
+        """The visual tokens that ``layer`` shows for ever, by row and budget."""
+        late = 1 << 40
+        return [[self.schedule.visible(layer, n, late) for n in row] for row in self.budgets(rows)]
+
+    def budgets(self, rows: Rows) -> tuple[tuple[int, ...], ...]:
+        """The original visual counts that budgets are taken from: per row, or per image."""
+        return rows.images if self.per_image else tuple((n,) for n in rows.n_visual)
+
+
+@dataclass
+class Prefill:
+    """A prompt with visual tokens.
+
+    Attributes:
+        rows: facts of the batch.
+        block: columns of the layer under way.
+        attention_mask: the caller's [B, T] mask of this chunk, or None.
+        cache: the layers to fill; None without a cache.
+        extends: whether an earlier turn is in the cache (its visual tokens keep their annealing;
+            those of this chunk are pruned, but not annealed).
+    """
+
+    plan: Plan
+    rows: Rows
+    block: Block
+    attention_mask: Tensor | None
+    cache: list[TrimmedLayer] | None
+    clock: Clock
+    extends: bool = False
+    blocks: dict[int, Block] = field(default_factory=dict)
+    columns: dict[int, Tensor] = field(default_factory=dict)
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    stored: set[int] = field(default_factory=set)
+    hidden: Tensor | None = None
+    _gathered: dict[int, Memo] = field(default_factory=dict)
+    _plain: Memo = field(default_factory=dict)
+
+    def enter(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Drop what ``layer`` no longer sees from its inputs."""
+        if layer not in self.blocks:
+            if self.plan.schedule.prunes(layer):
+                self._prune(layer)
+            self.blocks[layer] = self.block
+        # Gradient checkpointing may run a layer again: its block and columns are replayed.
+        self.block = self.blocks[layer]
+        if layer in self.columns:
+            hidden = gather_columns(hidden, self.columns[layer])
+        self.hidden = hidden
+        if self.block.index is None and not self.extends:
+            return hidden
+        index = self.block.source_columns()
+        mask = kwargs.get("attention_mask")
+        kwargs["attention_mask"] = (
+            self._extension_mask(layer, mask, hidden) if self.extends else self._mask(mask, hidden)
+        )
+        # Flash attention takes jumps in batch-1 position ids for packed sequences and would cut
+        # the prompt there, silently.
+        kwargs["position_ids"] = None
+        tables = kwargs.get("position_embeddings")
+        if tables is not None and self.block.index is not None:
+            kwargs["position_embeddings"] = memoised(
+                self._memo(), tables, lambda: _gather_tables(tables, index)
+            )
+        return hidden
+
+    def _prune(self, layer: int) -> None:
+        score = self.scores.get(layer - 1)
+        if score is None:
+            raise TrimStateError(
+                f"decoder layer {layer - 1} ran without a score: its attention was not called "
+                "through transformers' attention interface"
+            )
+        schedule = self.plan.schedule
+        kept = [[schedule.kept(layer, n) for n in row] for row in self.plan.budgets(self.rows)]
+        with torch.no_grad():
+            self.block, self.columns[layer] = select(self.block, score, kept)
+        if self.extends and len(set(self.block.counts)) > 1:
+            raise TrimStateError(
+                "a new image in a continued batch needs rows of equal length: continue the rows one "
+                "by one"
+            )
+
+    def _mask(self, mask: Any, hidden: Tensor) -> Tensor | None:
+        """The mask of left-aligned rows."""
+        kind, block = self.plan.kind, self.block
+
+        def make() -> Tensor | None:
+            if mask is None or mask.dim() == 2 or self._is_plain(mask):
+                return prefill_mask(hidden.shape[1], kind, hidden.dtype, hidden.device)
+            return gather_mask(mask, block.source_columns(), block.valid)
+
+        return memoised(self._memo(), mask, make)  # type: ignore[return-value]
+
+    def _memo(self) -> Memo:
+        """Gathered masks and tables of the block under way."""
+        return self._gathered.setdefault(id(self.block), {})
+
+    def _is_plain(self, mask: Tensor) -> bool:
+        return bool(memoised(self._plain, mask, lambda: is_plain(mask, self.attention_mask)))
+
+    def _extension_mask(self, layer: int, mask: Any, hidden: Tensor) -> Tensor:
+        """Keys are an earlier turn's live columns, then this chunk's."""
+        past = self._cache_layer(layer)
+        step = self.clock.step(self.clock.start)
+        starts = past.row_starts(step)
+        first, end = min(starts), past.end
+        index = self.block.source_columns()
+        batch, columns = index.shape
+        place = torch.arange(first, end, device=index.device)
+        seen = place >= torch.tensor(starts, device=index.device)[:, None]
+        seen = seen[:, None, None, :].expand(batch, 1, columns, end - first)
+        window = self.plan.windows[layer]
+        if window is not None:
+            query = self.clock.start + index
+            near = past.positions(first)[:, None, None, :] > (query - window)[:, None, :, None]
+            seen = seen & near
+        chunk = mask[..., -self.rows.length :] if mask is not None else None
+        if chunk is None or mask.dim() == 2:
+            own = causal(columns, columns, index.device).expand(batch, 1, columns, columns)
+        else:
+            own = as_bool(gather_mask(chunk, index, self.block.valid))
+        return finish(torch.cat([seen, own], dim=-1), self.plan.kind, hidden.dtype)
+
+    def _cache_layer(self, layer: int) -> TrimmedLayer:
+        if self.cache is None:
+            raise TrimStateError("an earlier turn can only be continued with its cache")
+        return self.cache[layer]
+
+    def attend(
+        self, layer: int, base: Attend, module: Any, query: Tensor, key: Tensor, value: Tensor,
+        mask: Tensor | None, kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Run the attention ``base``, score the visual tokens, file keys and values."""
+        store = self.cache is not None and not self.extends and layer not in self.stored
+        ranks = store and self.plan.anneals(layer, self.rows)
+        last = layer + 1 == self.plan.schedule.num_layers
+        prunes_next = not last and self.plan.schedule.prunes(layer + 1)
+        if (ranks or prunes_next) and layer not in self.scores:
+            with torch.no_grad():
+                view = self._view(layer, module, query, key, kwargs)
+                self.scores[layer] = self.plan.score(view)
+        if self.rows.tail and ranks:
+            mask = self._tail_mask(layer, query)
+        output = base(module, query, key, value, mask, **kwargs)
+        if store and self.cache is not None:
+            self.stored.add(layer)
+            with torch.no_grad():
+                order = cache_order(
+                    self.block,
+                    self.scores[layer] if ranks else None,
+                    self.plan.stays(layer, self.rows),
+                )
+                self.cache[layer].store(
+                    key, value, order, self.block.source_columns(), self.block.counts,
+                    self.block.n_kept, self.plan.budgets(self.rows),
+                )  # fmt: skip
+        elif self.extends and self.cache is not None:
+            self.cache[layer].note_positions(self.clock.start + self.block.source_columns())
+        return output
+
+    def _view(
+        self, layer: int, module: Any, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+    ) -> LayerView:
+        block = self.block
+        valid = block.valid
+        if self.extends:
+            past = self._cache_layer(layer)
+            starts = past.row_starts(self.clock.step(self.clock.start))
+            place = torch.arange(min(starts), past.end, device=key.device)
+            old = place[: key.shape[2] - query.shape[2]] >= torch.tensor(starts, device=key.device)[:, None]
+            new = valid if valid is not None else old.new_ones(query.shape[0], query.shape[2])
+            valid = torch.cat([old, new], dim=1)
+        scaling = kwargs.get("scaling")
+        return LayerView(
+            layer=layer,
+            query=query,
+            key=key,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=kwargs.get("softcap"),
+            hidden=self.hidden,
+            visual=block.visual,
+            ordinal=block.ordinal,
+            last=block.last,
+            key_valid=valid,
+        )
+
+    def _tail_mask(self, layer: int, query: Tensor) -> Tensor | None:
+        """Candidates of assisted decoding see what their decode step would see."""
+        columns, tail = query.shape[2], self.rows.tail
+        seen = causal(columns, columns, query.device).expand(query.shape[0], 1, -1, -1).clone()
+        rank = rank_visual(self.block, self.scores[layer])
+        for place in range(tail):
+            (budget,) = self.plan.budgets(self.rows)
+            visible = sum(self.plan.schedule.visible(layer, n, place + 1) for n in budget)
+            gone = self.block.visual & (rank >= visible)
+            seen[:, :, columns - tail + place] &= ~gone[:, None]
+        if self.block.valid is not None:
+            seen &= self.block.valid[:, None, None]
+        return finish(seen, self.plan.kind, query.dtype)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Back to the prompt's own columns [B, T, D]: zeros where visual tokens were dropped, so
+        that logits_to_keep and labels mean what they mean on the bare model."""
+        self.hidden = None
+        index = self.block.index
+        if index is None:
+            return hidden
+        batch, columns, size = hidden.shape
+        if self.block.valid is not None:
+            hidden = hidden.masked_fill(~self.block.valid[..., None], 0)
+        offset = torch.arange(batch, device=index.device)[:, None] * self.rows.length
+        full = hidden.new_zeros(batch * self.rows.length, size)
+        full = full.index_copy(0, (index + offset).flatten(), hidden.reshape(-1, size))
+        return full.view(batch, self.rows.length, size)
+
+
+@dataclass
+class Append:
+    """Text after a trimmed prompt: decode steps, candidates of assisted decoding, a further turn."""
+
+    plan: Plan
+    cache: list[TrimmedLayer]
+    clock: Clock
+
+    def enter(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Give the layer the mask of its own live columns."""
+        kwargs["position_ids"] = None
+        kwargs["attention_mask"] = self._mask(layer, hidden)
+        return hidden
+
+    def _mask(self, layer: int, hidden: Tensor) -> Tensor | None:
+        past = self.cache[layer]
+        queries = hidden.shape[1]
+        starts = [past.row_starts(self.clock.step(self.clock.start + q)) for q in range(queries)]
+        first, end = min(starts[0]), past.end + queries
+        kind, dtype, device = self.plan.kind, hidden.dtype, hidden.device
+        window = self.plan.windows[layer]
+        if window is None or self.clock.start + queries <= window:
+            return decode_mask(starts, first, end, kind, dtype, device)
+        # Original columns of keys and queries say what lies within the window.
+        fresh = torch.arange(self.clock.start, self.clock.start + queries, device=device)
+        old = past.positions(first)
+        keys = torch.cat([old, fresh.expand(old.shape[0], -1)], dim=1)
+        near = keys[:, None, None, :] > (fresh - window)[:, None]
+        seen = decode_mask(starts, first, end, "sdpa", dtype, device)
+        return finish(near if seen is None else near & seen, kind, dtype)
+
+    def attend(
+        self, layer: int, base: Attend, module: Any, query: Tensor, key: Tensor, value: Tensor,
+        mask: Tensor | None, kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Run the attention ``base``; rank the visible visual tokens anew when it is time."""
+        past = self.cache[layer]
+        if self.plan.windows[layer] is not None:
+            fresh = torch.arange(self.clock.start, self.clock.start + self.clock.tokens, device=key.device)
+            past.note_positions(fresh.expand(key.shape[0], -1))
+        output = base(module, query, key, value, mask, **kwargs)
+        every = self.plan.rerank
+        if every and self.clock.tokens == 1 and self.clock.step(self.clock.start) % every == 0:
+            with torch.no_grad():
+                past.reorder_visible(_decode_attention_row(query, key, past, kwargs))
+        return output
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+def _decode_attention_row(
+    query: Tensor, key: Tensor, past: TrimmedLayer, kwargs: dict[str, Any]
+) -> Tensor:
+    """The current token's attention over the live columns, mean over heads, [B, K]."""
+    batch, _, keys, _ = key.shape
+    starts = torch.tensor(past.row_starts(past.step), device=key.device)[:, None]
+    place = torch.arange(past.first_live(), past.end, device=key.device)
+    nothing = torch.zeros(batch, 1, dtype=torch.bool, device=key.device)
+    scaling = kwargs.get("scaling")
+    view = LayerView(
+        layer=past.layer,
+        query=query,
+        key=key,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
+        hidden=None,
+        visual=nothing,
+        ordinal=nothing.long(),
+        last=torch.zeros(batch, dtype=torch.long, device=key.device),
+        key_valid=place >= starts,
+    )
+    return view.last_row_logits().softmax(dim=-1).mean(dim=1)
+
+
+def _gather_tables(tables: Any, index: Tensor) -> Any:
+    if isinstance(tables, Tensor):
+        return gather_positions(tables, index)
+    return type(tables)(_gather_tables(table, index) for table in tables)
+
+
+def begin_phase(clock: Clock, phase: Phase, start: int, tokens: int) -> None:
+    """Set a cache's clock for a pass of ``tokens`` logical tokens behind ``start``."""
+    clock.phase, clock.start, clock.tokens = phase, start, tokens

@@ -1,0 +1,292 @@
+"""What a trimmed run did: counts per layer, FLOPs, KV memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from st3.cost import TextDims, prefill_flops
+from st3.schedule import Schedule
+
+if TYPE_CHECKING:
+    from st3.engine.cache import TrimmedLayer
+    from st3.engine.columns import Rows
+    from st3.engine.passes import Prefill
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class KVSample:
+    """KV bytes of the whole batch after a forward pass."""
+
+    step: int
+    live: int
+    allocated: int
+
+
+@dataclass
+class Report:
+    """The latest prompt with an image that a trimmed model ran, and the generation after it.
+
+    Attributes:
+        policy: the policy, as a string that :func:`st3.policies.parse` reads.
+        schedule: its counts on this model.
+        visual_per_image: for each row of the batch the visual tokens of each image (or video). An
+            image is a run of visual tokens; where a family puts marker tokens between tiles or
+            rows of patches, each run counts.
+        n_text: for each row its other prompt tokens.
+        kept: for each row the visual tokens that entered each decoder layer.
+        steps: decode steps after the prompt (the first generated token comes from the prefill).
+        samples: KV bytes after the prefill and after each decode step.
+        entry_bytes: bytes of one KV entry (key and value) in each layer.
+    """
+
+    policy: str
+    schedule: Schedule
+    visual_per_image: tuple[tuple[int, ...], ...]
+    n_text: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
+    dims: TextDims | None
+    entry_bytes: tuple[int, ...]
+    steps: int = 0
+    samples: list[KVSample] = field(default_factory=list)
+    _ordinals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _prefill: Prefill | None = field(default=None, repr=False)
+
+    @classmethod
+    def begin(
+        cls,
+        policy: str,
+        schedule: Schedule,
+        rows: Rows,
+        budgets: Sequence[Sequence[int]],
+        config: Any,
+        dtype: torch.dtype,
+        prefill: Prefill | None = None,
+    ) -> Report:
+        """A report on a prompt whose prefill starts now.
+
+        Args:
+            budgets: the original counts that the schedule's shares are taken of, per row.
+            prefill: the pass that fills in which tokens were kept; None if nothing is dropped.
+        """
+        try:
+            dims: TextDims | None = TextDims.from_config(config)
+        except ValueError:  # a family that the cost model does not describe
+            dims = None
+        size = torch.empty((), dtype=dtype).element_size()
+        entries = tuple(2 * la.kv_heads * la.head_dim * size for la in dims.layers) if dims else ()
+        kept = tuple(
+            tuple(sum(schedule.kept(layer, n) for n in row) for layer in range(schedule.num_layers))
+            for row in budgets
+        )
+        n_text = tuple(n - rows.tail for n in rows.n_text)
+        report = cls(policy, schedule, rows.images, n_text, kept, dims, entries)
+        report._prefill = prefill
+        return report
+
+    # Filled in while the model runs ---------------------------------------------------------------
+
+    def sample(self, layers: Sequence[TrimmedLayer], steps: int) -> None:
+        """Note the KV bytes after a pass; a pass that was rolled back is overwritten."""
+        live = sum(layer.live_tokens * layer.bytes_per_token for layer in layers)
+        allocated = sum(layer.allocated_tokens * layer.bytes_per_token for layer in layers)
+        while self.samples and self.samples[-1].step >= steps:
+            self.samples.pop()
+        self.samples.append(KVSample(steps, live, allocated))
+        self.steps = steps
+
+    def advance(self, tokens: int) -> None:
+        """Note decode steps of a run in which nothing is trimmed."""
+        self.steps += tokens
+
+    def close_prefill(self) -> None:
+        """Keep which visual tokens each layer saw, and let the pass itself go."""
+        if self._prefill is not None:
+            for layer, block in self._prefill.blocks.items():
+                self._ordinals[layer] = (block.ordinal, block.visual)
+            self._prefill = None
+
+    # Counts ---------------------------------------------------------------------------------------
+
+    @property
+    def n_visual(self) -> list[int]:
+        """Visual tokens of each row."""
+        return [sum(images) for images in self.visual_per_image]
+
+    @property
+    def mean_share(self) -> float:
+        """Share of the visual tokens that entered a layer, mean over layers and rows."""
+        total = sum(self.n_visual) * self.schedule.num_layers
+        return sum(map(sum, self.kept)) / total if total else 1.0
+
+    def kept_positions(self, layer: int, row: int = 0) -> Tensor:
+        """Which of the row's visual tokens entered ``layer``: ascending indices among the row's
+        ``n_visual[row]`` visual tokens, a LongTensor on the CPU.
+
+        Raises:
+            ValueError: for a layer or row that does not exist.
+        """
+        if not 0 <= layer < self.schedule.num_layers:
+            raise ValueError(f"layer {layer} does not exist: 0 to {self.schedule.num_layers - 1}")
+        if not 0 <= row < len(self.n_text):
+            raise ValueError(f"row {row} does not exist: 0 to {len(self.n_text) - 1}")
+        if layer not in self._ordinals:
+            return torch.arange(self.n_visual[row])
+        ordinal, visual = self._ordinals[layer]
+        return ordinal[row][visual[row]].cpu()
+
+    # FLOPs ----------------------------------------------------------------------------------------
+
+    def _flops(self, trimmed: bool) -> int | None:
+        if self.dims is None:
+            return None
+        total = 0
+        for n_text, n_visual, kept in zip(self.n_text, self.n_visual, self.kept, strict=True):
+            counts = _Counts(kept) if trimmed else None
+            total += prefill_flops(self.dims, n_text, n_visual, counts).total
+        return total
+
+    @property
+    def prefill_flops(self) -> int | None:
+        """FLOPs of the text decoder's prefill, all rows; None for an unknown decoder."""
+        return self._flops(trimmed=True)
+
+    @property
+    def untrimmed_prefill_flops(self) -> int | None:
+        """What the same prefill costs untrimmed."""
+        return self._flops(trimmed=False)
+
+    @property
+    def prefill_flops_ratio(self) -> float | None:
+        """Trimmed over untrimmed prefill FLOPs, 0..1."""
+        trimmed, untrimmed = self.prefill_flops, self.untrimmed_prefill_flops
+        return None if trimmed is None or not untrimmed else trimmed / untrimmed
+
+    # KV memory ------------------------------------------------------------------------------------
+
+    def _untrimmed(self, step: int) -> int:
+        """Bytes of the KV entries that the bare model holds after ``step``; padding not counted."""
+        windows = [layer.window for layer in self.dims.layers] if self.dims else []
+        total = 0
+        for size, window in zip(self.entry_bytes, windows, strict=True):
+            for n_text, n_visual in zip(self.n_text, self.n_visual, strict=True):
+                entries = n_text + n_visual + step
+                total += size * (entries if window is None else min(entries, window - 1))
+        return total
+
+    def _last(self) -> KVSample:
+        if self.samples:
+            return self.samples[-1]
+        untrimmed = self._untrimmed(self.steps)
+        return KVSample(self.steps, untrimmed, untrimmed)
+
+    @property
+    def kv_live_bytes(self) -> int:
+        """Bytes of the KV entries that the last step could see, whole batch."""
+        return self._last().live
+
+    @property
+    def kv_allocated_bytes(self) -> int:
+        """Bytes of the buffers that hold them, padding and headroom included."""
+        return self._last().allocated
+
+    @property
+    def kv_untrimmed_bytes(self) -> int:
+        """Bytes that the bare model's entries would take at the same step."""
+        return self._untrimmed(self.steps)
+
+    def _mean_ratio(self, of: str) -> float:
+        if not self.samples:
+            return 1.0
+        untrimmed = sum(self._untrimmed(sample.step) for sample in self.samples)
+        return sum(getattr(sample, of) for sample in self.samples) / max(untrimmed, 1)
+
+    @property
+    def kv_mean_ratio(self) -> float:
+        """Live over untrimmed KV bytes, both averaged over prefill and decode steps."""
+        return self._mean_ratio("live")
+
+    @property
+    def kv_mean_allocated_ratio(self) -> float:
+        """Allocated over untrimmed KV bytes, both averaged over prefill and decode steps."""
+        return self._mean_ratio("allocated")
+
+    # For people -----------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as plain values, for JSON."""
+        names = (
+            "policy n_visual visual_per_image n_text kept mean_share prefill_flops"
+            " prefill_flops_ratio kv_live_bytes kv_allocated_bytes kv_untrimmed_bytes"
+            " kv_mean_ratio kv_mean_allocated_ratio steps"
+        )
+        return {name: getattr(self, name) for name in names.split()}
+
+    def __str__(self) -> str:
+        lines = [
+            ("policy", self.policy),
+            ("visual tokens", _counts(self.n_visual) + _images(self.visual_per_image)),
+            ("text tokens", _counts(self.n_text)),
+            ("kept per layer", _runs(self.kept[0]) + (" (row 0)" if len(self.kept) > 1 else "")),
+            ("mean share", f"{self.mean_share:.1%} of the visual tokens over the layers"),
+        ]
+        flops, ratio = self.prefill_flops, self.prefill_flops_ratio
+        if flops is not None and ratio is not None:
+            lines.append(("prefill FLOPs", f"{flops:.3g} ({ratio:.1%} of untrimmed)"))
+        lines += [
+            ("decode steps", str(self.steps)),
+            ("KV live", self._kv(self.kv_live_bytes)),
+            ("KV allocated", self._kv(self.kv_allocated_bytes)),
+            ("KV mean", f"live {self.kv_mean_ratio:.1%}, allocated "
+                        f"{self.kv_mean_allocated_ratio:.1%} of untrimmed"),
+        ]  # fmt: skip
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+    def _kv(self, size: int) -> str:
+        untrimmed = self.kv_untrimmed_bytes
+        share = f" ({size / untrimmed:.1%} of untrimmed {untrimmed / MIB:.2f})" if untrimmed else ""
+        return f"{size / MIB:.2f} MiB{share}"
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """A row's counts, in the form the cost model asks for."""
+
+    counts: tuple[int, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.counts)
+
+    def kept(self, layer: int, n_visual: int) -> int:
+        return self.counts[layer]
+
+    def visible(self, layer: int, n_visual: int, step: int) -> int:
+        return self.counts[layer]
+
+
+def _counts(values: Sequence[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else ", ".join(map(str, values))
+
+
+def _images(rows: tuple[tuple[int, ...], ...]) -> str:
+    most = max(map(len, rows))
+    return f" in up to {most} images a row" if most > 1 else ""
+
+
+def _runs(values: Sequence[int]) -> str:
+    """``3 x 576, 4 x 288, ...``: equal neighbours put together."""
+    parts: list[list[int]] = []
+    for value in values:
+        if parts and parts[-1][1] == value:
+            parts[-1][0] += 1
+        else:
+            parts.append([1, value])
+    return ", ".join(f"{count} x {value}" for count, value in parts)
