@@ -137,6 +137,9 @@ def _windows(config: Any, attentions: tuple[Any, ...]) -> tuple[int | None, ...]
     return tuple(windows)
 
 
+_IMAGE_ARGUMENTS = ("pixel_values", "image_hidden_states", "mm_encoder_outputs", "image_embeds")
+
+
 class VisualTokens:
     """Listens to a model for which tokens of the chunk under way are visual.
 
@@ -148,6 +151,8 @@ class VisualTokens:
         self.model = model
         self.inner = inner
         self.mask: Tensor | None = None
+        self.has_image = False
+        self.unknown = False
         self._asks = hasattr(inner, "get_placeholder_mask")
 
     def attach(self) -> None:
@@ -171,9 +176,16 @@ class VisualTokens:
     def begin(self, kwargs: dict[str, Any]) -> None:
         """A forward pass starts, with these arguments of the model inside."""
         self.mask = None
-        if self._asks:
-            return
-        if kwargs.get("pixel_values") is None and kwargs.get("image_hidden_states") is None:
+        # Encoded features come as a tensor or as a dict that may be empty.
+        given = (value for name, value in kwargs.items() if name.startswith(_IMAGE_ARGUMENTS))
+        self.has_image = any(v is not None and (isinstance(v, Tensor) or bool(v)) for v in given)
+        past = kwargs.get("past_key_values")
+        self.unknown = (
+            not self.has_image
+            and kwargs.get("input_ids") is None
+            and (past is None or past.get_seq_length() == 0)
+        )
+        if self._asks or not self.has_image:
             return
         token = self.model.config.image_token_id
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")

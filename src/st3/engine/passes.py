@@ -42,6 +42,9 @@ from st3.scores import LayerView, Score
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
+# Keyword arguments of decoder layers that Prefill.enter gathers in their own way.
+_HANDLED = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -102,8 +105,11 @@ class Prefill:
     _gathered: dict[int, Memo] = field(default_factory=dict)
     _plain: Memo = field(default_factory=dict)
 
-    def enter(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Drop what ``layer`` no longer sees from its inputs."""
+    def enter(
+        self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """Drop what ``layer`` no longer sees from its inputs: the hidden states [B, N, D], further
+        positional arguments and, in place, the keyword arguments."""
         if layer not in self.blocks:
             if self.plan.schedule.prunes(layer):
                 self._prune(layer)
@@ -114,7 +120,7 @@ class Prefill:
             hidden = gather_columns(hidden, self.columns[layer])
         self.hidden = hidden
         if self.block.index is None and not self.extends:
-            return hidden
+            return (hidden, *args)
         index = self.block.source_columns()
         mask = kwargs.get("attention_mask")
         kwargs["attention_mask"] = (
@@ -128,7 +134,20 @@ class Prefill:
             kwargs["position_embeddings"] = memoised(
                 self._memo(), tables, lambda: _gather_tables(tables, index)
             )
-        return hidden
+        for name, value in kwargs.items():
+            if name not in _HANDLED:
+                kwargs[name] = self._per_token(value)
+        return (hidden, *(self._per_token(value) for value in args))
+
+    def _per_token(self, value: Any) -> Any:
+        """Inputs with one entry per token, [B, T, ...], as of experts' or layers' own embeddings."""
+        index, length = self.block.index, self.rows.length
+        if index is None or not isinstance(value, Tensor) or value.dim() < 2:
+            return value
+        if value.shape[0] != index.shape[0] or value.shape[1] != length:
+            return value
+        flat = gather_columns(value.reshape(*value.shape[:2], -1), index)
+        return flat.view(*index.shape, *value.shape[2:])
 
     def _prune(self, layer: int) -> None:
         score = self.scores.get(layer - 1)
@@ -289,11 +308,13 @@ class Append:
     cache: list[TrimmedLayer]
     clock: Clock
 
-    def enter(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def enter(
+        self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
         """Give the layer the mask of its own live columns."""
         kwargs["position_ids"] = None
         kwargs["attention_mask"] = self._mask(layer, hidden)
-        return hidden
+        return (hidden, *args)
 
     def _mask(self, layer: int, hidden: Tensor) -> Tensor | None:
         past = self.cache[layer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from types import TracebackType
 from typing import Any
@@ -250,10 +251,22 @@ class Trimmer:
         """[B, T] bool for the chunk under way, or None if it has no image."""
         mask = self._visual.mask
         if mask is None and self.visual_mask is not None:
-            mask = self.visual_mask.to(embeds.device)
-        if mask is None or mask.shape != embeds.shape[:2]:
-            return None
-        return mask.to(embeds.device)
+            if self.visual_mask.shape == embeds.shape[:2]:
+                mask = self.visual_mask
+        if mask is not None:
+            return mask.to(embeds.device)
+        if self._visual.has_image:
+            raise UnsupportedModelError(
+                f"{self.family.model_type}: the prompt has an image, but which of its tokens are "
+                "visual was not found: pass visual_mask to st3.trim()"
+            )
+        if self._visual.unknown:
+            warnings.warn(
+                "st3 trims nothing: the prompt came as inputs_embeds without pixel_values, so that "
+                "its visual tokens are unknown. Pass visual_mask to st3.trim()",
+                stacklevel=2,
+            )
+        return None
 
     def _prompt(self, embeds: Tensor, visual: Tensor, past: int) -> tuple[Rows, Block] | None:
         """Read the chunk's rows; None if it turns out to hold no visual token."""
@@ -371,9 +384,9 @@ class Trimmer:
             if current is None:
                 return None
             if args:
-                return (current.enter(index, args[0], kwargs), *args[1:]), kwargs
-            kwargs["hidden_states"] = current.enter(index, kwargs["hidden_states"], kwargs)
-            return args, kwargs
+                return current.enter(index, args[0], args[1:], kwargs), kwargs
+            (kwargs["hidden_states"],) = current.enter(index, kwargs["hidden_states"], (), kwargs)
+            return (), kwargs
 
         return hook
 
