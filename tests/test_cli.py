@@ -93,7 +93,7 @@ def test_compare_prints_both_sides_and_how_it_was_measured(picture: Path, tiny_m
         "TTFT",
         "TPOT",
         "FLOPs",
-        "KV cache",
+        "KV in use",
         "medians of 1",
     ):
         assert part in result.stdout

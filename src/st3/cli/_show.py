@@ -23,7 +23,7 @@ def summary(answer: Answer, report: Any) -> str:
 
 def comparison(untrimmed: Answer, trimmed: Answer, report: Any, policy: str) -> Table:
     """Both answers side by side, then their costs, with trimmed / untrimmed in the last column."""
-    table = Table(show_lines=False, pad_edge=False, header_style="bold", expand=False)
+    table = Table(header_style="bold")
     table.add_column("", no_wrap=True)
     table.add_column("untrimmed", ratio=1, overflow="fold")
     table.add_column(escape(policy), ratio=1, overflow="fold")
@@ -39,16 +39,15 @@ def comparison(untrimmed: Answer, trimmed: Answer, report: Any, policy: str) -> 
 
     visual = sum(report.n_visual)
     full_flops = report.prefill_flops / report.prefill_flops_ratio
-    mean_kv = report.kv_mean_ratio * report.kv_untrimmed_bytes
     row("new tokens", untrimmed.tokens, trimmed.tokens, str)
-    row("visual tokens, mean over layers", visual, visual * report.mean_share, "{:.0f}".format)
+    row("visual tokens (mean)", visual, visual * report.mean_share, "{:.0f}".format)
     row("TTFT", untrimmed.ttft, trimmed.ttft, _ms)
     row("TPOT", untrimmed.tpot, trimmed.tpot, _ms)
     row("whole answer", untrimmed.total, trimmed.total, _ms)
-    row("prefill FLOPs (decoder)", full_flops, report.prefill_flops, _flops)
-    row("KV cache in use, end", report.kv_untrimmed_bytes, report.kv_live_bytes, _bytes)
-    row("KV cache allocated, end", report.kv_untrimmed_bytes, report.kv_allocated_bytes, _bytes)
-    row("KV cache in use, mean", report.kv_untrimmed_bytes, mean_kv, _bytes)
+    row("prefill FLOPs", full_flops, report.prefill_flops, _flops)
+    row("KV in use, at the end", report.kv_untrimmed_bytes, report.kv_live_bytes, _bytes)
+    row("KV allocated, at the end", report.kv_untrimmed_bytes, report.kv_allocated_bytes, _bytes)
+    table.add_row("KV in use, mean over steps", "", "", f"{report.kv_mean_ratio:.0%}")
     return table
 
 
@@ -57,7 +56,8 @@ def conditions(runs: int, where: str) -> str:
     return (
         f"Greedy; {where}; medians of {runs} alternating runs after one warm-up of each. TTFT: "
         "from the call of generate(), image encoder included, to the first token. TPOT: mean time "
-        "of each further token. untrimmed: the untouched model with the cache of transformers."
+        "of each further token. visual tokens: mean over the layers. FLOPs: of the decoder layers, "
+        "counted. untrimmed: the untouched model with the cache of transformers."
     )
 
 

@@ -140,7 +140,7 @@ def _answered(
             loaded, inputs, max_new_tokens, trimmer, None if as_json else _write
         )
     if not as_json:
-        stderr().print(_show.summary(answer, trimmer.report), style="dim")
+        stderr().print(_show.summary(answer, trimmer.report), style="dim", soft_wrap=True)
     return answer.to_dict()
 
 
@@ -220,7 +220,7 @@ def _draw(
             [heatmap.seen_box(p.size, loaded.processor.image_processor) for p in pictures],
             report.visual_per_image[0],
             {layer: report.kept_positions(layer).tolist() for layer in layers},
-            title=f"{policy}: kept at prefill (bright, outlined); layers 0 to {len(kept) - 1}",
+            title=f"{policy}: kept at prefill (bright, outlined); {len(kept)} layers, counted from 0",
         )
     except ValueError as error:
         raise CliError(first_line(error)) from error
