@@ -1,0 +1,165 @@
+"""Bytes: of the KV cache, live and allocated, and of what a decode step reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .dims import LayerDims, TextDims
+from .flops import Schedule, check, read
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+AllocationRule = Callable[[Sequence[int]], int]
+"""Live entries of a layer after the prefill and after each decode step so far -> entries that its
+buffer has room for now."""
+
+
+def bytes_per_value(dtype: Any) -> int:
+    """Bytes of one number of ``dtype``: a torch dtype or its name ("bfloat16", "bf16", ...)."""
+    name = str(dtype).removeprefix("torch.")
+    name = _SHORT.get(name, name)
+    if name not in _BYTES:
+        known = ", ".join([*_BYTES, *_SHORT])
+        raise ValueError(f"unknown dtype {dtype!r}: use one of {known}")
+    return _BYTES[name]
+
+
+def kv_entries(
+    dims: TextDims,
+    n_text: int,
+    n_visual: int,
+    schedule: Schedule | None = None,
+    step: int = 0,
+    *,
+    windows: bool = True,
+) -> list[int]:
+    """Live KV entries of each layer after decode step ``step`` (0: after the prefill).
+
+    Live is what a later step can still see: in a layer with a sliding window at most ``window - 1``
+    entries, which is what transformers' DynamicCache keeps. ``windows=False`` counts such layers
+    like all others, as st3's own cache layers keep them (they hide by a mask what lies behind).
+    """
+    check(dims, n_text, n_visual, schedule)
+    if step < 0:
+        raise ValueError(f"step counts decode steps and cannot be negative, got {step}")
+    live = []
+    for index, layer in enumerate(dims.layers):
+        visible = n_visual if schedule is None else schedule.visible(index, n_visual, step)
+        entries = n_text + visible + step
+        if windows and layer.window is not None:
+            entries = min(entries, layer.window - 1)
+        live.append(entries)
+    return live
+
+
+def kv_bytes(
+    dims: TextDims,
+    n_text: int,
+    n_visual: int,
+    schedule: Schedule | None = None,
+    step: int = 0,
+    dtype: Any = "bfloat16",
+    *,
+    windows: bool = True,
+) -> int:
+    """Bytes of the live KV entries of one sequence after decode step ``step`` (0: after the
+    prefill): keys and values of all layers. ``windows`` as in :func:`kv_entries`."""
+    size = bytes_per_value(dtype)
+    live = kv_entries(dims, n_text, n_visual, schedule, step, windows=windows)
+    return sum(_entry(layer) * n * size for layer, n in zip(dims.layers, live, strict=True))
+
+
+def mean_kv_bytes(
+    dims: TextDims,
+    n_text: int,
+    n_visual: int,
+    schedule: Schedule | None = None,
+    new_tokens: int = 1,
+    dtype: Any = "bfloat16",
+    *,
+    windows: bool = True,
+) -> float:
+    """Mean of :func:`kv_bytes` over a generation of ``new_tokens`` tokens: after the prefill,
+    which gives the first of them, and after each of the ``new_tokens - 1`` decode steps."""
+    if new_tokens < 1:
+        raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
+    held = (
+        kv_bytes(dims, n_text, n_visual, schedule, step, dtype, windows=windows)
+        for step in range(new_tokens)
+    )
+    return sum(held) / new_tokens
+
+
+def kv_allocated_bytes(
+    dims: TextDims,
+    n_text: int,
+    n_visual: int,
+    schedule: Schedule | None = None,
+    step: int = 0,
+    dtype: Any = "bfloat16",
+    *,
+    rule: AllocationRule,
+    windows: bool = True,
+) -> int:
+    """Bytes of the buffers that hold the live KV entries after decode step ``step``; ``rule`` says
+    how a cache allocates: :func:`as_needed` (DynamicCache) or :func:`with_headroom` (st3)."""
+    size = bytes_per_value(dtype)
+    history = [
+        kv_entries(dims, n_text, n_visual, schedule, s, windows=windows) for s in range(step + 1)
+    ]
+    return sum(
+        _entry(layer) * rule([live[index] for live in history]) * size
+        for index, layer in enumerate(dims.layers)
+    )
+
+
+def as_needed(live: Sequence[int]) -> int:
+    """DynamicCache makes the tensors of every step anew."""
+    return live[-1]
+
+
+def with_headroom(columns: int) -> AllocationRule:
+    """A buffer with ``columns`` entries to spare that is copied when it is full: the copy takes
+    what is live then and ``columns`` more, so that annealed entries are given back only then.
+    This is how st3's cache layers allocate, with ``st3.engine.cache.HEADROOM`` columns."""
+    if columns < 0:
+        raise ValueError(f"headroom cannot be negative, got {columns}")
+
+    def rule(live: Sequence[int]) -> int:
+        used, capacity = live[0], live[0] + columns
+        for now in live[1:]:
+            used += 1  # entries are appended; what annealing hides stays in the buffer
+            if used > capacity:
+                used, capacity = now, now + columns
+        return capacity
+
+    return rule
+
+
+def decode_bytes(
+    dims: TextDims,
+    n_text: int,
+    n_visual: int,
+    schedule: Schedule | None = None,
+    step: int = 1,
+    dtype: Any = "bfloat16",
+    batch: int = 1,
+) -> int:
+    """Bytes that decode step ``step`` must read: every weight matrix of the decoder and the head
+    once, and the KV entries that attention sees, for each of ``batch`` equal rows.
+
+    Of a mixture of experts, at most ``batch * experts_per_token`` different experts are read.
+    """
+    check(dims, n_text, n_visual, schedule)
+    size = bytes_per_value(dtype)
+    weights = dims.inputs + dims.lm_head + sum(layer.weights(batch) for layer in dims.layers)
+    keys = read(dims, n_text, n_visual, schedule, step)
+    entries = sum(_entry(layer) * n for layer, n in zip(dims.layers, keys, strict=True))
+    return (weights + batch * entries) * size
+
+
+def _entry(layer: LayerDims) -> int:
+    """Numbers in one KV entry: a key and a value for each KV head."""
+    return 2 * layer.kv_heads * layer.head_dim
