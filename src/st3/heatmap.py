@@ -46,6 +46,16 @@ def grid_side(n_visual: int) -> int:
     return side
 
 
+def split_evenly(n_visual: int, images: int) -> list[int]:
+    """Visual tokens of each image of a prompt; in models of `GRID_MODELS` all have the same number.
+
+    Raises ValueError when they cannot have.
+    """
+    if images < 1 or n_visual % images:
+        raise ValueError(f"no heat map: {n_visual} visual tokens do not split over {images} images")
+    return [n_visual // images] * images
+
+
 def seen_box(size: tuple[int, int], image_processor: Any) -> Box:
     """The part of an image that the model sees, as (left, top, right, bottom) in its own pixels.
 

@@ -94,6 +94,8 @@ class Report:
 
     def sample(self, layers: Sequence[TrimmedLayer], steps: int) -> None:
         """Note the KV bytes after a pass; a pass that was rolled back is overwritten."""
+        if not self.entry_bytes:
+            self.entry_bytes = tuple(layer.bytes_per_token for layer in layers)
         live = sum(layer.live_tokens * layer.bytes_per_token for layer in layers)
         allocated = sum(layer.allocated_tokens * layer.bytes_per_token for layer in layers)
         while self.samples and self.samples[-1].step >= steps:
@@ -172,7 +174,7 @@ class Report:
 
     def _untrimmed(self, step: int) -> int:
         """Bytes of the KV entries that the bare model holds after ``step``; padding not counted."""
-        windows = [layer.window for layer in self.dims.layers] if self.dims else []
+        windows = [la.window for la in self.dims.layers] if self.dims else [None] * len(self.entry_bytes)
         total = 0
         for size, window in zip(self.entry_bytes, windows, strict=True):
             for n_text, n_visual in zip(self.n_text, self.n_visual, strict=True):

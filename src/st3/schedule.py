@@ -55,7 +55,9 @@ class Anneal:
 
     def __post_init__(self) -> None:
         if self.curve not in CURVES:
-            raise ValueError(f"unknown annealing curve {self.curve!r}: use one of {', '.join(CURVES)}")
+            raise ValueError(
+                f"unknown annealing curve {self.curve!r}: use one of {', '.join(CURVES)}"
+            )
         if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not self.tau > 0:
             raise ValueError(f"anneal tau must be a positive number of tokens, got {self.tau!r}")
         check_share("anneal floor", self.floor)
@@ -111,7 +113,9 @@ class Schedule:
                 )
 
     @classmethod
-    def from_shares(cls, shares: Sequence[float | Fraction], anneal: Anneal = NO_ANNEAL) -> Schedule:
+    def from_shares(
+        cls, shares: Sequence[float | Fraction], anneal: Anneal = NO_ANNEAL
+    ) -> Schedule:
         """A schedule from one share per decoder layer."""
         return cls(tuple(exact(share) for share in shares), anneal)
 

@@ -13,11 +13,13 @@ from st3.cli._measure import Answer
 def summary(answer: Answer, report: Any) -> str:
     """Two lines for below a streamed answer. report: st3.Report."""
     tpot = "" if answer.tpot is None else f", TPOT {_ms(answer.tpot)}"
+    ratio = report.prefill_flops_ratio
+    flops = "" if ratio is None else f"prefill FLOPs {ratio:.0%} of untrimmed, "
     return (
         f"{answer.tokens} tokens, TTFT {_ms(answer.ttft)}{tpot} (one cold run; measure with "
         f"--compare)\n{sum(report.n_visual)} visual tokens, {report.mean_share:.0%} of them kept "
-        f"on average over the layers; prefill FLOPs {report.prefill_flops_ratio:.0%} of untrimmed, "
-        f"KV cache {report.kv_mean_ratio:.0%} (mean over the answer)"
+        f"on average over the layers; {flops}"
+        f"KV in use {report.kv_mean_ratio:.0%} of untrimmed (mean over the answer)"
     )
 
 
@@ -38,13 +40,12 @@ def comparison(untrimmed: Answer, trimmed: Answer, report: Any, policy: str) -> 
         table.add_row(name, *cells, ratio)
 
     visual = sum(report.n_visual)
-    full_flops = report.prefill_flops / report.prefill_flops_ratio
     row("new tokens", untrimmed.tokens, trimmed.tokens, str)
     row("visual tokens (mean)", visual, visual * report.mean_share, "{:.0f}".format)
     row("TTFT", untrimmed.ttft, trimmed.ttft, _ms)
     row("TPOT", untrimmed.tpot, trimmed.tpot, _ms)
     row("whole answer", untrimmed.total, trimmed.total, _ms)
-    row("prefill FLOPs", full_flops, report.prefill_flops, _flops)
+    row("prefill FLOPs", report.untrimmed_prefill_flops, report.prefill_flops, _flops)
     row("KV in use, at the end", report.kv_untrimmed_bytes, report.kv_live_bytes, _bytes)
     row("KV allocated, at the end", report.kv_untrimmed_bytes, report.kv_allocated_bytes, _bytes)
     table.add_row("KV in use, mean over steps", "", "", f"{report.kv_mean_ratio:.0%}")

@@ -140,6 +140,7 @@ def _answered(
             loaded, inputs, max_new_tokens, trimmer, None if as_json else _write
         )
     if not as_json:
+        _write("\n")
         stderr().print(_show.summary(answer, trimmer.report), style="dim", soft_wrap=True)
     return answer.to_dict()
 
@@ -208,17 +209,18 @@ def _draw(
 ) -> None:
     from st3 import heatmap
 
-    kept = [len(report.kept_positions(layer)) for layer in range(len(report.kept))]
+    kept = report.kept[0]
     layers = heatmap.choose_layers(kept) if wanted is None else wanted
     if bad := [layer for layer in layers if not 0 <= layer < len(kept)]:
         raise CliError(
             f"--layers: there is no layer {bad[0]}, the model has 0 to {len(kept) - 1}", 2
         )
     try:
+        # Not visual_per_image: images that follow each other directly are one run of tokens there.
         picture = heatmap.draw(
             pictures,
             [heatmap.seen_box(p.size, loaded.processor.image_processor) for p in pictures],
-            report.visual_per_image[0],
+            heatmap.split_evenly(report.n_visual[0], len(pictures)),
             {layer: report.kept_positions(layer).tolist() for layer in layers},
             title=f"{policy}: kept at prefill (bright, outlined); {len(kept)} layers, counted from 0",
         )

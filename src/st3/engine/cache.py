@@ -102,6 +102,7 @@ class TrimmedLayer(CacheLayerMixin):
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._positions: Tensor | None = None
+        self._pending: tuple[Tensor, Tensor] | None = None
         self._starts: dict[int, tuple[int, ...]] = {}
 
     # What is live -----------------------------------------------------------------------------
@@ -174,24 +175,25 @@ class TrimmedLayer(CacheLayerMixin):
 
     def store(
         self,
-        key: Tensor,
-        value: Tensor,
         order: Tensor | None,
         positions: Tensor,
         counts: Sequence[int],
         kept: Sequence[int],
         images: Sequence[Sequence[int]],
     ) -> None:
-        """Write a prompt straight into the buffer, in cache order, as its only copy.
+        """Write the prompt last given to :meth:`update` straight into the buffer, in cache order,
+        as its only copy.
 
         Args:
-            key, value: [B, KV heads, N, head size].
             order: columns in cache order [B, M], or None when they stand so.
             positions: original columns [B, N].
             counts: valid columns of each row.
             kept: visual columns of each row.
             images: the rows' original visual tokens, by budget: one number, or one per image.
         """
+        if self._pending is None:
+            raise TrimStateError(f"layer {self.layer} stored nothing: its cache was not updated")
+        (key, value), self._pending = self._pending, None
         width = key.shape[2] if order is None else order.shape[1]
         self._keys = _allocate(key, width + HEADROOM)
         self._values = _allocate(value, width + HEADROOM)
@@ -215,7 +217,8 @@ class TrimmedLayer(CacheLayerMixin):
         """Take the pass's new keys and values and return those that attention reads.
 
         During a prefill nothing is stored yet: :meth:`store` follows once the layer's own attention
-        has ranked the visual tokens.
+        has ranked the visual tokens. (What is cached need not be what attention reads: multi-head
+        latent attention caches a compressed form.)
         """
         if self.clock.phase is Phase.IDLE:
             raise TrimStateError(
@@ -223,6 +226,7 @@ class TrimmedLayer(CacheLayerMixin):
                 "trimmed: call generate() inside the `with st3.trim(...)` block"
             )
         if self.clock.phase is Phase.PREFILL:
+            self._pending = (key_states, value_states)
             return key_states, value_states
         if self._keys is None or self._values is None:
             raise TrimStateError(f"layer {self.layer} of the cache is empty: no prompt was stored")

@@ -237,9 +237,12 @@ class Prefill:
                     self.plan.stays(layer, self.rows),
                 )
                 self.cache[layer].store(
-                    key, value, order, self.block.source_columns(), self.block.counts,
-                    self.block.n_kept, self.plan.budgets(self.rows),
-                )  # fmt: skip
+                    order,
+                    self.block.source_columns(),
+                    self.block.counts,
+                    self.block.n_kept,
+                    self.plan.budgets(self.rows),
+                )
         elif self.extends and self.cache is not None:
             self.cache[layer].note_positions(self.clock.start + self.block.source_columns())
         return output

@@ -484,7 +484,9 @@ def _adopt(layer: TrimmedLayer, old: Any, past: int, attention_mask: Tensor | No
     counts = [columns - max(0, pad - hidden_by_window) for pad in pads]
     positions = torch.arange(past - columns, past, device=keys.device).expand(batch, columns)
     layer.clock.start, layer.clock.tokens, layer.clock.prompt = 0, past, past
-    layer.store(keys, values, None, positions, counts, [0] * batch, [()] * batch)
+    layer.clock.phase = Phase.PREFILL
+    layer.update(keys, values)
+    layer.store(None, positions, counts, [0] * batch, [()] * batch)
 
 
 def trim(

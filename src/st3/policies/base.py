@@ -176,10 +176,10 @@ def _format_option(name: str, value: Any) -> str:
     if isinstance(value, Anneal):
         if value.curve == "none":
             return "curve=none"
-        return f"curve={value.curve},tau={value.tau:g},floor={value.floor:g}"
+        return f"curve={value.curve},tau={value.tau},floor={value.floor}"
     if isinstance(value, Policy):
         return f"{name}=({value})"
-    return f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}".replace("None", "none")
+    return f"{name}={'none' if value is None else value}"
 
 
 def check_layer(name: str, layer: int | None, num_layers: int | None = None) -> None:

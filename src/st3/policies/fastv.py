@@ -32,7 +32,9 @@ class FastV(Policy):
     def __post_init__(self) -> None:
         check_layer("layer", self.layer)
         if self.layer < 1:
-            raise ValueError("layer must be at least 1: FastV reads the attention of the layer before")
+            raise ValueError(
+                "layer must be at least 1: FastV reads the attention of the layer before"
+            )
         check_share("drop", self.drop)
 
     def schedule(self, num_layers: int) -> Schedule:

@@ -59,13 +59,17 @@ class ST3(Policy):
     def __post_init__(self) -> None:
         check_layer("first_layer", self.first_layer)
         if self.first_layer < 1:
-            raise ValueError("first_layer must be at least 1: the score is read off the layer before")
+            raise ValueError(
+                "first_layer must be at least 1: the score is read off the layer before"
+            )
         check_share("first_drop", self.first_drop)
         check_share("final_keep", self.final_keep)
         if self.ratio is not None:
             check_share("ratio", self.ratio)
         for name, value in (("stride", self.stride), ("rerank_every", self.rerank_every)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if not isinstance(self.anneal, Anneal):
             raise ValueError(f"anneal must be an st3.Anneal, got {self.anneal!r}")
@@ -136,7 +140,10 @@ class ST3(Policy):
         check_layer("first_layer", first_layer, num_layers)
         budget = exact(mean_keep) * num_layers
         drops = (num_layers - first_layer) // stride
-        done = [Fraction((i - first_layer) // stride, max(drops, 1)) for i in range(first_layer, num_layers)]
+        done = [
+            Fraction((i - first_layer) // stride, max(drops, 1))
+            for i in range(first_layer, num_layers)
+        ]
         if budget < first_layer:
             raise ValueError(
                 f"a mean share of {mean_keep:.1%} cannot be had: the first {first_layer} of "
