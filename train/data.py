@@ -33,6 +33,7 @@ class Batch:
     labels: torch.Tensor
     weights: torch.Tensor
     pixel_values: torch.Tensor
+    scenes: list[Scene]  # one per image
 
 
 def to_pixels(scenes: list[Scene]) -> torch.Tensor:
@@ -115,4 +116,4 @@ class Packer:
         )
         same = segments[:, :, None] == segments[:, None, :]
         attend = (same | (segments[:, None, :] == 0)).tril()
-        return Batch(ids, positions, attend[:, None], labels, weights, to_pixels(scenes))
+        return Batch(ids, positions, attend[:, None], labels, weights, to_pixels(scenes), scenes)

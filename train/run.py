@@ -38,13 +38,14 @@ from train.world import BACKGROUNDS, INKS, NAMES
 class Recipe:
     """The training's numbers; the defaults are those of the shipped model."""
 
-    tower_steps: int = 600
+    tower_steps: int = 450
     tower_batch: int = 48
     tower_lr: float = 1e-3
     steps: int = 2400  # of phase 2
     batch: int = 16
     lr: float = 1e-3
-    tower_lr_share: float = 0.3  # of lr, in phase 2
+    tower_lr_share: float = 0.5  # of lr, in phase 2
+    cells: float = 0.5  # weight of phase 1's loss in phase 2
     warmup: int = 100
     decay: float = 0.4  # share of the steps, at the end, in which lr falls to 0 by a cosine
     pairs_from: float = 0.6  # share of the steps after which two-image batches come in
@@ -65,14 +66,32 @@ class Tower(torch.nn.Module):
         self.ink = torch.nn.Linear(hidden, len(INKS) + 1)
         self.background = torch.nn.Linear(hidden, len(BACKGROUNDS))
 
+    def loss(
+        self, features: torch.Tensor, scenes: list[Scene]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        labels = cell_labels(scenes)
+        logits = self(features)
+        losses = [
+            functional.cross_entropy(out.flatten(0, 1).float(), want.flatten())
+            for out, want in zip(logits, labels, strict=True)
+        ]
+        filled = labels[0] < len(NAMES)
+        right = (logits[0].argmax(-1) == labels[0])[filled].float().mean()
+        return losses[0] + 0.3 * sum(losses[1:]), {"names": right.item()}
+
     def trained(self) -> list[torch.nn.Parameter]:
         parts = (self.model.model.vision_tower, self.model.model.multi_modal_projector)
-        heads = (self.model.get_input_embeddings(), self.size, self.ink, self.background)
-        return [p for module in (*parts, *heads) for p in module.parameters()]
+        embeddings = self.model.get_input_embeddings()
+        return [p for m in (*parts, embeddings, *self.heads()) for p in m.parameters()]
 
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Logits of the name, size, ink and background of each cell: (B, 9, classes) each."""
-        features = torch.stack(list(self.model.get_image_features(pixels).pooler_output))
+    def heads(self) -> tuple[torch.nn.Linear, ...]:
+        return self.size, self.ink, self.background
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Logits of the name, size, ink and background of each cell: (V, 9, classes) each.
+
+        ``features`` are the projected patches (V, 144, hidden).
+        """
         side = int(features.shape[1] ** 0.5)
         cells = features.unflatten(1, (3, side // 3, 3, side // 3)).mean(dim=(2, 4)).flatten(1, 2)
         cells = functional.rms_norm(cells, cells.shape[-1:])
@@ -122,7 +141,7 @@ class Trainer:
             return torch.optim.AdamW(self.tower.trained(), lr=0.0, **options)
         tower = list(self.model.model.vision_tower.parameters())
         seen = set(map(id, tower))
-        rest = [p for p in self.model.parameters() if id(p) not in seen]
+        rest = [p for p in self.tower.parameters() if id(p) not in seen]
         groups = [
             {"params": rest, "scale": 1.0},
             {"params": tower, "scale": self.recipe.tower_lr_share},
@@ -161,47 +180,55 @@ class Trainer:
     def _tower_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         size = self.recipe.tower_batch
         scenes = [sample_scene(seed) for seed in self._seeds(self.step * size, size)]
-        labels = cell_labels(scenes)
-        logits = self.tower(to_pixels(scenes))
-        losses = [
-            functional.cross_entropy(out.flatten(0, 1).float(), want.flatten())
-            for out, want in zip(logits, labels, strict=True)
-        ]
-        filled = labels[0] < len(NAMES)
-        right = (logits[0].argmax(-1) == labels[0])[filled].float().mean()
-        return losses[0] + 0.3 * sum(losses[1:]), {"names": right.item()}
+        features = self.model.get_image_features(to_pixels(scenes)).pooler_output
+        return self.tower.loss(torch.stack(list(features)), scenes)
 
     def _loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         recipe = self.recipe
         step = self.step - recipe.tower_steps
-        seeds = self._seeds(recipe.tower_steps * recipe.tower_batch + step * recipe.batch, recipe.batch)
+        seeds = self._seeds(
+            recipe.tower_steps * recipe.tower_batch + step * recipe.batch, recipe.batch
+        )
         pairs = step >= recipe.pairs_from * recipe.steps
         if pairs and random.Random(seeds[0]).random() < recipe.pairs:
             batch = self.packer.pair(seeds[: max(1, recipe.batch // 2)])
         else:
             batch = self.packer.single(seeds)
-        hidden = self.model.model(
+        output = self.model.model(
             input_ids=batch.input_ids,
             pixel_values=batch.pixel_values,
             attention_mask=batch.attend,
             position_ids=batch.position_ids,
             use_cache=False,
-        ).last_hidden_state
+        )
+        features = output.image_hidden_states.unflatten(0, (len(batch.scenes), -1))
+        cells, figures = self.tower.loss(features, batch.scenes)
         learnt = batch.labels[:, 1:] != IGNORE
-        logits = self.model.lm_head(hidden[:, :-1][learnt]).float()
+        logits = self.model.lm_head(output.last_hidden_state[:, :-1][learnt]).float()
         labels, weights = batch.labels[:, 1:][learnt], batch.weights[:, 1:][learnt]
         losses = functional.cross_entropy(logits, labels, reduction="none")
         right = (logits.argmax(-1) == labels).float()
         told = torch.isin(labels, self.tower.name_ids)
         answer = weights == ANSWER_WEIGHT
-        return (losses * weights).sum() / weights.sum(), {
+        loss = (losses * weights).sum() / weights.sum() + recipe.cells * cells
+        return loss, figures | {
+            "told": losses.mean().item(),
             "described": right[told & ~answer].mean().item(),
-            "answered": right[answer & (labels != self.packer.tokenizer.eos_token_id)].mean().item(),
+            "answered": right[answer & (labels != self.packer.tokenizer.eos_token_id)]
+            .mean()
+            .item(),
         }
 
     def _seeds(self, first: int, count: int) -> range:
         start = self.recipe.seed * 10**7 + first
         return range(start, start + count)
+
+    def compile(self) -> None:
+        """Compiles the layers (about 1.5 times faster on a CPU; needs a C++ compiler)."""
+        for layer in self.model.model.language_model.layers:
+            layer.compile(dynamic=True)
+        for layer in self.model.model.vision_tower.encoder.layers:
+            layer.compile(dynamic=True)
 
     def save(self, folder: Path) -> None:
         """Writes ``checkpoint.pt`` at once or not at all."""
@@ -250,6 +277,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=float, default=5.0, help="minutes")
+    parser.add_argument("--compile", action="store_true", help="needs a C++ compiler")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     recipe = Recipe(
@@ -258,6 +286,8 @@ def main() -> None:
     trainer = Trainer(recipe)
     if args.resume:
         trainer.load(args.out)
+    if args.compile:
+        trainer.compile()
     args.out.mkdir(parents=True, exist_ok=True)
     latest = args.out.with_name(args.out.name + "-latest")
     started = saved = time.monotonic()
@@ -265,7 +295,9 @@ def main() -> None:
         while trainer.step < trainer.last:
             figures = trainer.advance()
             bar.update()
-            bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()}, refresh=False)
+            bar.set_postfix(
+                {name: f"{value:.3f}" for name, value in figures.items()}, refresh=False
+            )
             if trainer.step % 10 == 0:
                 with (args.out / "log.jsonl").open("a") as log:
                     figures |= {"step": trainer.step, "seconds": round(trainer.seconds)}

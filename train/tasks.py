@@ -111,7 +111,9 @@ def _clause(scene: Scene, cell: int) -> str:
 
 def list_objects(scene: Scene) -> str:
     """The names in reading order: "cat, letter k, apple."."""
-    return ", ".join(t.name if t.kind == "emoji" else f"{t.kind} {t.name}" for t in scene.things) + "."
+    return (
+        ", ".join(t.name if t.kind == "emoji" else f"{t.kind} {t.name}" for t in scene.things) + "."
+    )
 
 
 def mentioned_objects(text: str) -> list[str]:
