@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from . import fixed, gemma, gemma4, grids, idefics, llava, mistral, qwen
+from . import fixed, gemma, gemma4, grids, idefics, llava, mistral, newer, qwen
 from .base import Batch, Family, I, T, V
 
-_MODULES = (llava, qwen, gemma, idefics, mistral, grids, gemma4, fixed)
+_MODULES = (llava, qwen, gemma, idefics, mistral, grids, gemma4, fixed, newer)
 FAMILIES: dict[str, Family] = {f.name: f for module in _MODULES for f in module.FAMILIES}
 
 

@@ -75,6 +75,7 @@ class Family:
     multi_image: bool = True
     dynamic_size: bool = False  # I(h, w) gives images of different token counts
     text_rows: bool = True  # rows without an image may stand in a batch with images
+    solo: bool = True  # a row of a batch equals the row alone
     visual_ids: tuple[int, ...] = (IMAGE, VIDEO)
     model_class: type[PreTrainedModel] | None = None
     gain: float = 1.3  # of the random weights; queries and keys get it twice

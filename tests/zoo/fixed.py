@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -102,6 +103,15 @@ def _deepseek_vl_hybrid() -> PreTrainedConfig:
         image_token_id=IMAGE,
         tie_word_embeddings=False,
     )
+
+
+class Janus(Wrapped):
+    def finish(self, model: PreTrainedModel) -> None:
+        super().finish(model)
+        # Its own generate() passes arguments in a way that the library calls deprecated.
+        logging.getLogger("transformers.generation.utils").addFilter(
+            lambda record: "guidance_scale" not in record.getMessage()
+        )
 
 
 def _janus() -> PreTrainedConfig:
@@ -279,7 +289,7 @@ FAMILIES = [
     Big("llama4", _llama4),
     FixedSize("deepseek_vl", _deepseek_vl),
     DeepseekHybrid("deepseek_vl_hybrid", _deepseek_vl_hybrid),
-    Wrapped("janus", _janus),
+    Janus("janus", _janus),
     Sam("got_ocr2", _got_ocr2),
     Aria("aria", _aria),
     Vq("chameleon", _chameleon),

@@ -39,6 +39,13 @@ LAYERS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_a
 class Gemma4(Family):
     """I(h, w) in tokens, each pooled from 2 by 2 patches. V(f): frames of 2 by 3 tokens."""
 
+    def finish(self, model: PreTrainedModel) -> None:
+        super().finish(model)
+        with torch.no_grad():  # no 1 / sqrt(head_dim) here: attention would be all but one-hot
+            for name, parameter in model.named_parameters():
+                if name.endswith("q_norm.weight"):
+                    parameter *= 0.5
+
     pool = POOL  # patches per token and side that the model still has to pool
     size = 3 * PATCH * PATCH
     most = 24  # tokens; patches of smaller images are padded to this, as the processor does
@@ -173,6 +180,6 @@ def _gemma4_unified() -> PreTrainedConfig:
 FAMILIES = [
     Gemma4("gemma4", gemma4_large, supports_video=True, dynamic_size=True),
     Gemma4("gemma4_moe", gemma4_moe, supports_video=True, dynamic_size=True),
-    Gemma4("gemma4_per_layer", gemma4_per_layer, supports_video=True, dynamic_size=True),
+    Gemma4("gemma4_per_layer", gemma4_per_layer, supports_video=True, dynamic_size=True, gain=1.1),
     Gemma4Unified("gemma4_unified", _gemma4_unified, supports_video=True, dynamic_size=True),
 ]

@@ -8,7 +8,7 @@ import transformers as tr
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .base import IMAGE, PATCH, VIDEO, VISION_END, VISION_START, Batch, I, Vision, text, vision
+from .base import IMAGE, PATCH, VIDEO, VISION_END, VISION_START, Batch, I, V, Vision, text, vision
 from .qwen import GLM_IDS, IDS, MERGE, QWEN3_VISION, QWEN_IDS, Glm4V, QwenVL, rope
 
 
@@ -62,6 +62,13 @@ class NoTypes(QwenVL):
 
     def extras(self, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
         return {}
+
+
+class Omni(NoTypes):
+    def video(self, model: PreTrainedModel, segment: V, rng: torch.Generator) -> Vision:
+        made = super().video(model, segment, rng)
+        made.tensors["video_second_per_grid"] = torch.tensor([1.0])
+        return made
 
 
 def _glm46v() -> PreTrainedConfig:
@@ -231,8 +238,9 @@ FAMILIES = [
     Ernie("ernie4_5_vl_moe", _ernie, dynamic_size=True),
     PaddleOCR("paddleocr_vl", _paddleocr, dynamic_size=True),
     VideoLlama3("video_llama_3", _video_llama_3, dynamic_size=True),
-    HunYuan("hunyuan_vl", _hunyuan, dynamic_size=True),
+    # Its 3D positions number the images through the whole batch, so rows depend on each other.
+    HunYuan("hunyuan_vl", _hunyuan, dynamic_size=True, solo=False),
     NoTypes("exaone4_5", _exaone4_5, supports_video=True, dynamic_size=True),
-    NoTypes("qwen2_5_omni_thinker", _qwen2_5_omni, supports_video=True, dynamic_size=True),
-    NoTypes("qwen3_omni_moe_thinker", _qwen3_omni, supports_video=True, dynamic_size=True),
+    Omni("qwen2_5_omni_thinker", _qwen2_5_omni, supports_video=True, dynamic_size=True),
+    Omni("qwen3_omni_moe_thinker", _qwen3_omni, supports_video=True, dynamic_size=True),
 ]

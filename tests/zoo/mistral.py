@@ -46,13 +46,13 @@ class PixtralLlava(Pixtral):
     merge = 1
 
 
-def _tower() -> PreTrainedConfig:
+def tower() -> PreTrainedConfig:
     return vision(PixtralVisionConfig, image_size=64)
 
 
 def _mistral3() -> PreTrainedConfig:
     return Mistral3Config(
-        vision_config=_tower(),
+        vision_config=tower(),
         text_config=text(MistralConfig, sliding_window=None),
         image_token_index=IMAGE,
         spatial_merge_size=2,
@@ -70,7 +70,7 @@ def _pixtral() -> PreTrainedConfig:
     from transformers import LlavaConfig
 
     return LlavaConfig(
-        vision_config=_tower(),
+        vision_config=tower(),
         text_config=text(MistralConfig, sliding_window=None),
         image_token_index=IMAGE,
         vision_feature_layer=-1,
