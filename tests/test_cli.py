@@ -81,7 +81,7 @@ def test_compare_as_json_has_both_answers(picture: Path, tiny_model: Path) -> No
     assert data["answer"] == data["untrimmed"]["answer"]
     assert data["untrimmed"]["new_tokens"] == 8
     assert data["runs"] == 1
-    assert "1 CPU threads, float32" in data["conditions"]
+    assert "1 CPU thread, float32" in data["conditions"]
 
 
 def test_compare_prints_both_sides_and_how_it_was_measured(picture: Path, tiny_model: Path) -> None:

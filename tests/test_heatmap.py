@@ -57,6 +57,13 @@ def test_tokens_that_are_no_square_grid_are_refused(n_visual: int) -> None:
         heatmap.grid_side(n_visual)
 
 
+def test_tokens_split_evenly_over_the_images() -> None:
+    assert heatmap.split_evenly(32, 2) == [16, 16]
+    for n_visual, images in ((33, 2), (16, 0)):
+        with pytest.raises(ValueError, match="do not split"):
+            heatmap.split_evenly(n_visual, images)
+
+
 def test_counts_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(ValueError, match="do not belong together"):
         heatmap.draw([Image.new("RGB", (8, 8))], [(0, 0, 8, 8)], [4, 4], {0: [1]})

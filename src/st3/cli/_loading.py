@@ -32,7 +32,11 @@ class Loaded:
     def conditions(self) -> str:
         """Where and in what precision the model runs, for printing beside a measurement."""
         device = self.model.device.type
-        where = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
+        threads = torch.get_num_threads()
+        cpu = f"{threads} CPU thread{'s' if threads > 1 else ''}"
+        where = (
+            cpu if device == "cpu" else torch.cuda.get_device_name() if device == "cuda" else device
+        )
         return f"{where}, {str(self.model.dtype).removeprefix('torch.')}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,16 +24,20 @@ def summary(answer: Answer, report: Any) -> str:
     )
 
 
-def comparison(untrimmed: Answer, trimmed: Answer, report: Any, policy: str) -> Table:
+def comparison(untrimmed: Answer, trimmed: Answer, report: Any, policy: str) -> Group:
     """Both answers side by side, then their costs, with trimmed / untrimmed in the last column."""
+    policy = escape(policy)
+    same = "same answer" if untrimmed.text == trimmed.text else "the answer differs"
+    answers = Table(header_style="bold", expand=True)
+    answers.add_column("untrimmed", ratio=1, overflow="fold")
+    answers.add_column(f"{policy}: {same}", ratio=1, overflow="fold")
+    answers.add_row(escape(untrimmed.text), escape(trimmed.text))
+
     table = Table(header_style="bold")
     table.add_column("", no_wrap=True)
-    table.add_column("untrimmed", ratio=1, overflow="fold")
-    table.add_column(escape(policy), ratio=1, overflow="fold")
+    table.add_column("untrimmed", justify="right", no_wrap=True)
+    table.add_column(policy, justify="right", overflow="fold")
     table.add_column("ratio", justify="right", no_wrap=True)
-
-    same = "same" if untrimmed.text == trimmed.text else "differs"
-    table.add_row("answer", escape(untrimmed.text), escape(trimmed.text), same, end_section=True)
 
     def row(name: str, before: float | None, after: float | None, show: Any) -> None:
         ratio = f"{after / before:.0%}" if before and after is not None else ""
@@ -49,7 +54,7 @@ def comparison(untrimmed: Answer, trimmed: Answer, report: Any, policy: str) -> 
     row("KV in use, at the end", report.kv_untrimmed_bytes, report.kv_live_bytes, _bytes)
     row("KV allocated, at the end", report.kv_untrimmed_bytes, report.kv_allocated_bytes, _bytes)
     table.add_row("KV in use, mean over steps", "", "", f"{report.kv_mean_ratio:.0%}")
-    return table
+    return Group(answers, table)
 
 
 def conditions(runs: int, where: str) -> str:

@@ -222,7 +222,7 @@ def _draw(
             [heatmap.seen_box(p.size, loaded.processor.image_processor) for p in pictures],
             heatmap.split_evenly(report.n_visual[0], len(pictures)),
             {layer: report.kept_positions(layer).tolist() for layer in layers},
-            title=f"{policy}: kept at prefill (bright, outlined); {len(kept)} layers, counted from 0",
+            title=f"{policy}: patches kept at prefill; {len(kept)} layers, counted from 0",
         )
     except ValueError as error:
         raise CliError(first_line(error)) from error
