@@ -7,7 +7,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 EXTRAS ?= dev
 PYTEST_ARGS ?= -n 2
-DEMO_IMAGE ?= src/st3/assets/samples/scene-1.png
+DEMO_IMAGE ?= $(firstword $(sort $(wildcard src/st3/assets/samples/*.png)))
 DEMO_PROMPT ?= describe the image in detail.
 
 VENV := .venv
