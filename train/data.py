@@ -87,7 +87,8 @@ class Packer:
         self, images: list[list[int]], chats: list[list[Turn]], second_at: int | None = None
     ) -> list[tuple[int, int, int, int, float]]:
         """Per token: id, position, segment (0: seen by all), label, weight."""
-        prefix = [self.tokenizer.bos_token_id, self.user, *sum(images, [])]
+        shown = [token for image in images for token in image]
+        prefix = [self.tokenizer.bos_token_id, self.user, *shown]
         row = [(token, i, 0, IGNORE, 0.0) for i, token in enumerate(prefix)]
         for segment, chat in enumerate(chats, start=1):
             position = len(prefix)
