@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from st3.engine import decode
 from st3.engine.cache import Clock, Phase, TrimmedLayer
 from st3.engine.columns import (
     Block,
@@ -345,6 +346,8 @@ class Append:
         if self.plan.windows[layer] is not None:
             fresh = torch.arange(self.clock.start, self.clock.start + self.clock.tokens, device=key.device)
             past.note_positions(fresh.expand(key.shape[0], -1))
+        if self.plan.kind == "sdpa" and decode.applies(query, kwargs):
+            base = decode.dense_decode
         output = base(module, query, key, value, mask, **kwargs)
         every = self.plan.rerank
         if every and self.clock.tokens == 1 and self.clock.step(self.clock.start) % every == 0:
