@@ -165,6 +165,68 @@ def _got_ocr2() -> PreTrainedConfig:
     )
 
 
+def _pp_chart2table() -> PreTrainedConfig:
+    from transformers.models.pp_chart2table.configuration_pp_chart2table import (
+        PPChart2TableConfig,
+        PPChart2TableVisionConfig,
+    )
+
+    return PPChart2TableConfig(
+        vision_config=vision(PPChart2TableVisionConfig, **SAM),
+        text_config=text(tr.Qwen2Config),
+        image_token_index=IMAGE,
+        image_seq_length=16,
+        tie_word_embeddings=False,
+    )
+
+
+class Blip2(FixedSize):
+    """12 learned queries per image, first in the prompt; no row without an image."""
+
+    tokens = 12
+
+
+class InstructBlip(Blip2):
+    """The queries see the instruction, too."""
+
+    def image(self, model: PreTrainedModel, segment: I, rng: torch.Generator) -> Vision:
+        made = super().image(model, segment, rng)
+        made.tensors["qformer_input_ids"] = torch.randint(30, 120, (1, 5), generator=rng)
+        made.tensors["qformer_attention_mask"] = torch.ones(1, 5, dtype=torch.long)
+        return made
+
+
+QFORMER: dict[str, Any] = {
+    "vocab_size": 120,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "encoder_hidden_size": 16,
+}
+
+
+def _blip2() -> PreTrainedConfig:
+    opt = text(tr.OPTConfig, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0)
+    return tr.Blip2Config(
+        vision_config=vision(tr.Blip2VisionConfig),
+        qformer_config=QFORMER,
+        text_config=opt,
+        num_query_tokens=12,
+        image_token_index=IMAGE,
+    )
+
+
+def _instructblip() -> PreTrainedConfig:
+    return tr.InstructBlipConfig(
+        vision_config=vision(tr.InstructBlipVisionConfig),
+        qformer_config=QFORMER,
+        text_config=text(tr.LlamaConfig),
+        num_query_tokens=12,
+        image_token_index=IMAGE,
+    )
+
+
 class Aria(FixedSize):
     side = 24
 
@@ -291,6 +353,9 @@ FAMILIES = [
     DeepseekHybrid("deepseek_vl_hybrid", _deepseek_vl_hybrid),
     Janus("janus", _janus),
     Sam("got_ocr2", _got_ocr2),
+    Sam("pp_chart2table", _pp_chart2table),
+    Blip2("blip_2", _blip2, multi_image=False, text_rows=False),
+    InstructBlip("instructblip", _instructblip, multi_image=False, text_rows=False),
     Aria("aria", _aria),
     Vq("chameleon", _chameleon),
     Emu3("emu3", _emu3),
