@@ -37,7 +37,7 @@ class Shape:
     visual_tokens: int
     images: int = 1  # that the visual tokens come from
     text_tokens: int = 64
-    note: str = ""  # where the number of visual tokens comes from
+    note: str = ""  # the image size or crops that give the visual tokens
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -293,7 +293,9 @@ _QWEN2_5_7B = {
     "num_attention_heads": 28,
     "num_key_value_heads": 4,
 }
-_TILES = "4 tiles of 336 x 336 and the whole image, 576 tokens each"
+# The number that papers give. transformers adds a token to each row of patches: 2,928 for a square
+# image of 672 x 672.
+_TILES = "5 crops of 576"
 
 SHAPES: dict[str, Shape] = {
     s.name: s
@@ -307,10 +309,10 @@ SHAPES: dict[str, Shape] = {
             "qwen2.5-vl-3b", partial(_qwen2_5_vl, _QWEN2_5_3B, tied=True), 1296, note="1008 x 1008"
         ),
         Shape("qwen3-vl-8b", _qwen3_vl_8b, 1024, note="1024 x 1024"),
-        Shape("internvl3-8b", _internvl3_8b, 1792, note="6 tiles and a thumbnail, 256 tokens each"),
+        Shape("internvl3-8b", _internvl3_8b, 1792, note="7 crops of 256"),
         Shape("gemma-3-4b", _gemma_3_4b, 256, note="896 x 896"),
-        Shape("smolvlm-2.2b", _smolvlm_2b, 1377, note="16 tiles and the whole, 81 tokens each"),
-        Shape("cpu-308m", _cpu_308m, 576, note="336 x 336, for benchmarks on a CPU"),
-        Shape("cpu-308m-2880", _cpu_308m, 2880, images=5, note="5 images of 336 x 336"),
+        Shape("smolvlm-2.2b", _smolvlm_2b, 1377, note="17 crops of 81"),
+        Shape("cpu-308m", _cpu_308m, 576, note="336 x 336"),
+        Shape("cpu-308m-2880", _cpu_308m, 2880, images=5, note="5 images of 576"),
     )
 }
