@@ -15,7 +15,7 @@ from st3.schedule import Schedule
 if TYPE_CHECKING:
     from st3.engine.cache import TrimmedLayer
     from st3.engine.columns import Rows
-    from st3.engine.passes import Prefill
+    from st3.engine.prefill import Prefill
 
 MIB = 1 << 20
 
@@ -174,7 +174,9 @@ class Report:
 
     def _untrimmed(self, step: int) -> int:
         """Bytes of the KV entries that the bare model holds after ``step``; padding not counted."""
-        windows = [la.window for la in self.dims.layers] if self.dims else [None] * len(self.entry_bytes)
+        windows = (
+            [la.window for la in self.dims.layers] if self.dims else [None] * len(self.entry_bytes)
+        )
         total = 0
         for size, window in zip(self.entry_bytes, windows, strict=True):
             for n_text, n_visual in zip(self.n_text, self.n_visual, strict=True):

@@ -1,8 +1,8 @@
 """Attention functions that let a trimmed layer score its visual tokens.
 
 They are entered into transformers' two registries, ``AttentionInterface`` and
-``AttentionMaskInterface``, under names of their own (``st3_sdpa`` ...), which is the extension point
-made for this: no model uses them until its text config says so.
+``AttentionMaskInterface``, under names of their own (``st3_sdpa`` ...). That is the extension
+point made for this: no model uses them until its text config says so.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from st3.engine.errors import UnsupportedModelError
-from st3.engine.passes import Attend
+from st3.engine.plan import Attend
 
 if TYPE_CHECKING:
-    from st3.engine.passes import Append, Prefill
+    from st3.engine.append import Append
+    from st3.engine.prefill import Prefill
 
 WRAPPED = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 PREFIX = "st3_"
@@ -39,7 +40,7 @@ class LayerHandle:
 def base_attention(name: str, module: nn.Module) -> Attend:
     """The attention function ``name`` of a family: its own eager one, or transformers' kernel."""
     if name != "eager":
-        return ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
+        return ALL_ATTENTION_FUNCTIONS[name]
     source = sys.modules[type(module).__module__]
     eager = getattr(source, "eager_attention_forward", None)
     if eager is None:
@@ -47,7 +48,7 @@ def base_attention(name: str, module: nn.Module) -> Attend:
             f"{type(module).__name__} has no eager attention of its own: load the model with "
             "attn_implementation='sdpa'"
         )
-    return eager  # type: ignore[no-any-return]
+    return eager
 
 
 def registered(name: str) -> str:
@@ -80,8 +81,8 @@ def _scoring_attention(
     handle: LayerHandle | None = getattr(module, ATTRIBUTE, None)
     if handle is None:
         raise UnsupportedModelError(
-            f"the attention of {type(module).__name__} is set to an st3 function, but no trimmer is "
-            "attached: the model was copied or saved while it was trimmed"
+            f"the attention of {type(module).__name__} is set to an st3 function, but no trimmer "
+            "is attached: the model was copied or saved while it was trimmed"
         )
     if handle.current is None:
         return handle.base(module, query, key, value, attention_mask, **kwargs)

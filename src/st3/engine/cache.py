@@ -151,12 +151,12 @@ class TrimmedLayer(CacheLayerMixin):
         return buffer[:, :, first - self.base : self.end - self.base]
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """The live columns, padding of shorter rows included."""
         return None if self._keys is None else self._view(self._keys, self.first_live())
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         return None if self._values is None else self._view(self._values, self.first_live())
 
     def first_live(self) -> int:

@@ -88,7 +88,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 REFUSED: dict[str, str] = {
-    "mllama": "its image goes through cross-attention layers, there are no visual tokens in the text",
+    "mllama": "its image goes through cross-attention layers: the text has no visual tokens",
     "florence2": "it is an encoder-decoder: the decoder sees no visual tokens",
     "kosmos-2": "it is an encoder-decoder style model without a shared decoder interface",
     "gemma3n": "its last layers reuse the KV entries of earlier ones, which trimming makes uneven",
@@ -123,10 +123,10 @@ def family_of(model: nn.Module, untested: bool = False) -> Family:
 class Parts:
     """The modules of a model that the engine hooks into."""
 
-    inner: nn.Module
-    text: nn.Module
-    layers: tuple[nn.Module, ...]
-    attentions: tuple[nn.Module, ...]
+    inner: Any
+    text: Any
+    layers: tuple[Any, ...]
+    attentions: tuple[Any, ...]
     windows: tuple[int | None, ...]
 
 
@@ -189,7 +189,7 @@ class VisualTokens:
     for ``inputs_embeds``; for the others the config's image token id is looked for.
     """
 
-    def __init__(self, model: nn.Module, inner: nn.Module) -> None:
+    def __init__(self, model: Any, inner: Any) -> None:
         self.model = model
         self.inner = inner
         self.mask: Tensor | None = None

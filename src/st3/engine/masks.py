@@ -69,7 +69,9 @@ def gather_mask(mask: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
     return mask.masked_fill(~valid[:, None, None, :], torch.finfo(mask.dtype).min)
 
 
-def prefill_mask(columns: int, kind: Kind, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def prefill_mask(
+    columns: int, kind: Kind, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
     """The mask of left-aligned rows of plain causal attention."""
     if kind != "eager":  # eager knows no causality of its own
         return None

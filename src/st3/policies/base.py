@@ -35,8 +35,7 @@ class Policy(ABC):
             ValueError: if the method cannot be laid out on so many layers.
         """
 
-    @property
-    def score(self) -> Score:
+    def scorer(self) -> Score:
         """By what the visual tokens are ranked."""
         return LastRowAttention()
 

@@ -35,8 +35,7 @@ class Random(Policy):
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
 
-    @property
-    def score(self) -> Score:
+    def scorer(self) -> Score:
         return RandomScore(self.seed)
 
     def schedule(self, num_layers: int) -> Schedule:

@@ -97,9 +97,9 @@ class ST3(Policy):
             if spread == 0:
                 return Fraction(0)
             raise ValueError(
-                f"final_keep={self.final_keep} cannot be reached: {num_layers} layers leave no drop "
-                f"after layer {self.first_layer} at stride {self.stride}. Use a smaller stride, or "
-                f"final_keep={float(1 - exact(self.first_drop)):g}"
+                f"final_keep={self.final_keep} cannot be reached: {num_layers} layers leave no "
+                f"drop after layer {self.first_layer} at stride {self.stride}. Use a smaller "
+                f"stride, or final_keep={float(1 - exact(self.first_drop)):g}"
             )
         return spread / drops
 
@@ -147,7 +147,8 @@ class ST3(Policy):
         if budget < first_layer:
             raise ValueError(
                 f"a mean share of {mean_keep:.1%} cannot be had: the first {first_layer} of "
-                f"{num_layers} layers alone are {first_layer / num_layers:.1%}. Use a smaller first_layer"
+                f"{num_layers} layers alone are {first_layer / num_layers:.1%}. Use a smaller "
+                "first_layer"
             )
         tail = Fraction(1, 10) if drops else Fraction(1)
         shape = sum((1 - (1 - tail) * part for part in done), Fraction(0))

@@ -1,4 +1,4 @@
-"""What happens to one forward pass of the text model, layer by layer.
+"""The pass of a prompt with visual tokens, decoder layer by decoder layer.
 
 ``enter`` runs in the pre-hook of each decoder layer and shrinks what goes in; ``attend`` runs in
 place of the layer's attention function, scores the visual tokens and files keys and values;
@@ -7,15 +7,13 @@ place of the layer's attention function, scores the visual tokens and files keys
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from st3.engine import decode
-from st3.engine.cache import Clock, Phase, TrimmedLayer
+from st3.engine.cache import Clock, TrimmedLayer
 from st3.engine.columns import (
     Block,
     Memo,
@@ -28,54 +26,12 @@ from st3.engine.columns import (
     select,
 )
 from st3.engine.errors import TrimStateError
-from st3.engine.masks import (
-    Kind,
-    as_bool,
-    causal,
-    decode_mask,
-    finish,
-    gather_mask,
-    is_plain,
-    prefill_mask,
-)
-from st3.schedule import Schedule
-from st3.scores import LayerView, Score
-
-Attend = Callable[..., tuple[Tensor, Tensor | None]]
+from st3.engine.masks import as_bool, causal, finish, gather_mask, is_plain, prefill_mask
+from st3.engine.plan import Attend, Plan
+from st3.scores import LayerView
 
 # Keyword arguments of decoder layers that Prefill.enter gathers in their own way.
 _HANDLED = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A policy laid out on a model: what the passes need to know of both."""
-
-    schedule: Schedule
-    score: Score
-    rerank: int | None
-    kind: Kind
-    windows: tuple[int | None, ...]
-    per_image: bool
-
-    def anneals(self, layer: int, rows: Rows) -> bool:
-        """Whether ``layer`` will ever show less than it stores of these rows."""
-        if not self.schedule.anneals:
-            return False
-        return any(
-            stays < self.schedule.kept(layer, n)
-            for row, left in zip(self.budgets(rows), self.stays(layer, rows), strict=True)
-            for n, stays in zip(row, left, strict=True)
-        )
-
-    def stays(self, layer: int, rows: Rows) -> list[list[int]]:
-        """The visual tokens that ``layer`` shows for ever, by row and budget."""
-        late = 1 << 40
-        return [[self.schedule.visible(layer, n, late) for n in row] for row in self.budgets(rows)]
-
-    def budgets(self, rows: Rows) -> tuple[tuple[int, ...], ...]:
-        """The original visual counts that budgets are taken from: per row, or per image."""
-        return rows.images if self.per_image else tuple((n,) for n in rows.n_visual)
 
 
 @dataclass
@@ -141,7 +97,7 @@ class Prefill:
         return (hidden, *(self._per_token(value) for value in args))
 
     def _per_token(self, value: Any) -> Any:
-        """Inputs with one entry per token, [B, T, ...], as of experts' or layers' own embeddings."""
+        """Inputs with one entry per token, [B, T, ...], as experts' or layers' inputs."""
         index, length = self.block.index, self.rows.length
         if index is None or not isinstance(value, Tensor) or value.dim() < 2:
             return value
@@ -163,8 +119,8 @@ class Prefill:
             self.block, self.columns[layer] = select(self.block, score, kept)
         if self.extends and len(set(self.block.counts)) > 1:
             raise TrimStateError(
-                "a new image in a continued batch needs rows of equal length: continue the rows one "
-                "by one"
+                "a new image in a continued batch needs rows of equal length: continue the "
+                "rows one by one"
             )
 
     def _mask(self, mask: Any, hidden: Tensor) -> Tensor | None:
@@ -257,7 +213,10 @@ class Prefill:
             past = self._cache_layer(layer)
             starts = past.row_starts(self.clock.step(self.clock.start))
             place = torch.arange(min(starts), past.end, device=key.device)
-            old = place[: key.shape[2] - query.shape[2]] >= torch.tensor(starts, device=key.device)[:, None]
+            old = (
+                place[: key.shape[2] - query.shape[2]]
+                >= torch.tensor(starts, device=key.device)[:, None]
+            )
             new = valid if valid is not None else old.new_ones(query.shape[0], query.shape[2])
             valid = torch.cat([old, new], dim=1)
         scaling = kwargs.get("scaling")
@@ -295,7 +254,7 @@ class Prefill:
         index = self.block.index
         if index is None:
             return hidden
-        batch, columns, size = hidden.shape
+        batch, _, size = hidden.shape
         if self.block.valid is not None:
             hidden = hidden.masked_fill(~self.block.valid[..., None], 0)
         offset = torch.arange(batch, device=index.device)[:, None] * self.rows.length
@@ -304,91 +263,7 @@ class Prefill:
         return full.view(batch, self.rows.length, size)
 
 
-@dataclass
-class Append:
-    """Text after a trimmed prompt: decode steps, candidates of assisted decoding, a further turn."""
-
-    plan: Plan
-    cache: list[TrimmedLayer]
-    clock: Clock
-
-    def enter(
-        self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, ...]:
-        """Give the layer the mask of its own live columns."""
-        kwargs["position_ids"] = None
-        kwargs["attention_mask"] = self._mask(layer, hidden)
-        return (hidden, *args)
-
-    def _mask(self, layer: int, hidden: Tensor) -> Tensor | None:
-        past = self.cache[layer]
-        queries = hidden.shape[1]
-        starts = [past.row_starts(self.clock.step(self.clock.start + q)) for q in range(queries)]
-        first, end = min(starts[0]), past.end + queries
-        kind, dtype, device = self.plan.kind, hidden.dtype, hidden.device
-        window = self.plan.windows[layer]
-        if window is None or self.clock.start + queries <= window:
-            return decode_mask(starts, first, end, kind, dtype, device)
-        # Original columns of keys and queries say what lies within the window.
-        fresh = torch.arange(self.clock.start, self.clock.start + queries, device=device)
-        old = past.positions(first)
-        keys = torch.cat([old, fresh.expand(old.shape[0], -1)], dim=1)
-        near = keys[:, None, None, :] > (fresh - window)[:, None]
-        seen = decode_mask(starts, first, end, "sdpa", dtype, device)
-        return finish(near if seen is None else near & seen, kind, dtype)
-
-    def attend(
-        self, layer: int, base: Attend, module: Any, query: Tensor, key: Tensor, value: Tensor,
-        mask: Tensor | None, kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Run the attention ``base``; rank the visible visual tokens anew when it is time."""
-        past = self.cache[layer]
-        if self.plan.windows[layer] is not None:
-            fresh = torch.arange(self.clock.start, self.clock.start + self.clock.tokens, device=key.device)
-            past.note_positions(fresh.expand(key.shape[0], -1))
-        if self.plan.kind == "sdpa" and decode.applies(query, kwargs):
-            base = decode.dense_decode
-        output = base(module, query, key, value, mask, **kwargs)
-        every = self.plan.rerank
-        if every and self.clock.tokens == 1 and self.clock.step(self.clock.start) % every == 0:
-            with torch.no_grad():
-                past.reorder_visible(_decode_attention_row(query, key, past, kwargs))
-        return output
-
-    def finish(self, hidden: Tensor) -> Tensor:
-        return hidden
-
-
-def _decode_attention_row(
-    query: Tensor, key: Tensor, past: TrimmedLayer, kwargs: dict[str, Any]
-) -> Tensor:
-    """The current token's attention over the live columns, mean over heads, [B, K]."""
-    batch, _, keys, _ = key.shape
-    starts = torch.tensor(past.row_starts(past.step), device=key.device)[:, None]
-    place = torch.arange(past.first_live(), past.end, device=key.device)
-    nothing = torch.zeros(batch, 1, dtype=torch.bool, device=key.device)
-    scaling = kwargs.get("scaling")
-    view = LayerView(
-        layer=past.layer,
-        query=query,
-        key=key,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=kwargs.get("softcap"),
-        hidden=None,
-        visual=nothing,
-        ordinal=nothing.long(),
-        last=torch.zeros(batch, dtype=torch.long, device=key.device),
-        key_valid=place >= starts,
-    )
-    return view.last_row_logits().softmax(dim=-1).mean(dim=1)
-
-
 def _gather_tables(tables: Any, index: Tensor) -> Any:
     if isinstance(tables, Tensor):
         return gather_positions(tables, index)
     return type(tables)(_gather_tables(table, index) for table in tables)
-
-
-def begin_phase(clock: Clock, phase: Phase, start: int, tokens: int) -> None:
-    """Set a cache's clock for a pass of ``tokens`` logical tokens behind ``start``."""
-    clock.phase, clock.start, clock.tokens = phase, start, tokens

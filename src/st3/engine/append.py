@@ -1,0 +1,96 @@
+"""The pass of text behind a trimmed prompt, decoder layer by decoder layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from st3.engine import decode
+from st3.engine.cache import Clock, TrimmedLayer
+from st3.engine.masks import decode_mask, finish
+from st3.engine.plan import Attend, Plan
+from st3.scores import LayerView
+
+
+@dataclass
+class Append:
+    """Text behind a trimmed prompt: decode steps, candidates of assisted decoding, a next turn."""
+
+    plan: Plan
+    cache: list[TrimmedLayer]
+    clock: Clock
+
+    def enter(
+        self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """Give the layer the mask of its own live columns."""
+        kwargs["position_ids"] = None
+        kwargs["attention_mask"] = self._mask(layer, hidden)
+        return (hidden, *args)
+
+    def _mask(self, layer: int, hidden: Tensor) -> Tensor | None:
+        past = self.cache[layer]
+        queries = hidden.shape[1]
+        starts = [past.row_starts(self.clock.step(self.clock.start + q)) for q in range(queries)]
+        first, end = min(starts[0]), past.end + queries
+        kind, dtype, device = self.plan.kind, hidden.dtype, hidden.device
+        window = self.plan.windows[layer]
+        if window is None or self.clock.start + queries <= window:
+            return decode_mask(starts, first, end, kind, dtype, device)
+        # Original columns of keys and queries say what lies within the window.
+        fresh = torch.arange(self.clock.start, self.clock.start + queries, device=device)
+        old = past.positions(first)
+        keys = torch.cat([old, fresh.expand(old.shape[0], -1)], dim=1)
+        near = keys[:, None, None, :] > (fresh - window)[:, None]
+        seen = decode_mask(starts, first, end, "sdpa", dtype, device)
+        return finish(near if seen is None else near & seen, kind, dtype)
+
+    def attend(
+        self, layer: int, base: Attend, module: Any, query: Tensor, key: Tensor, value: Tensor,
+        mask: Tensor | None, kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Run the attention ``base``; rank the visible visual tokens anew when it is time."""
+        past = self.cache[layer]
+        if self.plan.windows[layer] is not None:
+            fresh = torch.arange(
+                self.clock.start, self.clock.start + self.clock.tokens, device=key.device
+            )
+            past.note_positions(fresh.expand(key.shape[0], -1))
+        if self.plan.kind == "sdpa" and decode.applies(query, kwargs):
+            base = decode.dense_decode
+        output = base(module, query, key, value, mask, **kwargs)
+        every = self.plan.rerank
+        if every and self.clock.tokens == 1 and self.clock.step(self.clock.start) % every == 0:
+            with torch.no_grad():
+                past.reorder_visible(_decode_attention_row(query, key, past, kwargs))
+        return output
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+def _decode_attention_row(
+    query: Tensor, key: Tensor, past: TrimmedLayer, kwargs: dict[str, Any]
+) -> Tensor:
+    """The current token's attention over the live columns, mean over heads, [B, K]."""
+    batch = key.shape[0]
+    starts = torch.tensor(past.row_starts(past.step), device=key.device)[:, None]
+    place = torch.arange(past.first_live(), past.end, device=key.device)
+    nothing = torch.zeros(batch, 1, dtype=torch.bool, device=key.device)
+    scaling = kwargs.get("scaling")
+    view = LayerView(
+        layer=past.layer,
+        query=query,
+        key=key,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
+        hidden=None,
+        visual=nothing,
+        ordinal=nothing.long(),
+        last=torch.zeros(batch, dtype=torch.long, device=key.device),
+        key_valid=place >= starts,
+    )
+    return view.last_row_logits().softmax(dim=-1).mean(dim=1)

@@ -1,0 +1,311 @@
+"""Watches the forward passes of a model that a trimmer is attached to, and says what each one is:
+a prompt to trim, text behind one, or nothing of ours."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from st3.engine.append import Append
+from st3.engine.attention import LayerHandle
+from st3.engine.cache import Clock, Phase, TrimmedLayer
+from st3.engine.columns import Block, Rows, first_block
+from st3.engine.errors import TrimStateError, UnsupportedModelError
+from st3.engine.families import VisualTokens
+from st3.engine.plan import Plan
+from st3.engine.prefill import Prefill
+from st3.report import Report
+
+if TYPE_CHECKING:
+    from st3.engine.trimmer import Trimmer
+
+
+PADDED_CONTINUATION = (
+    "padding inside a continued conversation is not supported: continue the rows one by one, or "
+    "start again from the whole conversation"
+)
+
+
+class Director:
+    """The hooks of one trimmer, in the order in which a forward pass meets them: ``on_model``,
+    ``on_inner``, ``on_text``, one ``layer_hook`` each, ``after_text``."""
+
+    plan: Plan
+
+    def __init__(self, trimmer: Trimmer) -> None:
+        self.trimmer = trimmer
+        self.visual = VisualTokens(trimmer.model, trimmer.parts.inner)
+        self.handles: tuple[LayerHandle, ...] = ()
+        self.report: Report | None = None
+        self.current: Prefill | Append | None = None
+        self._attention_mask: Any = None
+        self._chunk_mask: Tensor | None = None
+        self._logits_to_keep: Any = 0
+        self._cache: weakref.ref[Cache] | None = None
+
+    def release(self) -> None:
+        """Let go of the model."""
+        self._set_pass(None)
+        self.handles = ()
+        self.visual.detach()
+
+    def compact(self) -> int:
+        """Compact the latest cache; the bytes freed."""
+        layers = trimmed_layers(self._cache() if self._cache is not None else None)
+        before = sum(layer.allocated_tokens * layer.bytes_per_token for layer in layers)
+        for layer in layers:
+            layer.compact()
+        if layers and self.report is not None:
+            self.report.sample(layers, self.report.steps)
+        return before - sum(layer.allocated_tokens * layer.bytes_per_token for layer in layers)
+
+    def on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._logits_to_keep = kwargs.get("logits_to_keep", 0)
+
+    def on_inner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._attention_mask = kwargs.get("attention_mask")
+        self.visual.begin(kwargs)
+
+    def on_text(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The text model is about to run: decide what kind of pass this is."""
+        self._set_pass(None)
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            return None  # a text model called by itself, on token ids
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        layers = trimmed_layers(cache) if past else []
+        prompt = self._prompt(embeds)
+        if not self.trimmer.touches:
+            if prompt is not None:
+                self._begin_report(prompt[0], embeds)
+            elif self.report is not None and past:
+                self.report.advance(embeds.shape[1])
+            return None
+        if prompt is not None:
+            return args, self._begin_prefill(module, prompt, cache, past, embeds, kwargs)
+        if layers:
+            self._begin_append(layers, embeds)
+        return None
+
+    def _visual_tokens(self, embeds: Tensor) -> Tensor | None:
+        """[B, T] bool for the chunk under way, or None if it has no image."""
+        mask = self.visual.mask
+        given = self.trimmer.visual_mask
+        if mask is None and given is not None and given.shape == embeds.shape[:2]:
+            mask = given
+        if mask is not None:
+            return mask.to(embeds.device)
+        if self.visual.has_image:
+            raise UnsupportedModelError(
+                f"{self.trimmer.family.model_type}: the prompt has an image, but which of its "
+                "tokens are visual was not found: pass visual_mask to st3.trim()"
+            )
+        if self.visual.unknown:
+            warnings.warn(
+                "st3 trims nothing: the prompt came as inputs_embeds without pixel_values, so that "
+                "its visual tokens are unknown. Pass visual_mask to st3.trim()",
+                stacklevel=2,
+            )
+        return None
+
+    def _prompt(self, embeds: Tensor) -> tuple[Rows, Block] | None:
+        """Read the chunk's rows; None if it holds no visual token."""
+        visual = self._visual_tokens(embeds)
+        if visual is None:
+            return None
+        mask = self._attention_mask
+        if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
+            raise UnsupportedModelError(
+                "a ready-made 4D attention mask is not supported: pass the 2D attention_mask"
+            )
+        columns = embeds.shape[1]
+        if mask is not None:
+            mask = mask[:, -columns:].to(embeds.device)
+        keep = self._logits_to_keep
+        # generate() asks for the last position alone; more than one, for a single row, is how
+        # assisted decoding checks candidates that stand behind the prompt.
+        tail = keep - 1 if isinstance(keep, int) and keep > 1 and embeds.shape[0] == 1 else 0
+        rows, block = first_block(visual, mask, min(tail, columns - 1), self.trimmer.per_image)
+        self._chunk_mask = mask if block.valid is not None else None
+        return (rows, block) if any(rows.n_visual) else None
+
+    def _begin_prefill(
+        self,
+        text: nn.Module,
+        prepared: tuple[Rows, Block],
+        cache: Cache | None,
+        past: int,
+        embeds: Tensor,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        rows, block = prepared
+        if past and block.valid is not None:
+            raise TrimStateError(PADDED_CONTINUATION)
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(text.config, "use_cache", False)
+        checkpointing = getattr(text, "gradient_checkpointing", False) and text.training
+        if cache is None and use_cache and not checkpointing:
+            cache = DynamicCache(config=text.config)
+            kwargs = {**kwargs, "past_key_values": cache}
+        clock, layers = Clock(), None
+        if cache is not None:
+            layers = self._own_layers(cache, past)
+            clock = layers[0].clock
+            self._cache = weakref.ref(cache)
+        clock.phase = Phase.APPEND if past else Phase.PREFILL
+        clock.start, clock.tokens = past, rows.length
+        if not past:
+            clock.prompt = rows.length - rows.tail
+        clock.dense_from = past + rows.length - rows.tail
+        current = Prefill(self.plan, rows, block, self._chunk_mask, layers, clock, extends=past > 0)
+        self._set_pass(current)
+        self._begin_report(rows, embeds, current)
+        return kwargs
+
+    def _begin_report(self, rows: Rows, embeds: Tensor, prefill: Prefill | None = None) -> None:
+        self.report = Report.begin(
+            str(self.trimmer.policy),
+            self.trimmer.schedule,
+            rows,
+            self.plan.budgets(rows),
+            self.trimmer.model.config,
+            embeds.dtype,
+            prefill,
+        )
+
+    def _begin_append(self, layers: list[TrimmedLayer], embeds: Tensor) -> None:
+        clock = layers[0].clock
+        clock.phase, clock.start, clock.tokens = Phase.APPEND, layers[0].length, embeds.shape[1]
+        mask = self._attention_mask
+        several = embeds.shape[1] > 1  # a single token is never padding: no need to look
+        if several and isinstance(mask, Tensor) and not bool(mask[:, -embeds.shape[1] :].all()):
+            raise TrimStateError(PADDED_CONTINUATION)
+        self._set_pass(Append(self.plan, layers, clock))
+
+    def _own_layers(self, cache: Cache, past: int) -> list[TrimmedLayer]:
+        """Put trimmed layers into generate()'s own cache, in place."""
+        layers = trimmed_layers(cache)
+        if layers:
+            if not past:
+                for layer in layers:
+                    layer.reset()
+            return layers
+        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+            raise UnsupportedModelError(
+                f"{type(cache).__name__} is not supported: leave cache_implementation unset, so "
+                "that generate() makes a DynamicCache"
+            )
+        clock = Clock()
+        count = len(self.trimmer.parts.layers)
+        fresh = [
+            TrimmedLayer(i, self.trimmer.schedule, clock, self.trimmer.parts.windows[i])
+            for i in range(count)
+        ]
+        for i, old in enumerate(cache.layers[:count]):
+            if type(old) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                raise UnsupportedModelError(
+                    f"a cache layer of type {type(old).__name__} cannot be trimmed"
+                )
+            if past:
+                _adopt(fresh[i], old, past, self._attention_mask)
+        cache.layers[:count] = fresh
+        return fresh
+
+    def layer_hook(self, index: int) -> Any:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            current = self.current
+            if current is None:
+                return None
+            if args:
+                return current.enter(index, args[0], args[1:], kwargs), kwargs
+            (kwargs["hidden_states"],) = current.enter(index, kwargs["hidden_states"], (), kwargs)
+            return (), kwargs
+
+        return hook
+
+    def deepstack(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """DeepStack (Qwen3-VL) adds image features to the first layers' outputs: give it the
+        features of the tokens that are still there."""
+
+        def process(hidden: Tensor, visual_mask: Tensor, features: Tensor) -> Tensor:
+            current = self.current
+            if isinstance(current, Prefill) and current.block.index is not None:
+                block, index = current.block, current.block.source_columns()
+                number = (torch.cumsum(visual_mask.flatten(), 0) - 1).view_as(visual_mask)
+                visual_mask = visual_mask.gather(1, index)
+                if block.valid is not None:
+                    visual_mask = visual_mask & block.valid
+                features = features[number.gather(1, index)[visual_mask]]
+            return original(hidden, visual_mask, features)
+
+        return process
+
+    def after_text(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        current = self.current
+        if current is None:
+            return None
+        if isinstance(output, tuple):
+            output = (current.finish(output[0]), *output[1:])
+        else:
+            output.last_hidden_state = current.finish(output.last_hidden_state)
+        if isinstance(current, Prefill) and current.cache is not None and not current.extends:
+            missing = [i for i in range(len(current.cache)) if i not in current.stored]
+            if missing:
+                raise UnsupportedModelError(
+                    f"decoder layers {missing} did not call their attention through transformers' "
+                    "attention interface"
+                )
+        current.clock.phase = Phase.IDLE
+        if self.report is not None:
+            self.report.close_prefill()
+            if current.cache is not None:
+                self.report.sample(current.cache, current.clock.steps)
+        # Gradient checkpointing runs layers again in backward: then the pass must still be there.
+        if not torch.is_grad_enabled():
+            self._set_pass(None)
+        return output
+
+    def _set_pass(self, current: Prefill | Append | None) -> None:
+        self.current = current
+        for handle in self.handles:
+            handle.current = current
+
+
+def trimmed_layers(cache: Cache | None) -> list[TrimmedLayer]:
+    """The layers of a cache that are st3's."""
+    return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, TrimmedLayer)]
+
+
+def _adopt(layer: TrimmedLayer, old: Any, past: int, attention_mask: Tensor | None) -> None:
+    """Take over a plain cache layer that holds an earlier, text-only turn."""
+    keys, values = old.keys, old.values
+    batch, columns = keys.shape[0], keys.shape[2]
+    pads = [0] * batch
+    if attention_mask is not None:
+        pads = (attention_mask[:, :past] == 0).sum(1).tolist()
+    hidden_by_window = past - columns
+    counts = [columns - max(0, pad - hidden_by_window) for pad in pads]
+    positions = torch.arange(past - columns, past, device=keys.device).expand(batch, columns)
+    layer.clock.start, layer.clock.tokens, layer.clock.prompt = 0, past, past
+    layer.clock.phase = Phase.PREFILL
+    layer.update(keys, values)
+    layer.store(None, positions, counts, [0] * batch, [()] * batch)

@@ -1,0 +1,53 @@
+"""A policy laid out on a model: what the passes need to know of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from st3.engine.columns import Rows
+from st3.engine.masks import Kind
+from st3.schedule import Schedule
+from st3.scores import Score
+
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A policy laid out on a model.
+
+    Attributes:
+        schedule, score, rerank: the policy's.
+        kind: the form of masks that the model's attention takes.
+        windows: sliding window of each decoder layer, or None.
+        per_image: whether each image has a budget of its own.
+    """
+
+    schedule: Schedule
+    score: Score
+    rerank: int | None
+    kind: Kind
+    windows: tuple[int | None, ...]
+    per_image: bool
+
+    def anneals(self, layer: int, rows: Rows) -> bool:
+        """Whether ``layer`` will ever show less than it stores of these rows."""
+        if not self.schedule.anneals:
+            return False
+        return any(
+            stays < self.schedule.kept(layer, n)
+            for row, left in zip(self.budgets(rows), self.stays(layer, rows), strict=True)
+            for n, stays in zip(row, left, strict=True)
+        )
+
+    def stays(self, layer: int, rows: Rows) -> list[list[int]]:
+        """The visual tokens that ``layer`` shows for ever, by row and budget."""
+        late = 1 << 40
+        return [[self.schedule.visible(layer, n, late) for n in row] for row in self.budgets(rows)]
+
+    def budgets(self, rows: Rows) -> tuple[tuple[int, ...], ...]:
+        """The original visual counts that budgets are taken from: per row, or per image."""
+        return rows.images if self.per_image else tuple((n,) for n in rows.n_visual)
