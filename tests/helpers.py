@@ -1,0 +1,197 @@
+"""What the tests of the engine share: policies, batches, and the comparison with the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import st3
+from st3.scores import RandomScore
+from tests.reference import ReferenceResult, Score, reference_generate, reference_prefill
+from tests.zoo import Family, I, T, V, build
+
+ANNEAL = st3.Anneal(tau=12, floor=0.1)
+TEXT_ONLY = [[T(6)], [T(3)]]
+
+# A new method is one row here. The models have 8 decoder layers.
+POLICIES: dict[str, st3.Policy] = {
+    "st3": st3.ST3(first_drop=0.4, final_keep=0.1, stride=2, anneal=ANNEAL),
+    # From layer 1 on: before the last of DeepStack's injections.
+    "st3_early": st3.ST3(
+        first_layer=1, first_drop=0.3, stride=2, anneal=st3.Anneal("linear", tau=6, floor=0)
+    ),
+    "st3_static": st3.ST3(stride=1, anneal=st3.Anneal("none")),
+    "anneal_only": st3.ST3(first_drop=0, final_keep=1, anneal=ANNEAL),
+    "fastv": st3.FastV(),
+    "vtw": st3.VTW(),
+    "random": st3.Random(like=st3.ST3(first_layer=2, stride=2, anneal=ANNEAL), seed=3),
+    "none": st3.NoTrim(),
+}
+ST3 = POLICIES["st3"]
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Equal in fp32 within 1e-5 of the largest logit. Rounding alone moves the logits of these
+    models by a fifth of that: bare sdpa and bare eager attention differ by as much."""
+    largest = float(expected.abs().max().clamp_min(1))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * largest)
+
+
+def score_of(policy: st3.Policy, visual: Tensor) -> Score | None:
+    """What the reference ranks by, in place of attention."""
+    if not isinstance(policy, st3.Random):
+        return None
+    ordinal = visual.long().cumsum(1) - 1
+    random = RandomScore(policy.seed)(SimpleNamespace(ordinal=ordinal))  # type: ignore[arg-type]
+    return lambda layer, query, key, attention: random
+
+
+def rows_for(family: Family) -> list[list[T | I | V]]:
+    """A ragged batch: one image, two images, no image, as far as the family allows."""
+    rows: list[list[T | I | V]] = [[T(5), I(), T(4)], [T(3), I(), T(2), I(), T(6)], [T(7)]]
+    if not family.multi_image:
+        rows[1] = [T(3), I(), T(9)]
+    if not family.text_rows:
+        del rows[2]
+    return rows
+
+
+@dataclass
+class Case:
+    """A model and a batch for it."""
+
+    family: Family
+    model: PreTrainedModel
+    batch: dict[str, Any]
+    visual: Tensor
+
+    @classmethod
+    def of(
+        cls, name: str, rows: list[list[T | I | V]] | None = None, seed: int = 0, **inputs: Any
+    ) -> Case:
+        family, model = build(name, seed)
+        batch = family.inputs(model, rows if rows is not None else rows_for(family), **inputs)
+        return cls(family, model, batch, family.visual_mask(model, batch))
+
+    @property
+    def width(self) -> int:
+        return int(self.batch["input_ids"].shape[1])
+
+    @property
+    def valid(self) -> Tensor:
+        return self.batch["attention_mask"].bool()  # type: ignore[no-any-return]
+
+    @property
+    def layers(self) -> int:
+        return int(self.model.config.get_text_config(decoder=True).num_hidden_layers)
+
+    def schedule(self, policy: st3.Policy) -> st3.Schedule:
+        return policy.schedule(self.layers)
+
+    @torch.no_grad()
+    def prefill(self, policy: st3.Policy, **options: Any) -> tuple[Tensor, st3.Report]:
+        """Logits [B, T, V] of one forward pass of the trimmed model."""
+        with st3.trim(self.model, policy, **options) as trimmer:
+            return self.model(**self.batch).logits, trimmer.report
+
+    def generate(self, policy: st3.Policy | None, tokens: int = 8, **options: Any) -> Any:
+        """generate() on the trimmed (None: bare) model, with logits; greedy unless told otherwise."""
+        own = {k: options.pop(k) for k in ("per_image", "own_cache") if k in options}
+        given = {"do_sample": False, **options}
+
+        def run() -> Any:
+            return self.model.generate(
+                **self.batch,
+                max_new_tokens=tokens,
+                output_logits=True,
+                return_dict_in_generate=True,
+                **given,
+            )
+
+        with torch.no_grad():
+            if policy is None:
+                return run()
+            with st3.trim(self.model, policy, **own):
+                return run()
+
+    def reference_prefill(self, policy: st3.Policy, **options: Any) -> ReferenceResult:
+        return reference_prefill(
+            self.model,
+            self.batch,
+            self.schedule(policy),
+            self.visual,
+            score=score_of(policy, self.visual),
+            **options,
+        )
+
+    def reference_generate(
+        self, policy: st3.Policy, tokens: int = 8, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        return reference_generate(
+            self.model,
+            self.batch,
+            self.schedule(policy),
+            self.visual,
+            tokens,
+            score=score_of(policy, self.visual),
+            **options,
+        )
+
+    # The comparisons ----------------------------------------------------------------------
+
+    def check_prefill(self, policy: st3.Policy, *, spans: Any = None, **options: Any) -> None:
+        """The trimmed model's logits and kept tokens are the reference's."""
+        logits, report = self.prefill(policy, **options)
+        wanted = self.reference_prefill(policy, per_image_spans=spans)
+        there = self.valid & wanted.kept[-1]
+        assert torch.isfinite(logits).all()
+        assert_same(logits[there], wanted.logits[there])
+        self.check_kept(report, wanted.kept)
+
+    def check_kept(self, report: st3.Report, kept: list[Tensor]) -> None:
+        """The report names the reference's tokens in every layer and row."""
+        for layer, here in enumerate(kept):
+            for row in range(len(self.visual)):
+                places = here[row][self.visual[row]].nonzero().flatten()
+                assert torch.equal(report.kept_positions(layer, row), places), (layer, row)
+
+    def check_generate(self, policy: st3.Policy, tokens: int = 8, **options: Any) -> None:
+        """The trimmed model's answer and its logits are the reference's."""
+        spans = options.pop("spans", None)
+        seed = options.pop("seed", None)
+        own = {"per_image": True} if spans is not None else {}
+        if seed is not None:
+            torch.manual_seed(seed)
+        out = self.generate(policy, tokens, **options, **own)
+        if seed is not None:
+            torch.manual_seed(seed)
+        ids, logits = self.reference_generate(policy, tokens, per_image_spans=spans, **options)
+        assert_same(torch.stack(out.logits, 1), logits)
+        assert torch.equal(out.sequences[:, self.width :], ids)
+
+
+def runs(visual: Tensor) -> list[list[tuple[int, int]]]:
+    """(start, end) of each run of visual tokens, per row: what the engine calls an image."""
+    edges = torch.nn.functional.pad(visual.int(), (1, 1)).diff(dim=1)
+    starts, ends = (edges == 1), (edges == -1)
+    return [
+        list(zip(s.nonzero().flatten().tolist(), e.nonzero().flatten().tolist(), strict=True))
+        for s, e in zip(starts, ends, strict=True)
+    ]
+
+
+def parts(model: PreTrainedModel) -> tuple[Any, Any]:
+    """The text model and its decoder layers."""
+    inner = model.model
+    text = getattr(inner, "language_model", None) or inner.text_model
+    return text, text.layers
+
+
+def answer(out: Any, width: int) -> Tensor:
+    """The generated tokens [B, new]."""
+    return out.sequences[:, width:]  # type: ignore[no-any-return]

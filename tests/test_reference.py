@@ -1,0 +1,58 @@
+"""Every family and policy against the slow reference: prefill and decoding, fp32, within 1e-5 of
+the largest logit.
+
+The batch is ragged: a row with one image, one with two, one without.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from st3.engine.families import FAMILIES as SUPPORTED
+from tests.helpers import POLICIES, ST3, Case
+from tests.zoo import FAMILIES as ZOO
+from tests.zoo import T, V
+
+# One per way of building a prompt, a mask or a decoder: these meet every policy.
+MAIN = (
+    "llava llava_next llava_onevision llava_next_video qwen2_vl qwen2_5_vl qwen3_vl smolvlm idefics3"
+    " internvl mistral3 mistral3_window pixtral paligemma paligemma2 gemma3 gemma4"
+).split()
+TYPES = {family.model_type for family in SUPPORTED}
+OTHERS = [name for name, family in ZOO.items() if name not in MAIN]
+TOKENS = 8
+
+
+def supported(name: str) -> bool:
+    return ZOO[name].make_config().model_type in TYPES
+
+
+SUPPORTED_OTHERS = [name for name in OTHERS if supported(name)]
+VIDEO = [name for name in MAIN + SUPPORTED_OTHERS if ZOO[name].supports_video]
+
+
+def test_every_supported_family_has_a_model_here() -> None:
+    built = {ZOO[name].make_config().model_type for name in MAIN + SUPPORTED_OTHERS}
+    assert built == TYPES
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", MAIN)
+def test_main_families(name: str, policy: str) -> None:
+    case = Case.of(name)
+    case.check_prefill(POLICIES[policy])
+    case.check_generate(POLICIES[policy], TOKENS)
+
+
+@pytest.mark.parametrize("name", SUPPORTED_OTHERS)
+def test_other_families(name: str) -> None:
+    case = Case.of(name)
+    case.check_prefill(ST3)
+    case.check_generate(ST3, TOKENS)
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_video(name: str) -> None:
+    case = Case.of(name, [[T(3), V(), T(4)], [T(2), V(), T(2)], [T(5)]])
+    case.check_prefill(ST3)
+    case.check_generate(ST3, TOKENS)
