@@ -13,6 +13,8 @@ from transformers import TextStreamer
 
 from st3.cli._loading import Loaded, quiet
 
+WARM_UP_TOKENS = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -100,17 +102,17 @@ def compare(
 ) -> tuple[Answer, Answer]:
     """Untrimmed and trimmed answer, with median times of `runs` runs of each.
 
-    One unmeasured run of each comes first; the measured ones alternate, so that a change of the
+    One short unmeasured run of each comes first; the measured ones alternate, so that a change of the
     machine's load meets both. on_run is called after each of the 2 * runs + 2 generations.
     """
 
-    def once(which: AbstractContextManager[Any] | None) -> Answer:
-        result = answer(loaded, inputs, max_new_tokens, which)
+    def once(which: AbstractContextManager[Any] | None, tokens: int = max_new_tokens) -> Answer:
+        result = answer(loaded, inputs, tokens, which)
         on_run()
         return result
 
-    once(None)
-    once(trimmer)
+    once(None, min(WARM_UP_TOKENS, max_new_tokens))
+    once(trimmer, min(WARM_UP_TOKENS, max_new_tokens))
     pairs = [(once(None), once(trimmer)) for _ in range(runs)]
     return _median([a for a, _ in pairs]), _median([b for _, b in pairs])
 

@@ -60,7 +60,7 @@ def comparison(untrimmed: Answer, trimmed: Answer, report: Any, policy: str) -> 
 def conditions(runs: int, where: str) -> str:
     """The small print below the table."""
     return (
-        f"Greedy; {where}; medians of {runs} alternating runs after one warm-up of each. TTFT: "
+        f"Greedy; {where}; medians of {runs} alternating runs after a warm-up of each. TTFT: "
         "from the call of generate(), image encoder included, to the first token. TPOT: mean time "
         "of each further token. visual tokens: mean over the layers. FLOPs: of the decoder layers, "
         "counted. untrimmed: the untouched model with the cache of transformers."
