@@ -123,6 +123,15 @@ def test_prompt_lookup_gives_the_tokens_of_plain_greedy_decoding(name: str, poli
     assert_same(torch.stack(out.logits, 1), logits)
 
 
+def test_prompt_lookup_with_a_budget_for_each_image() -> None:
+    case = Case.of("llava", [[T(8), I(), T(2), I(), T(5)]])
+    case.batch["input_ids"][0, -3:] = case.batch["input_ids"][0, :3]
+    out = case.generate(ST3, 24, prompt_lookup_num_tokens=3, per_image=True)
+    ids, logits = case.reference_generate(ST3, 24, per_image_spans=runs(case.visual))
+    assert torch.equal(answer(out, case.width), ids)
+    assert_same(torch.stack(out.logits, 1), logits)
+
+
 class Stream(BaseStreamer):
     def __init__(self) -> None:
         self.tokens: list[int] = []

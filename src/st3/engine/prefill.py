@@ -182,8 +182,9 @@ class Prefill:
             with torch.no_grad():
                 view = self._view(layer, module, query, key, kwargs)
                 self.scores[layer] = self.plan.score(view)
-        if self.rows.tail and ranks:
-            mask = self._tail_mask(layer, query)
+        # Flash attention takes no mask per query: there candidates see what the prompt sees.
+        if self.rows.tail and ranks and self.plan.kind != "flash":
+            mask = self._tail_mask(layer, query, mask)
         output = base(module, query, key, value, mask, **kwargs)
         if store and self.cache is not None:
             self.stored.add(layer)
@@ -233,18 +234,18 @@ class Prefill:
             key_valid=valid,
         )
 
-    def _tail_mask(self, layer: int, query: Tensor) -> Tensor | None:
+    def _tail_mask(self, layer: int, query: Tensor, mask: Tensor | None) -> Tensor | None:
         """Candidates of assisted decoding see what their decode step would see."""
-        columns, tail = query.shape[2], self.rows.tail
-        seen = causal(columns, columns, query.device).expand(query.shape[0], 1, -1, -1).clone()
-        rank = rank_visual(self.block, self.scores[layer])
+        block, columns, tail = self.block, query.shape[2], self.rows.tail
+        seen = causal(columns, columns, query.device) if mask is None else as_bool(mask)
+        seen = seen.expand(query.shape[0], 1, columns, columns).clone()
+        rank = rank_visual(block, self.scores[layer])
+        group = torch.zeros_like(rank) if block.group is None else block.group
+        (budgets,) = self.plan.budgets(self.rows)
         for place in range(tail):
-            (budget,) = self.plan.budgets(self.rows)
-            visible = sum(self.plan.schedule.visible(layer, n, place + 1) for n in budget)
-            gone = self.block.visual & (rank >= visible)
+            shown = [self.plan.schedule.visible(layer, n, place + 1) for n in budgets]
+            gone = block.visual & (rank >= torch.tensor(shown, device=rank.device)[group])
             seen[:, :, columns - tail + place] &= ~gone[:, None]
-        if self.block.valid is not None:
-            seen &= self.block.valid[:, None, None]
         return finish(seen, self.plan.kind, query.dtype)
 
     def finish(self, hidden: Tensor) -> Tensor:
