@@ -275,4 +275,5 @@ def reference_generate(
             return_dict_in_generate=True,
             **options,
         )
-    return out.sequences[:, batch["input_ids"].shape[1] :], torch.stack(out.logits, 1)
+    logits = torch.stack(out.logits, 1)
+    return out.sequences[:, -logits.shape[1] :], logits

@@ -13,9 +13,12 @@ from transformers import PreTrainedModel
 
 from . import fixed, gemma, gemma4, grids, idefics, llava, mistral, newer, qwen
 from .base import Batch, Family, I, T, V
+from .refused import REFUSED, UNTRIED
 
 _MODULES = (llava, qwen, gemma, idefics, mistral, grids, gemma4, fixed, newer)
-FAMILIES: dict[str, Family] = {f.name: f for module in _MODULES for f in module.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    family.name: family for module in _MODULES for family in module.FAMILIES if family.available
+}
 
 
 def build(name: str, seed: int = 0) -> tuple[Family, PreTrainedModel]:
@@ -24,4 +27,4 @@ def build(name: str, seed: int = 0) -> tuple[Family, PreTrainedModel]:
     return family, family.model(seed)
 
 
-__all__ = ["FAMILIES", "Batch", "Family", "I", "T", "V", "build"]
+__all__ = ["FAMILIES", "REFUSED", "UNTRIED", "Batch", "Family", "I", "T", "V", "build"]

@@ -7,13 +7,15 @@ Nothing is read from a model hub.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 torch.set_num_threads(1)  # the models are far too small to gain from more
 
@@ -76,22 +78,21 @@ class Family:
     dynamic_size: bool = False  # I(h, w) gives images of different token counts
     text_rows: bool = True  # rows without an image may stand in a batch with images
     solo: bool = True  # a row of a batch equals the row alone
+    model_type: str = ""  # as transformers has it, where it differs from the name
     visual_ids: tuple[int, ...] = (IMAGE, VIDEO)
-    model_class: type[PreTrainedModel] | None = None
     gain: float = 1.3  # of the random weights; queries and keys get it twice
+
+    @property
+    def available(self) -> bool:
+        """Whether the installed transformers has this family."""
+        return (self.model_type or self.name) in CONFIG_MAPPING_NAMES
 
     def model(self, seed: int = 0) -> PreTrainedModel:
         """A fresh fp32 model in eval mode; the same weights for the same seed."""
-        from transformers import AutoModelForImageTextToText
-
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             config = self.make_config()
-            model = (
-                self.model_class(config)
-                if self.model_class is not None
-                else AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-            )
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
             randomise(model, self.gain)
         self.finish(model)
         generation = model.generation_config
@@ -229,6 +230,11 @@ def randomise(model: nn.Module, gain: float) -> None:
                 parameter.copy_(noise * gain / fan_in**0.5)
             else:
                 parameter.add_(0.1 * noise)
+
+
+def accepts(model: PreTrainedModel, name: str) -> bool:
+    """Whether forward() has this argument; some were renamed between releases."""
+    return name in inspect.signature(model.forward).parameters
 
 
 def pixels(*shape: int, rng: torch.Generator) -> Tensor:

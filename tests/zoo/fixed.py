@@ -10,7 +10,7 @@ import transformers as tr
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .base import BREAK, IMAGE, VISION_END, VISION_START, I, Vision, pixels, text, vision
+from .base import BREAK, IMAGE, VISION_END, VISION_START, I, Vision, accepts, pixels, text, vision
 from .llava import FixedSize, siglip
 
 
@@ -316,13 +316,12 @@ class Fuyu(FixedSize):
     def image(self, model: PreTrainedModel, segment: I, rng: torch.Generator) -> Vision:
         h, w = 3, 4
         ids = [i for _ in range(h) for i in (*[IMAGE] * w, BREAK)]
-        return Vision(ids, {"pixel_values": pixels(1, h * w, 3 * 4 * 4, rng=rng)})
+        key = "pixel_values" if accepts(model, "pixel_values") else "image_patches"
+        return Vision(ids, {key: pixels(1, h * w, 3 * 4 * 4, rng=rng)})
 
     def collate(self, per_row: list[list[Vision]]) -> dict[str, Tensor]:
-        made = super().collate(per_row)
-        if "pixel_values" in made:  # one flat sequence of patches
-            made["pixel_values"] = made["pixel_values"].flatten(0, 1)[None]
-        return made
+        made = super().collate(per_row)  # one flat sequence of patches
+        return {key: value.flatten(0, 1)[None] for key, value in made.items()}
 
 
 def _fuyu() -> PreTrainedConfig:
@@ -354,7 +353,7 @@ FAMILIES = [
     Janus("janus", _janus),
     Sam("got_ocr2", _got_ocr2),
     Sam("pp_chart2table", _pp_chart2table),
-    Blip2("blip_2", _blip2, multi_image=False, text_rows=False),
+    Blip2("blip_2", _blip2, multi_image=False, text_rows=False, model_type="blip-2"),
     InstructBlip("instructblip", _instructblip, multi_image=False, text_rows=False),
     Aria("aria", _aria),
     Vq("chameleon", _chameleon),

@@ -83,6 +83,6 @@ def _gemma3() -> PreTrainedConfig:
 
 FAMILIES = [
     PaliGemma("paligemma", _paligemma),
-    PaliGemma("paligemma2", _paligemma2),
+    PaliGemma("paligemma2", _paligemma2, model_type="paligemma"),
     Gemma3("gemma3", _gemma3),
 ]

@@ -177,9 +177,10 @@ def _gemma4_unified() -> PreTrainedConfig:
     )
 
 
+ABILITIES: dict[str, Any] = {"supports_video": True, "dynamic_size": True}
 FAMILIES = [
-    Gemma4("gemma4", gemma4_large, supports_video=True, dynamic_size=True),
-    Gemma4("gemma4_moe", gemma4_moe, supports_video=True, dynamic_size=True),
-    Gemma4("gemma4_per_layer", gemma4_per_layer, supports_video=True, dynamic_size=True, gain=1.1),
-    Gemma4Unified("gemma4_unified", _gemma4_unified, supports_video=True, dynamic_size=True),
+    Gemma4("gemma4", gemma4_large, **ABILITIES),
+    Gemma4("gemma4_moe", gemma4_moe, model_type="gemma4", **ABILITIES),
+    Gemma4("gemma4_per_layer", gemma4_per_layer, model_type="gemma4", gain=1.1, **ABILITIES),
+    Gemma4Unified("gemma4_unified", _gemma4_unified, **ABILITIES),
 ]

@@ -33,6 +33,7 @@ from .base import (
     I,
     V,
     Vision,
+    accepts,
     features,
     pixels,
     text,
@@ -121,7 +122,7 @@ def _vipllava() -> VipLlavaConfig:
         vision_config=clip(16),
         text_config=text(LlamaConfig),
         image_token_index=IMAGE,
-        vision_feature_layer=[-1, -2, 1],
+        vision_feature_layers=[-1, -2, 1],
     )
 
 
@@ -201,6 +202,12 @@ class Shuffled(FixedSize):
 
 class VideoLlava(FixedSize):
     side = 12
+
+    def image(self, model: PreTrainedModel, segment: I, rng: torch.Generator) -> Vision:
+        made = super().image(model, segment, rng)
+        if not accepts(model, "pixel_values"):
+            made.tensors["pixel_values_images"] = made.tensors.pop("pixel_values")
+        return made
 
 
 FAMILIES = [

@@ -80,6 +80,6 @@ def _pixtral() -> PreTrainedConfig:
 
 FAMILIES = [
     Pixtral("mistral3", _mistral3, dynamic_size=True),
-    Pixtral("mistral3_window", _mistral3_window, dynamic_size=True),
+    Pixtral("mistral3_window", _mistral3_window, dynamic_size=True, model_type="mistral3"),
     PixtralLlava("pixtral", _pixtral, dynamic_size=True),
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers as tr
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from .base import IMAGE, VIDEO, VISION_END, VISION_START, text, tiny, vision
 from .fixed import SAM
@@ -54,7 +54,9 @@ SMALL: dict[str, Any] = {  # names of the older configs
 
 def _sub(config: str, name: str) -> type[PreTrainedConfig]:
     found = CONFIG_MAPPING[config]().sub_configs[name]
-    return type(getattr(CONFIG_MAPPING[config](), name)) if found.__name__ == "AutoConfig" else found
+    return (
+        type(getattr(CONFIG_MAPPING[config](), name)) if found.__name__ == "AutoConfig" else found
+    )
 
 
 def _small(model_type: str, **changes: Any) -> PreTrainedConfig:
@@ -174,9 +176,7 @@ def udop() -> PreTrainedConfig:
 def qwen3_5() -> PreTrainedConfig:
     return tr.Qwen3_5Config(
         vision_config=vision(_sub("qwen3_5", "vision_config"), num_position_embeddings=64),
-        text_config=text(
-            _sub("qwen3_5", "text_config"), rope_parameters=rope((2, 1, 1)), **LINEAR
-        ),
+        text_config=text(_sub("qwen3_5", "text_config"), rope_parameters=rope((2, 1, 1)), **LINEAR),
         **QWEN_IDS,
     )
 
@@ -206,9 +206,7 @@ def lfm2_vl() -> PreTrainedConfig:
 def minicpmv4_6() -> PreTrainedConfig:
     return tr.MiniCPMV4_6Config(
         vision_config=vision(_sub("minicpmv4_6", "vision_config"), insert_layer_id=0),
-        text_config=text(
-            _sub("qwen3_5", "text_config"), rope_parameters=rope((2, 1, 1)), **LINEAR
-        ),
+        text_config=text(_sub("qwen3_5", "text_config"), rope_parameters=rope((2, 1, 1)), **LINEAR),
         insert_layer_id=0,
         image_size=16,
         video_token_id=VIDEO,
@@ -295,27 +293,6 @@ def minimax_m3_vl() -> PreTrainedConfig:
     )
 
 
-def inkling() -> PreTrainedConfig:
-    return tr.InklingConfig(
-        vision_config=vision(_sub("inkling_mm_model", "vision_config"), text_hidden_size=32),
-        audio_config={"n_mel_bins": 8, "mel_vocab_size": 8, "text_hidden_size": 32},
-        text_config=text(
-            _sub("inkling_mm_model", "text_config"),
-            swa_num_attention_heads=4,
-            swa_num_key_value_heads=2,
-            swa_head_dim=8,
-            sliding_window_size=16,
-            d_rel=4,
-            rel_extent=16,
-            logits_mup_width_multiplier=1.0,
-        ),
-        image_token_id=IMAGE,
-        audio_token_id=18,
-        image_bos_token_id=VISION_START,
-        audio_bos_token_id=17,
-    )
-
-
 def unlimited_ocr() -> PreTrainedConfig:
     encoder = _sub("unlimited_ocr", "vision_config")
     return tr.UnlimitedOcrConfig(
@@ -381,32 +358,57 @@ def _factory(make_config: Callable[[], PreTrainedConfig]) -> Callable[[], PreTra
     return factory
 
 
-_REASONS: list[tuple[Callable[[], PreTrainedConfig], str]] = [
-    (mllama, "cross-attention"),
-    (idefics, "cross-attention"),
-    (blip, "cross-attention"),
-    (florence2, "encoder-decoder"),
-    (pix2struct, "encoder-decoder"),
-    (t5gemma2, "encoder-decoder"),
-    (udop, "encoder-decoder"),
-    (vision_encoder_decoder, "encoder-decoder"),
-    (kosmos2, "placeholder"),
-    (kosmos2_5, "placeholder"),
-    (git, "placeholder"),
-    (gemma4_shared, "shared"),
-    (gemma3n, "shared"),
-    (qwen3_5, "linear attention"),
-    (qwen3_5_moe, "linear attention"),
-    (lfm2_vl, "convolution"),
-    (minicpmv4_6, "linear attention"),
-    (inkling, "convolution"),
-    (granite4_vision, "deepstack"),
-    (glm5_next, "linear attention"),
-    (mistral_large4, "index"),
-    (minimax_m3_vl, "index"),
-    (unlimited_ocr, "sliding"),
-    (diffusion_gemma, "diffusion"),
+# (config, keyword of the reason, model type where it is not the function's name)
+_REASONS: list[tuple[Callable[[], PreTrainedConfig], str, str]] = [
+    (mllama, "cross-attention", ""),
+    (idefics, "cross-attention", ""),
+    (blip, "cross-attention", ""),
+    (florence2, "encoder-decoder", ""),
+    (pix2struct, "encoder-decoder", ""),
+    (t5gemma2, "encoder-decoder", ""),
+    (udop, "encoder-decoder", ""),
+    (vision_encoder_decoder, "encoder-decoder", "vision-encoder-decoder"),
+    # Image features take positions that a mask argument names, or stand before the text: there is
+    # no placeholder token, and these decoders have no attention interface with a KV cache of ours.
+    (kosmos2, "placeholder", "kosmos-2"),
+    (kosmos2_5, "placeholder", "kosmos-2.5"),
+    (git, "placeholder", ""),
+    # Later layers read the keys and values of an earlier one, whose tokens they would have to keep.
+    (gemma4_shared, "shared", "gemma4"),
+    (gemma3n, "shared", ""),
+    # A recurrent or convolutional state mixes tokens in order; none can be hidden from it later.
+    (qwen3_5, "linear attention", ""),
+    (qwen3_5_moe, "linear attention", ""),
+    (minicpmv4_6, "linear attention", ""),
+    (glm5_next, "linear attention", ""),
+    (lfm2_vl, "convolution", ""),
+    # Image features are added between late layers, inside the decoder's own loop.
+    (granite4_vision, "deepstack", ""),
+    # An index of its own chooses which keys a query sees, over positions of the whole sequence.
+    (mistral_large4, "index", ""),
+    (minimax_m3_vl, "index", ""),
+    (unlimited_ocr, "sliding", ""),  # a window over the answer, in a cache layer of its own
+    (diffusion_gemma, "diffusion", ""),
 ]
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
-    make.__name__: (_factory(make), reason) for make, reason in _REASONS
+    make.__name__: (_factory(make), reason)
+    for make, reason, model_type in _REASONS
+    if (model_type or make.__name__) in CONFIG_MAPPING_NAMES
+}
+UNTRIED: dict[str, str] = {
+    "dots3_note": "latent attention with a sparse index, like mistral_large4",
+    "evolla": "proteins, not images",
+    "glmga": "Glm46VForConditionalGeneration, as in glm46v",
+    "inkling2": "convolutions in every layer, like lfm2_vl",
+    "inkling_mm_model": "needs scipy to build; convolutions in every layer, like lfm2_vl",
+    "instructblipvideo": "as instructblip, with frames",
+    "lfm3_vl": "convolutions, like lfm2_vl",
+    "minicpm_ocr": "the decoder of qwen3_5",
+    "minicpmv4_7": "the decoder of qwen3_5",
+    "mistral4": "text only",
+    "nemotron_h_omni": "Mamba layers: a recurrent state, like linear attention",
+    "pi0": "robot actions, not text",
+    "pp_formulanet": "encoder-decoder",
+    "qwen4_exp": "linear attention, like qwen3_5",
+    "shieldgemma2": "Gemma3ForConditionalGeneration behind a classifier",
 }
