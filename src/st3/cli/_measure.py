@@ -102,8 +102,8 @@ def compare(
 ) -> tuple[Answer, Answer]:
     """Untrimmed and trimmed answer, with median times of `runs` runs of each.
 
-    One short unmeasured run of each comes first; the measured ones alternate, so that a change of the
-    machine's load meets both. on_run is called after each of the 2 * runs + 2 generations.
+    One short unmeasured run of each comes first; the measured ones alternate, so that a change
+    of the machine's load meets both. on_run is called after each of the 2 * runs + 2 generations.
     """
 
     def once(which: AbstractContextManager[Any] | None, tokens: int = max_new_tokens) -> Answer:
