@@ -29,7 +29,7 @@ from transformers import LlavaForConditionalGeneration
 
 from train.data import ANSWER_WEIGHT, IGNORE, Packer, to_pixels
 from train.model import build_config, build_model
-from train.scenes import Scene, sample_scene
+from train.scenes import Scene, sample_drill, sample_scene
 from train.tokenizer import build_processor
 from train.world import BACKGROUNDS, INKS, NAMES
 
@@ -46,6 +46,7 @@ class Recipe:
     lr: float = 1e-3
     tower_lr_share: float = 0.5  # of lr, in phase 2
     cells: float = 0.5  # weight of phase 1's loss in phase 2
+    drills: int = 12  # scenes full of digits and letters a step, for the cells' loss alone
     warmup: int = 100
     decay: float = 0.4  # share of the steps, at the end, in which lr falls to 0 by a cosine
     pairs_from: float = 0.6  # share of the steps after which two-image batches come in
@@ -180,8 +181,16 @@ class Trainer:
     def _tower_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         size = self.recipe.tower_batch
         scenes = [sample_scene(seed) for seed in self._seeds(self.step * size, size)]
-        features = self.model.get_image_features(to_pixels(scenes)).pooler_output
-        return self.tower.loss(torch.stack(list(features)), scenes)
+        scenes += self._drills()
+        return self.tower.loss(self._features(scenes), scenes)
+
+    def _drills(self) -> list[Scene]:
+        size = self.recipe.drills
+        return [sample_drill(seed) for seed in self._seeds(self.step * size, size)]
+
+    def _features(self, scenes: list[Scene]) -> torch.Tensor:
+        images = self.model.get_image_features(to_pixels(scenes)).pooler_output
+        return torch.stack(list(images))
 
     def _loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         recipe = self.recipe
@@ -203,6 +212,10 @@ class Trainer:
         )
         features = output.image_hidden_states.unflatten(0, (len(batch.scenes), -1))
         cells, figures = self.tower.loss(features, batch.scenes)
+        if recipe.drills:
+            drills = self._drills()
+            drilled, drilled_figures = self.tower.loss(self._features(drills), drills)
+            cells, figures["drilled"] = cells + drilled, drilled_figures["names"]
         learnt = batch.labels[:, 1:] != IGNORE
         logits = self.model.lm_head(output.last_hidden_state[:, :-1][learnt]).float()
         labels, weights = batch.labels[:, 1:][learnt], batch.weights[:, 1:][learnt]

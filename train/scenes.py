@@ -103,6 +103,14 @@ def sample_scene(seed: int, count: int | None = None, include: tuple[str, ...] =
     )
 
 
+def sample_drill(seed: int) -> Scene:
+    """A full scene with six digits and letters, for the cells' loss alone.
+
+    Ordinary scenes hold one digit and one letter at most, too few to learn their shapes from.
+    """
+    return sample_scene(seed, 9, tuple(random.Random(seed).sample((*DIGITS, *LETTERS), 6)))
+
+
 def _sample_thing(rng: random.Random, name: str, cell: int, background: str) -> Thing:
     size = rng.randint(*SIZE_RANGES[rng.choice(list(SIZE_RANGES))])
     room = (CELL - size) // 2
