@@ -88,7 +88,7 @@ class Director:
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         layers = trimmed_layers(cache) if past else []
-        prompt = self._prompt(embeds)
+        prompt = self._prompt(embeds, cache)
         if not self.trimmer.touches:
             if prompt is not None:
                 self._begin_report(prompt[0], embeds)
@@ -122,7 +122,7 @@ class Director:
             )
         return None
 
-    def _prompt(self, embeds: Tensor) -> tuple[Rows, Block] | None:
+    def _prompt(self, embeds: Tensor, cache: Cache | None) -> tuple[Rows, Block] | None:
         """Read the chunk's rows; None if it holds no visual token."""
         visual = self._visual_tokens(embeds)
         if visual is None:
@@ -136,9 +136,10 @@ class Director:
         if mask is not None:
             mask = mask[:, -columns:].to(embeds.device)
         keep = self._logits_to_keep
-        # generate() asks for the last position alone; more than one, for a single row, is how
-        # assisted decoding checks candidates that stand behind the prompt.
-        tail = keep - 1 if isinstance(keep, int) and keep > 1 and embeds.shape[0] == 1 else 0
+        # generate(), which passes its own cache, asks for the last position alone; more than one,
+        # for a single row, is how assisted decoding checks candidates that stand behind the prompt.
+        checks = isinstance(keep, int) and keep > 1 and embeds.shape[0] == 1 and cache is not None
+        tail = keep - 1 if checks else 0
         rows, block = first_block(visual, mask, min(tail, columns - 1), self.trimmer.per_image)
         self._chunk_mask = mask if block.valid is not None else None
         return (rows, block) if any(rows.n_visual) else None
