@@ -108,7 +108,9 @@ class Packer:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _batch(self, rows: list[list[tuple]], scenes: list[Scene]) -> Batch:
+    def _batch(
+        self, rows: list[list[tuple[int, int, int, int, float]]], scenes: list[Scene]
+    ) -> Batch:
         length = max(len(row) for row in rows)
         padding = (self.tokenizer.pad_token_id, 0, -1, IGNORE, 0.0)
         padded = [row + [padding] * (length - len(row)) for row in rows]

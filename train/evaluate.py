@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from train.scenes import IMAGE_SIZE

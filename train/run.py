@@ -21,10 +21,11 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import LlavaForConditionalGeneration
 
 from train.data import ANSWER_WEIGHT, IGNORE, Packer, to_pixels
@@ -61,6 +62,7 @@ class Tower(torch.nn.Module):
     def __init__(self, model: LlavaForConditionalGeneration, name_ids: list[int]):
         super().__init__()
         self.model = model
+        self.name_ids: torch.Tensor
         self.register_buffer("name_ids", torch.tensor(name_ids), persistent=False)
         hidden = model.config.text_config.hidden_size
         self.size = torch.nn.Linear(hidden, 3)
@@ -113,6 +115,10 @@ def cell_labels(scenes: list[Scene]) -> tuple[torch.Tensor, ...]:
     return tuple(torch.tensor(column).view(-1, 9) for column in zip(*rows, strict=True))
 
 
+def _adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+
+
 class Trainer:
     """The state of a run; ``step`` counts through both phases."""
 
@@ -137,9 +143,8 @@ class Trainer:
         return self.recipe.tower_steps + self.recipe.steps
 
     def _optimizer(self) -> torch.optim.AdamW:
-        options = {"betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
         if self.in_tower:
-            return torch.optim.AdamW(self.tower.trained(), lr=0.0, **options)
+            return _adamw([{"params": self.tower.trained()}])
         tower = list(self.model.model.vision_tower.parameters())
         seen = set(map(id, tower))
         rest = [p for p in self.tower.parameters() if id(p) not in seen]
@@ -147,7 +152,7 @@ class Trainer:
             {"params": rest, "scale": 1.0},
             {"params": tower, "scale": self.recipe.tower_lr_share},
         ]
-        return torch.optim.AdamW(groups, lr=0.0, **options)
+        return _adamw(groups)
 
     def _lr(self) -> float:
         recipe, step = self.recipe, self.step

@@ -155,8 +155,8 @@ def draw(scene: Scene) -> Image.Image:
 def _scaled(name: str, colour: str | None, size: int) -> Image.Image:
     sprite = _sprite(name, colour)
     scale = size / max(sprite.size)
-    shape = tuple(max(1, round(side * scale)) for side in sprite.size)
-    return sprite.resize(shape, Image.Resampling.LANCZOS)
+    width, height = (max(1, round(side * scale)) for side in sprite.size)
+    return sprite.resize((width, height), Image.Resampling.LANCZOS)
 
 
 @cache

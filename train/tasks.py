@@ -24,7 +24,7 @@ import random
 import re
 
 from train.scenes import Scene, Thing
-from train.world import BACKGROUNDS, EMOJI, INKS, NAMES, NUMBERS, PLACES, SIZES
+from train.world import BACKGROUNDS, DIGITS, EMOJI, INKS, LETTERS, NAMES, NUMBERS, PLACES, SIZES
 
 Turn = tuple[str, str, str]  # task, question, answer
 
@@ -166,8 +166,8 @@ def _ask(task: str, scene: Scene, rng: random.Random) -> Turn | None:
     if task == "relation":
         return _relation(scene, rng)
     if task in ("digit", "letter"):
-        thing = next((thing for thing in scene.things if thing.kind == task), None)
-        return thing and (task, rng.choice(GLYPH).format(kind=task), thing.name)
+        names = [thing.name for thing in scene.things if thing.kind == task]
+        return (task, rng.choice(GLYPH).format(kind=task), names[0]) if names else None
     if task == "colour":
         colours = {thing.kind: thing.colour for thing in scene.things if thing.colour}
         colours["background"] = scene.background
@@ -199,10 +199,12 @@ def _relation(scene: Scene, rng: random.Random) -> Turn | None:
 
 def _present_or_not(scenes: list[Scene], rng: random.Random) -> tuple[str, str]:
     names = [name for scene in scenes for name in scene.names]
+    name = rng.choice(names)
     if rng.random() < 0.5:
-        return rng.choice(names), "yes"
-    # An absent object of the same kinds as present ones, or the kind alone gives the answer away.
-    return rng.choice([name for name in NAMES if name not in names]), "no"
+        return name, "yes"
+    # An absent object is of a present one's kind, or the kind alone gives the answer away.
+    kind = next(group for group in (tuple(EMOJI), DIGITS, LETTERS) if name in group)
+    return rng.choice([other for other in kind if other not in names]), "no"
 
 
 def pair_conversation(first: Scene, second: Scene, rng: random.Random, turns: int) -> list[Turn]:
