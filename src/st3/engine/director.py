@@ -160,7 +160,9 @@ class Director:
         if use_cache is None:
             use_cache = getattr(text.config, "use_cache", False)
         checkpointing = getattr(text, "gradient_checkpointing", False) and text.training
-        if cache is None and use_cache and not checkpointing:
+        if checkpointing and not past:
+            cache = None  # the layers leave aside whatever cache they are given
+        elif cache is None and use_cache:
             cache = DynamicCache(config=text.config)
             kwargs = {**kwargs, "past_key_values": cache}
         clock, layers = Clock(), None
