@@ -103,6 +103,7 @@ class TrimmedLayer(CacheLayerMixin):
         self._values: Tensor | None = None
         self._positions: Tensor | None = None
         self._pending: tuple[Tensor, Tensor] | None = None
+        self.next_column: Tensor | None = None  # set while a compiled step runs
         self._starts: dict[int, tuple[int, ...]] = {}
 
     # What is live -----------------------------------------------------------------------------
@@ -220,6 +221,10 @@ class TrimmedLayer(CacheLayerMixin):
         has ranked the visual tokens. (What is cached need not be what attention reads: multi-head
         latent attention caches a compressed form.)
         """
+        if self.next_column is not None and self._keys is not None and self._values is not None:
+            self._keys.index_copy_(2, self.next_column, key_states)
+            self._values.index_copy_(2, self.next_column, value_states)
+            return self._keys, self._values
         if self.clock.phase is Phase.IDLE:
             raise TrimStateError(
                 "this cache was trimmed by st3 and can only be continued by the model while it is "
@@ -266,6 +271,41 @@ class TrimmedLayer(CacheLayerMixin):
             fresh[:, :width] = self._positions[:, live]
             self._positions = fresh
         self.base = first
+
+    # Compiled decoding (engine/static.py) --------------------------------------------------------
+
+    @property
+    def buffer(self) -> Tensor:
+        """The whole key buffer, [B, KV heads, capacity, head size]."""
+        if self._keys is None:
+            raise TrimStateError(f"layer {self.layer} of the cache is empty: no prompt was stored")
+        return self._keys
+
+    @property
+    def stored_positions(self) -> Tensor:
+        """Original columns over the whole buffer, [B, capacity]; sliding layers only."""
+        if self._positions is None:
+            raise TrimStateError(f"layer {self.layer} has no sliding window and keeps no positions")
+        return self._positions
+
+    def place_position(self, position: Tensor) -> None:
+        """Note the original column of the token that a compiled step appends."""
+        if self._positions is not None and self.next_column is not None:
+            rows = self._positions.shape[0]
+            self._positions.index_copy_(1, self.next_column, position.expand(rows, 1))
+
+    def fix_room(self, first: int, bucket: int) -> None:
+        """Make sure that one more column fits; if not, move what is live from ``first`` on into a
+        buffer whose capacity is a multiple of ``bucket``, its free columns zero."""
+        full = self._keys is None or self.end - self.base >= self._keys.shape[2]
+        if self._keys is None or not (full or self._keys.shape[2] % bucket):
+            return
+        live = self.end - first
+        self._move(first, -(-(live + bucket // 2) // bucket) * bucket)
+        for buffer in (self._keys, self._values):
+            if buffer is not None:
+                buffer[:, :, live:] = 0
+                torch._dynamo.mark_static_address(buffer)
 
     def compact(self) -> None:
         """Free what annealing has released; a later crop cannot bring it back."""
@@ -357,8 +397,13 @@ class TrimmedLayer(CacheLayerMixin):
         """Keep the rows ``indices``."""
         if self._keys is None or self._values is None:
             return
-        self._keys = self._keys.index_select(0, indices.to(self._keys.device))
-        self._values = self._values.index_select(0, indices.to(self._values.device))
+        keys = self._keys.index_select(0, indices.to(self._keys.device))
+        values = self._values.index_select(0, indices.to(self._values.device))
+        if keys.shape == self._keys.shape:  # in place: compiled steps count on the address
+            self._keys.copy_(keys)
+            self._values.copy_(values)
+        else:
+            self._keys, self._values = keys, values
         if self._positions is not None:
             self._positions = self._positions.index_select(0, indices.to(self._positions.device))
         facts = list(zip(self.pad, self.kept, self.images, strict=True))

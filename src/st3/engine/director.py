@@ -25,6 +25,7 @@ from st3.engine.errors import TrimStateError, UnsupportedModelError
 from st3.engine.families import VisualTokens
 from st3.engine.plan import Plan
 from st3.engine.prefill import Prefill
+from st3.engine.static import StaticAppend
 from st3.report import Report
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Director:
         self.visual = VisualTokens(trimmer.model, trimmer.parts.inner)
         self.handles: tuple[LayerHandle, ...] = ()
         self.report: Report | None = None
-        self.current: Prefill | Append | None = None
+        self.current: Prefill | Append | StaticAppend | None = None
+        self._static: StaticAppend | None = None
         self._attention_mask: Any = None
         self._chunk_mask: Tensor | None = None
         self._logits_to_keep: Any = 0
@@ -57,6 +59,7 @@ class Director:
     def release(self) -> None:
         """Let go of the model."""
         self._set_pass(None)
+        self._static = None
         self.handles = ()
         self.visual.detach()
 
@@ -198,6 +201,12 @@ class Director:
         several = embeds.shape[1] > 1  # a single token is never padding: no need to look
         if several and isinstance(mask, Tensor) and not bool(mask[:, -embeds.shape[1] :].all()):
             raise TrimStateError(PADDED_CONTINUATION)
+        if self.trimmer.compile_decode and embeds.shape[1] == 1:
+            if self._static is None or self._static.clock is not clock:
+                self._static = StaticAppend(self.plan, layers, clock, self.trimmer.decode_bucket)
+            self._static.prepare()
+            self._set_pass(self._static)
+            return
         self._set_pass(Append(self.plan, layers, clock))
 
     def _own_layers(self, cache: Cache, past: int) -> list[TrimmedLayer]:
@@ -243,6 +252,23 @@ class Director:
 
         return hook
 
+    def forward(
+        self, original: Callable[..., Any], compiled: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """The text model's forward: compiled for decode steps, as it is for everything else."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not isinstance(self.current, StaticAppend):
+                return original(*args, **kwargs)
+            if kwargs.get("position_ids") is None:
+                rows = kwargs["inputs_embeds"].shape[0]
+                kwargs["position_ids"] = self.current.position.expand(rows, 1)
+            output = compiled(**kwargs)
+            self.current.done()
+            return output
+
+        return forward
+
     def deepstack(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """DeepStack (Qwen3-VL) adds image features to the first layers' outputs: give it the
         features of the tokens that are still there."""
@@ -287,7 +313,7 @@ class Director:
             self._set_pass(None)
         return output
 
-    def _set_pass(self, current: Prefill | Append | None) -> None:
+    def _set_pass(self, current: Prefill | Append | StaticAppend | None) -> None:
         self.current = current
         for handle in self.handles:
             handle.current = current

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from st3.engine import static
 from st3.engine.attention import ATTRIBUTE, LayerHandle, base_attention, registered
 from st3.engine.director import Director
 from st3.engine.errors import TrimStateError, UnsupportedModelError
@@ -34,6 +35,8 @@ class Trimmer:
         own_cache: bool = False,
         visual_mask: Tensor | None = None,
         untested: bool = False,
+        compile_decode: str | dict[str, Any] | None = None,
+        decode_bucket: int = 256,
         **options: Any,
     ) -> None:
         self.model = model
@@ -41,6 +44,8 @@ class Trimmer:
         self.per_image = per_image
         self.own_cache = own_cache
         self.visual_mask = visual_mask
+        self.compile_decode = compile_decode
+        self.decode_bucket = decode_bucket
         self.family = family_of(model, untested)
         self.parts = parts_of(model)
         if per_image and self.policy.rerank:
@@ -167,6 +172,10 @@ class Trimmer:
         for index, layer in enumerate(self.parts.layers):
             hook = director.layer_hook(index)
             self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        if self.compile_decode:
+            static.check(director.plan)
+            compiled = static.compile_text(text.forward, self.compile_decode)
+            text.__dict__["forward"] = director.forward(text.forward, compiled)
         if hasattr(text, "_deepstack_process"):
             text.__dict__["_deepstack_process"] = director.deepstack(text._deepstack_process)
 
@@ -179,7 +188,8 @@ class Trimmer:
         self._attention_names.clear()
         for module in self.parts.attentions:
             module.__dict__.pop(ATTRIBUTE, None)
-        self.parts.text.__dict__.pop("_deepstack_process", None)
+        for name in ("_deepstack_process", "forward"):
+            self.parts.text.__dict__.pop(name, None)
         self._director.release()
 
     def _check_settings(self, attention: str) -> None:
@@ -225,6 +235,8 @@ def trim(
     own_cache: bool = False,
     visual_mask: Tensor | None = None,
     untested: bool = False,
+    compile_decode: str | dict[str, Any] | None = None,
+    decode_bucket: int = 256,
     **options: Any,
 ) -> Trimmer:
     """Trim the visual tokens of a transformers vision-language model while in the ``with`` block.
@@ -238,6 +250,11 @@ def trim(
         visual_mask: [B, T] bool, which tokens are visual, for prompts passed as ready-made
             ``inputs_embeds`` without ``pixel_values``.
         untested: try a family that st3 has no tests for.
+        compile_decode: a mode of torch.compile ("default", or "reduce-overhead" for CUDA graphs),
+            or a dict of its keyword arguments, to run decode steps as one graph over buffers of
+            fixed size; None runs them as they are. It pays where decoding is bound by kernel
+            launches.
+        decode_bucket: tokens to which the size of those buffers is rounded up.
         options: further arguments of the policy, e.g. ``trim(model, "st3", final_keep=0.01)``.
 
     Raises:
@@ -251,5 +268,7 @@ def trim(
         own_cache=own_cache,
         visual_mask=visual_mask,
         untested=untested,
+        compile_decode=compile_decode,
+        decode_bucket=decode_bucket,
         **options,
     )
