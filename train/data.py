@@ -45,7 +45,7 @@ def to_pixels(scenes: list[Scene]) -> torch.Tensor:
 class Packer:
     """Builds batches from scenes; the same seed gives the same batch."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_tokens: int, turns: int = 6):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_tokens: int, turns: int = 9):
         self.tokenizer = tokenizer
         self.turns = turns
         self.image = [tokenizer.convert_tokens_to_ids("<image>")] * image_tokens

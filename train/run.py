@@ -32,7 +32,7 @@ from train.data import ANSWER_WEIGHT, IGNORE, Packer, to_pixels
 from train.model import build_config, build_model
 from train.scenes import Scene, sample_drill, sample_scene
 from train.tokenizer import build_processor
-from train.world import BACKGROUNDS, INKS, NAMES
+from train.world import BACKGROUNDS, COLUMNS, INKS, NAMES, ROWS
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,16 @@ class Recipe:
 class Tower(torch.nn.Module):
     """Phase 1: the cells' classifier; its heads are thrown away afterwards."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, name_ids: list[int]):
+    def __init__(
+        self, model: LlavaForConditionalGeneration, name_ids: list[int], place_ids: list[int]
+    ):
         super().__init__()
         self.model = model
         self.name_ids: torch.Tensor
         self.register_buffer("name_ids", torch.tensor(name_ids), persistent=False)
         hidden = model.config.text_config.hidden_size
+        self.place_ids: torch.Tensor
+        self.register_buffer("place_ids", torch.tensor(place_ids), persistent=False)
         self.size = torch.nn.Linear(hidden, 3)
         self.ink = torch.nn.Linear(hidden, len(INKS) + 1)
         self.background = torch.nn.Linear(hidden, len(BACKGROUNDS))
@@ -80,7 +84,30 @@ class Tower(torch.nn.Module):
         ]
         filled = labels[0] < len(NAMES)
         right = (logits[0].argmax(-1) == labels[0])[filled].float().mean()
-        return losses[0] + 0.3 * sum(losses[1:]), {"names": right.item()}
+        loss = losses[0] + 0.3 * sum(losses[1:]) + self.patch_loss(features, labels[0])
+        return loss, {"names": right.item()}
+
+    def patch_loss(self, features: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
+        """Each patch must look like the words for its cell's object, row and column.
+
+        The decoder finds "the cat" and "top left" by these words, wherever it looks in a cell.
+        """
+        side = int(features.shape[1] ** 0.5)
+        cell = torch.arange(side) // (side // 3)
+        grid = names.unflatten(1, (3, 3))[:, cell][:, :, cell].flatten()
+        rows = cell[None, :, None].expand(len(features), side, side).flatten()
+        columns = cell[None, None, :].expand(len(features), side, side).flatten()
+        patches = functional.rms_norm(features, features.shape[-1:]).flatten(0, 1)
+        words = self.model.get_input_embeddings().weight
+        loss = torch.zeros(())
+        for ids, labels, weight in (
+            (self.name_ids, grid, 0.5),
+            (self.place_ids[:3], rows, 0.3),
+            (self.place_ids[3:], columns, 0.3),
+        ):
+            logits = (patches @ words[ids].T).float()
+            loss = loss + weight * functional.cross_entropy(logits, labels)
+        return loss
 
     def trained(self) -> list[torch.nn.Parameter]:
         parts = (self.model.model.vision_tower, self.model.model.multi_modal_projector)
@@ -129,7 +156,11 @@ class Trainer:
         config = build_config(tokenizer, **sizes)
         self.model = build_model(config, recipe.seed)
         self.packer = Packer(tokenizer, config.image_seq_length)
-        self.tower = Tower(self.model, tokenizer.convert_tokens_to_ids([*NAMES, "nothing"]))
+        self.tower = Tower(
+            self.model,
+            tokenizer.convert_tokens_to_ids([*NAMES, "nothing"]),
+            tokenizer.convert_tokens_to_ids([*ROWS, *COLUMNS]),
+        )
         self.step = 0
         self.seconds = 0.0  # of training, over all resumes
         self.optimizer = self._optimizer()

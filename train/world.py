@@ -39,6 +39,8 @@ PLACES = (
     "middle left", "centre", "middle right",
     "bottom left", "bottom centre", "bottom right",
 )  # fmt: skip
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "centre", "right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZES = ("small", "large")
 
