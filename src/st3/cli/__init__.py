@@ -1,4 +1,4 @@
-"""The command line: `st3 generate`, `st3 models`, `st3 policies`; one file for each command.
+"""The command line: `st3 bench`, `st3 cost`, `st3 generate` ...; one file for each command.
 
 Nothing heavy is imported before a command needs it, so that `--help` and wrong usage answer at
 once.
@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from st3.cli.bench import bench
+from st3.cli.cost import cost
 from st3.cli.generate import generate
 from st3.cli.models import models
 from st3.cli.policies import policies
@@ -75,6 +77,8 @@ def main(
         print(context.get_help())
 
 
+app.command()(bench)
+app.command()(cost)
 app.command()(generate)
 app.command()(models)
 app.command()(policies)

@@ -1,0 +1,83 @@
+"""Where and how something was measured: goes into every result."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def conditions(device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> dict[str, Any]:
+    """Machine, versions, command and load, as plain values."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "machine": _machine(device),
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "attention": attention,
+        "threads": torch.get_num_threads(),
+        "load_average": _load(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def in_words(given: dict[str, Any]) -> str:
+    """One sentence of conditions."""
+    threads = given["threads"]
+    where = (
+        f"{threads} CPU thread{'s' if threads > 1 else ''} of " if given["device"] == "cpu" else ""
+    )
+    load = given["load_average"]
+    return (
+        f"{where}{given['machine']}; {given['dtype']}, {given['attention']}; "
+        f"torch {given['torch']}, transformers {given['transformers']}, Python {given['python']}; {given['date']}"
+        + (f"; load average at the start {load:.1f}" if load is not None else "")
+        + (f"; commit {given['commit']}" if given["commit"] else "")
+    )
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} ({os.cpu_count()} cores)"
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _load() -> float | None:
+    try:
+        return os.getloadavg()[0]
+    except (OSError, AttributeError):
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file lies in; None for an installed package."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None

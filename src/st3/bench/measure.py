@@ -1,0 +1,122 @@
+"""One measurement each: a prefill, a generation, and what a generation holds in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+
+from st3.bench.clock import Marks, MarkSteps
+from st3.bench.memory import Peak
+from st3.bench.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Times of one generate() call, in seconds.
+
+    Attributes:
+        first: from the call to the first token; the vision tower is not in it.
+        steps: of each further token.
+        total: of the whole call.
+    """
+
+    first: float
+    steps: tuple[float, ...]
+    total: float
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes during one generate() call.
+
+    Attributes:
+        kv_live: KV entries that can still be seen, after the prefill and after each decode step.
+        kv_allocated: the tensors that hold them.
+        peak: highest memory use above that before the call; None where it cannot be measured.
+    """
+
+    kv_live: tuple[int, ...]
+    kv_allocated: tuple[int, ...]
+    peak: int | None
+
+
+@torch.no_grad()
+def prefill(model: Any, prompt: Prompt) -> float:
+    """Seconds of one forward pass of the prompt that fills a new cache and computes the logits of
+    the last position, as generate() does."""
+    marks = Marks(prompt.embeds.device)
+    marks.mark()
+    model(inputs_embeds=prompt.embeds, attention_mask=prompt.mask, use_cache=True, logits_to_keep=1)
+    marks.mark()
+    return marks.seconds()[0]
+
+
+def generation(model: Any, prompt: Prompt, new_tokens: int) -> Generation:
+    """Generate exactly ``new_tokens`` tokens greedily and note when each of them was there."""
+    marks = Marks(prompt.embeds.device)
+    marks.mark()
+    _generate(model, prompt, new_tokens, MarkSteps(marks))
+    marks.mark()
+    spans = marks.seconds()
+    return Generation(spans[0], tuple(spans[1:-1]), sum(spans))
+
+
+def footprint(model: Any, prompt: Prompt, new_tokens: int) -> Footprint:
+    """Generate once more, untimed, and read what the cache and the process hold."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    watch = _WatchCache(cache)
+    with Peak(prompt.embeds.device) as peak:
+        _generate(model, prompt, new_tokens, watch, past_key_values=cache)
+    return Footprint(tuple(watch.live), tuple(watch.allocated), peak.bytes)
+
+
+def _generate(
+    model: Any, prompt: Prompt, new_tokens: int, processor: LogitsProcessor, **more: Any
+) -> Tensor:
+    """The settings of the subject's generation config let nothing stop it early."""
+    output: Tensor = model.generate(
+        inputs_embeds=prompt.embeds,
+        attention_mask=prompt.mask,
+        max_new_tokens=new_tokens,
+        logits_processor=LogitsProcessorList([processor]),
+        **more,
+    )
+    if output.shape[1] != new_tokens:
+        raise ValueError(
+            f"the model stopped after {output.shape[1]} of {new_tokens} tokens: unset eos_token_id "
+            "in its generation_config"
+        )
+    return output
+
+
+class _WatchCache(LogitsProcessor):
+    """Notes the bytes of a cache behind every forward pass."""
+
+    def __init__(self, cache: DynamicCache) -> None:
+        self.cache = cache
+        self.live: list[int] = []
+        self.allocated: list[int] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        sizes = [_bytes_of(layer) for layer in self.cache.layers]
+        self.live.append(sum(live for live, _ in sizes))
+        self.allocated.append(sum(allocated for _, allocated in sizes))
+        return scores
+
+
+def _bytes_of(layer: Any) -> tuple[int, int]:
+    """Live and allocated bytes of one cache layer; in transformers' own they are the same."""
+    if hasattr(layer, "live_tokens"):
+        size = layer.bytes_per_token
+        return layer.live_tokens * size, layer.allocated_tokens * size
+    held = sum(t.numel() * t.element_size() for t in _tensors(layer))
+    return held, held
+
+
+def _tensors(layer: Any) -> Sequence[Tensor]:
+    return [t for t in (layer.keys, layer.values) if t is not None]

@@ -1,0 +1,140 @@
+"""Where st3's own part of a trimmed prefill goes: runs apart from the timed ones, with timers
+around the engine's entry points."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch.autograd.profiler import record_function
+
+from st3.bench.measure import prefill
+from st3.bench.methods import Method
+from st3.bench.prompts import Prompt
+from st3.engine.director import Director
+from st3.engine.prefill import Prefill
+
+RANGES = ("begin", "gather", "score", "file", "finish")
+MODEL = "model"
+PREFIX = "st3."
+
+Range = Callable[[str], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Seconds of one trimmed prefill spent in st3's own work, by range, and in all."""
+
+    ranges: dict[str, float]
+    prefill: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.ranges.values())
+
+    @property
+    def share(self) -> float:
+        """Of the trimmed prefill, 0..1."""
+        return self.seconds / self.prefill
+
+
+def selection_overhead(
+    model: Any, prompt: Prompt, method: Method, runs: int = 3
+) -> Overhead | None:
+    """Medians over ``runs`` prefills behind an unmeasured one; None where work is queued (CUDA:
+    there :func:`st3.bench.gpu.selection_share` asks the profiler) or st3's engine is not used."""
+    if not method.own_engine or prompt.embeds.device.type != "cpu":
+        return None
+    samples: list[dict[str, float]] = []
+    totals: list[float] = []
+    for _ in range(runs + 1):
+        watch = Stopwatch()
+        with probed(watch.range), method.attach(model, prompt):
+            totals.append(prefill(model, prompt))
+        samples.append(watch.seconds)
+    ranges = {
+        name: statistics.median(sample.get(name, 0.0) for sample in samples[1:]) for name in RANGES
+    }
+    return Overhead(ranges, statistics.median(totals[1:]))
+
+
+class Stopwatch:
+    """Time spent in named ranges; a range within another is taken off the outer one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def range(self, name: str) -> Iterator[None]:
+        self._switch()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._open.pop()
+
+    def _switch(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            name = self._open[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+
+def record_range(name: str) -> AbstractContextManager[Any]:
+    """The same ranges for torch.profiler, under ``st3.<name>``."""
+    return record_function(PREFIX + name)
+
+
+@contextmanager
+def probed(range_: Range) -> Iterator[None]:
+    """Put ranges around the engine's entry points: *begin* (read the batch), *gather* (choose and
+    shrink a layer's inputs), *score*, *file* (order and store keys and values), *finish*. What the
+    model itself computes inside of them is in the range *model*.
+
+    Enter it before a trimmer is attached. st3's own classes are wrapped, while in the block."""
+    attend = Prefill.attend
+
+    def timed_attend(
+        self: Prefill, layer: int, base: Any, module: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        plan = self.plan
+        self.plan = dataclasses.replace(plan, score=_wrap(plan.score, range_, "score"))
+        try:
+            with range_("file"):
+                return attend(self, layer, _wrap(base, range_, MODEL), module, *args, **kwargs)
+        finally:
+            self.plan = plan
+
+    wrapped: list[tuple[type, str, Any]] = [
+        (Director, "on_text", _wrap(Director.on_text, range_, "begin")),
+        (Prefill, "enter", _wrap(Prefill.enter, range_, "gather")),
+        (Prefill, "attend", timed_attend),
+        (Director, "after_text", _wrap(Director.after_text, range_, "finish")),
+    ]
+    originals = [(cls, name, getattr(cls, name)) for cls, name, _ in wrapped]
+    try:
+        for cls, name, function in wrapped:
+            setattr(cls, name, function)
+        yield
+    finally:
+        for cls, name, function in originals:
+            setattr(cls, name, function)
+
+
+def _wrap(function: Any, range_: Range, name: str) -> Any:
+    @functools.wraps(function)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with range_(name):
+            return function(*args, **kwargs)
+
+    return inside
