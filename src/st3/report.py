@@ -40,6 +40,8 @@ class Report:
             image is a run of visual tokens; where a family puts marker tokens between tiles or
             rows of patches, each run counts.
         n_text: for each row its other prompt tokens.
+        n_past: for each row the tokens of earlier turns, in the cache before the prompt. FLOPs are
+            those of the prompt alone: what it spends on attention to earlier turns is not counted.
         kept: for each row the visual tokens that entered each decoder layer.
         steps: decode steps after the prompt (the first generated token comes from the prefill).
         samples: KV bytes after the prefill and after each decode step.
@@ -50,6 +52,7 @@ class Report:
     schedule: Schedule
     visual_per_image: tuple[tuple[int, ...], ...]
     n_text: tuple[int, ...]
+    n_past: tuple[int, ...]
     kept: tuple[tuple[int, ...], ...]
     dims: TextDims | None
     entry_bytes: tuple[int, ...]
@@ -68,12 +71,14 @@ class Report:
         config: Any,
         dtype: torch.dtype,
         prefill: Prefill | None = None,
+        n_past: Sequence[int] | None = None,
     ) -> Report:
         """A report on a prompt whose prefill starts now.
 
         Args:
             budgets: the original counts that the schedule's shares are taken of, per row.
             prefill: the pass that fills in which tokens were kept; None if nothing is dropped.
+            n_past: tokens of earlier turns, per row; None without any.
         """
         try:
             dims: TextDims | None = TextDims.from_config(config)
@@ -86,7 +91,8 @@ class Report:
             for row in budgets
         )
         n_text = tuple(n - rows.tail for n in rows.n_text)
-        report = cls(policy, schedule, rows.images, n_text, kept, dims, entries)
+        past = tuple(n_past) if n_past is not None else (0,) * len(n_text)
+        report = cls(policy, schedule, rows.images, n_text, past, kept, dims, entries)
         report._prefill = prefill
         return report
 
@@ -179,8 +185,8 @@ class Report:
         )
         total = 0
         for size, window in zip(self.entry_bytes, windows, strict=True):
-            for n_text, n_visual in zip(self.n_text, self.n_visual, strict=True):
-                entries = n_text + n_visual + step
+            for counts in zip(self.n_past, self.n_text, self.n_visual, strict=True):
+                entries = sum(counts) + step
                 total += size * (entries if window is None else min(entries, window - 1))
         return total
 
@@ -226,7 +232,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain values, for JSON."""
         names = (
-            "policy n_visual visual_per_image n_text kept mean_share prefill_flops"
+            "policy n_visual visual_per_image n_text n_past kept mean_share prefill_flops"
             " prefill_flops_ratio kv_live_bytes kv_allocated_bytes kv_untrimmed_bytes"
             " kv_mean_ratio kv_mean_allocated_ratio steps"
         )

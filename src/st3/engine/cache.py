@@ -54,8 +54,8 @@ class Clock:
 
     @property
     def steps(self) -> int:
-        """Decode steps done when the pass is over."""
-        return max(0, self.start + self.tokens - self.prompt)
+        """Decode steps behind the latest prompt with an image, when the pass is over."""
+        return max(0, self.start + self.tokens - self.dense_from)
 
     def step(self, length: int) -> int:
         """Decode step of the token at logical position ``length``: the first generated is 1."""

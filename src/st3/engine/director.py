@@ -180,10 +180,14 @@ class Director:
         clock.dense_from = past + rows.length - rows.tail
         current = Prefill(self.plan, rows, block, self._chunk_mask, layers, clock, extends=past > 0)
         self._set_pass(current)
-        self._begin_report(rows, embeds, current)
+        self._begin_report(rows, embeds, current, past)
         return kwargs
 
-    def _begin_report(self, rows: Rows, embeds: Tensor, prefill: Prefill | None = None) -> None:
+    def _begin_report(
+        self, rows: Rows, embeds: Tensor, prefill: Prefill | None = None, past: int = 0
+    ) -> None:
+        mask = self._attention_mask if past else None
+        n_past = mask[:, :past].sum(1).tolist() if mask is not None else [past] * rows.batch
         self.report = Report.begin(
             str(self.trimmer.policy),
             self.trimmer.schedule,
@@ -192,6 +196,7 @@ class Director:
             self.trimmer.model.config,
             embeds.dtype,
             prefill,
+            n_past,
         )
 
     def _begin_append(self, layers: list[TrimmedLayer], embeds: Tensor) -> None:
