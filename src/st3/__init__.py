@@ -7,8 +7,9 @@
 """
 
 from st3 import policies
+from st3.bundled import bundled_model, sample_images
 from st3.engine import Trimmer, TrimStateError, UnsupportedModelError, trim
-from st3.policies import ST3, VTW, FastV, NoTrim, Policy, Random
+from st3.policies import ST3, VTW, FastV, NoTrim, Policy, PyramidDrop, Random
 from st3.report import Report
 from st3.schedule import Anneal, Schedule
 
@@ -21,12 +22,15 @@ __all__ = [
     "FastV",
     "NoTrim",
     "Policy",
+    "PyramidDrop",
     "Random",
     "Report",
     "Schedule",
     "TrimStateError",
     "Trimmer",
     "UnsupportedModelError",
+    "bundled_model",
     "policies",
+    "sample_images",
     "trim",
 ]

@@ -12,6 +12,7 @@ decoding is bound by the launching of kernels, not by the reading of memory.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from st3.engine.errors import UnsupportedModelError
 from st3.engine.masks import finish
 from st3.engine.plan import Attend, Plan
 
+_number = itertools.count()
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -118,7 +120,14 @@ def compile_text(forward: Callable[..., Any], options: str | dict[str, Any]) -> 
         if options not in MODES:
             raise ValueError(f"unknown compile_decode={options!r}: use one of {', '.join(MODES)}")
         options = {"mode": options}
-    compiled = torch.compile(forward, dynamic=False, fullgraph=True, **options)
+
+    def run(**kwargs: Any) -> Any:
+        return forward(**kwargs)
+
+    # torch counts graphs per code object and gives up at eight: each trimmer gets one of its own,
+    # so that attaching again, or to another model, starts from zero.
+    run.__code__ = run.__code__.replace(co_name=f"decode_step_{next(_number)}")
+    compiled = torch.compile(run, dynamic=False, fullgraph=True, **options)
 
     def step(**kwargs: Any) -> Any:
         mask = kwargs.get("attention_mask")

@@ -3,6 +3,7 @@
 from st3.policies.base import Policy, available, parse, presets, register
 from st3.policies.fastv import FastV
 from st3.policies.no_trim import NoTrim
+from st3.policies.pyramid_drop import PyramidDrop
 from st3.policies.random import Random
 from st3.policies.st3 import ST3
 from st3.policies.vtw import VTW
@@ -13,6 +14,7 @@ __all__ = [
     "FastV",
     "NoTrim",
     "Policy",
+    "PyramidDrop",
     "Random",
     "available",
     "parse",

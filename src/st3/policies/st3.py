@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from st3.policies.base import Policy, check_layer, register, register_preset
 from st3.schedule import Anneal, Schedule, check_share, exact
+from st3.scores import Score, score_named
 
 
 @register
@@ -37,6 +38,8 @@ class ST3(Policy):
         anneal: the temporal rule.
         rerank_every: decode steps after which the visible visual tokens are ranked anew by the
             current token's attention; None keeps the ranking of the prefill.
+        score: by what tokens are ranked, a name of :data:`st3.scores.SCORES`; the paper's is the
+            attention of the prompt's last token.
 
     Raises:
         ValueError: an argument out of range; from :meth:`schedule`, a layout that does not fit
@@ -52,6 +55,7 @@ class ST3(Policy):
     ratio: float | None = None
     anneal: Anneal = field(default_factory=Anneal)
     rerank_every: int | None = None
+    score: str = "attention"
 
     name: ClassVar[str] = "st3"
     paper: ClassVar[str] = "arXiv 2412.20105 (AAAI 2025)"
@@ -71,6 +75,7 @@ class ST3(Policy):
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
             ):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        score_named(self.score)
         if not isinstance(self.anneal, Anneal):
             raise ValueError(f"anneal must be an st3.Anneal, got {self.anneal!r}")
         if self.ratio is None and exact(self.final_keep) > 1 - exact(self.first_drop):
@@ -78,6 +83,9 @@ class ST3(Policy):
                 f"final_keep={self.final_keep} is more than first_drop={self.first_drop} leaves: "
                 f"use at most {float(1 - exact(self.first_drop)):g}"
             )
+
+    def scorer(self) -> Score:
+        return score_named(self.score)
 
     @property
     def rerank(self) -> int | None:

@@ -1,0 +1,45 @@
+"""PyramidDrop: drops at the ends of equal stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+from st3.policies.base import Policy, register
+from st3.schedule import Schedule, check_share, exact
+
+
+@register
+@dataclass(frozen=True)
+class PyramidDrop(Policy):
+    """PyramidDrop: cut the depth into equal stages and keep a share of what is left after each.
+
+    Args:
+        stages: number of stages (the paper's S + 1: drops after layers 8, 16 and 24 of 32 are 4).
+        keep: share kept at the end of each stage (the paper's lambda).
+
+    Source: arXiv 2410.17247. The last instruction token's attention comes from the layer before a
+    drop, with all heads, as everywhere in st3; the original ranks inside of the layer.
+    """
+
+    stages: int = 4
+    keep: float = 0.5
+
+    name: ClassVar[str] = "pyramiddrop"
+    paper: ClassVar[str] = "arXiv 2410.17247 (CVPR 2025)"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 2:
+            raise ValueError(f"stages must be a whole number of at least 2, got {self.stages!r}")
+        check_share("keep", self.keep)
+
+    def schedule(self, num_layers: int) -> Schedule:
+        if self.stages > num_layers:
+            raise ValueError(
+                f"{self.stages} stages do not fit {num_layers} layers: use at most {num_layers}"
+            )
+        shares: list[Fraction] = []
+        for layer in range(num_layers):
+            shares.append(exact(self.keep) ** (layer * self.stages // num_layers))
+        return Schedule(tuple(shares))

@@ -1,0 +1,28 @@
+"""An even spread over the image, whatever the model looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from st3.scores.base import LayerView
+
+_GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Spread the kept tokens evenly over their order in the prompt, at any budget.
+
+    Each token gets the fractional part of ``ordinal * golden ratio``, a sequence whose every
+    threshold is close to evenly spaced: the best k of n tokens lie about n / k apart, and what a
+    deeper layer keeps is a subset of what the layer before kept.
+
+    Source: uniform and pooled tokens as baselines, arXiv 2502.11501.
+    """
+
+    name: str = "uniform"
+
+    def __call__(self, view: LayerView) -> Tensor:
+        return (view.ordinal.double() * _GOLDEN).frac().float()
