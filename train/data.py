@@ -65,6 +65,16 @@ class Packer:
             rows.append(self._row([self.image], [full, turns]))
         return self._batch(rows, scenes)
 
+    def quiz(self, seeds: range) -> Batch:
+        """One image a row, with three conversations: more answers for the same visual tokens."""
+        scenes = [sample_scene(seed) for seed in seeds]
+        rows = []
+        for scene in scenes:
+            rng = random.Random(scene.seed)
+            chats = [conversation(scene, rng, self.turns - 1) for _ in range(3)]
+            rows.append(self._row([self.image], chats))
+        return self._batch(rows, scenes)
+
     def pair(self, seeds: range) -> Batch:
         """Two images a row and questions about both; the second may come in a later turn."""
         scenes: list[Scene] = []

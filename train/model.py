@@ -65,4 +65,19 @@ def build_model(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGenera
         for layer in model.model.language_model.layers:
             layer.self_attn.o_proj.weight.mul_(scale)
             layer.mlp.down_proj.weight.mul_(scale)
+        position = model.model.vision_tower.embeddings.position_embedding.weight
+        position.add_(place_codes(*position.shape))
     return model
+
+
+def place_codes(patches: int, hidden: int, norm: float = 6.0) -> torch.Tensor:
+    """What marks the row and the column (of 3 each) of every patch: (patches, hidden).
+
+    Naming objects needs no positions.  With a weak position embedding the tower lost them (a
+    linear probe read the row off its output for 39 % of the patches), and questions about
+    places were learnt very slowly.  Six orthogonal directions as strong as the patches stay.
+    """
+    side = int(patches**0.5)
+    third = torch.arange(side) * 3 // side
+    codes = norm * torch.linalg.qr(torch.randn(hidden, 6)).Q.T
+    return (codes[:3][third][:, None] + codes[3:][third][None]).flatten(0, 1)

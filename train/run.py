@@ -49,9 +49,9 @@ class Recipe:
     cells: float = 0.5  # weight of phase 1's loss in phase 2
     drills: int = 12  # scenes full of digits and letters a step, for the cells' loss alone
     warmup: int = 100
-    decay: float = 0.4  # share of the steps, at the end, in which lr falls to 0 by a cosine
-    pairs_from: float = 0.6  # share of the steps after which two-image batches come in
-    pairs: float = 0.15  # and their share from there on
+    decay: float = 0.25  # share of the steps, at the end, in which lr falls to 0 by a cosine
+    pairs_from: float = 0.75  # share of the steps after which two-image batches come in
+    pairs: float = 0.08  # and their share from there on
     clip: float = 1.0
     seed: int = 0
 
@@ -237,6 +237,8 @@ class Trainer:
         pairs = step >= recipe.pairs_from * recipe.steps
         if pairs and random.Random(seeds[0]).random() < recipe.pairs:
             batch = self.packer.pair(seeds[: max(1, recipe.batch // 2)])
+        elif step % 2:
+            batch = self.packer.quiz(seeds)
         else:
             batch = self.packer.single(seeds)
         output = self.model.model(

@@ -64,7 +64,7 @@ COUNT_OF = ("how many objects are in the {nth} image?",)
 SINGLE_WORD = ("place", "count", "exists", "relation", "digit", "letter", "colour")
 # How often a task is asked; place comes first because it teaches the others.
 WEIGHTS = {
-    "place": 5, "relation": 6, "count": 3, "exists": 2, "digit": 2, "letter": 2, "colour": 2,
+    "place": 5, "relation": 6, "count": 3, "exists": 4, "digit": 2, "letter": 2, "colour": 2,
     "where": 2, "list": 0.5,
 }  # fmt: skip
 
