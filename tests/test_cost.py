@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
@@ -97,8 +98,7 @@ REQUIRED = [
     "qwen3_vl_moe",
     "smolvlm",
 ]
-DESCRIBED = [
-    *REQUIRED,
+FURTHER = [
     "aya_vision",
     "exaone4_5",
     "gemma4",
@@ -117,6 +117,7 @@ DESCRIBED = [
     "video_llama_3",
     "vipllava",
 ]
+DESCRIBED = [*REQUIRED, *(name for name in FURTHER if name in FAMILIES)]  # not all are in 5.16
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -286,9 +287,24 @@ def test_tower_flops_are_exactly_those_that_torch_counts(name: str, attention: s
     where, _ = decoder_layers(model)
     decoder = counted[where.removesuffix(".layers")]
     tower = counted[type(model).__name__] - decoder - counted[head_name(model)]
-    rotary = sum(n for m, n in counted.items() if m.endswith("rotary_emb") and where[:-7] not in m)
+    angles = ("rotary_emb", "rotary_pos_emb", "patch_positional_embedding")  # not ours, as above
+    rotary = sum(n for m, n in counted.items() if m.endswith(angles) and where[:-7] not in m)
     crops = batch["pixel_values"].shape[-4] if batch["pixel_values"].dim() >= 4 else None
     assert tower - rotary == vision_flops(dims, n_visual, crops)
+
+
+def test_siglips_pooling_head_is_counted_where_it_is() -> None:
+    config = FAMILIES["paligemma"].make_config()
+    config.vision_config.vision_use_head = False
+    without = VisionDims.from_config(config)
+    config.vision_config.vision_use_head = True
+    dims = VisionDims.from_config(config)
+    tower = AutoModel.from_config(config.vision_config, attn_implementation="eager")
+    side = config.vision_config.image_size
+    counted, _ = count(tower, pixel_values=torch.randn(1, 3, side, side))
+    head = sum(n for name, n in counted.items() if name in ("head", "vision_model.head"))
+    n_visual = (side // config.vision_config.patch_size) ** 2
+    assert head == vision_flops(dims, n_visual) - vision_flops(without, n_visual) > 0
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3"])

@@ -85,7 +85,12 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _vit(
-    vision: Any, *, matrices: int = 2, class_tokens: int = 0, any_size: bool = False
+    vision: Any,
+    *,
+    matrices: int = 2,
+    class_tokens: int = 0,
+    any_size: bool = False,
+    pooling_head: bool = False,
 ) -> VisionDims:
     """CLIP, SigLIP and their like: square crops, an MLP of ``matrices`` matrices."""
     (height, width), (p, q) = _pair(vision.image_size), _pair(vision.patch_size)
@@ -99,7 +104,7 @@ def _vit(
         crop_patches=None if any_size else (height // p) * (width // q),
         patches_per_token=Fraction(1),
         class_tokens=class_tokens,
-        pooling_head=2 * hidden * inner if getattr(vision, "vision_use_head", False) else 0,
+        pooling_head=2 * hidden * inner if pooling_head else 0,
     )
 
 
@@ -135,7 +140,7 @@ def _qwen(vision: Any) -> VisionDims:
 
 _TOWERS: dict[str, Callable[[Any], VisionDims]] = {
     "clip_vision_model": lambda v: _vit(v, class_tokens=1),
-    "siglip_vision_model": _vit,
+    "siglip_vision_model": lambda v: _vit(v, pooling_head=getattr(v, "vision_use_head", True)),
     "idefics3_vision": _vit,
     "smolvlm_vision": _vit,
     "internvl_vision": lambda v: _vit(v, class_tokens=1),
