@@ -217,10 +217,7 @@ class Director:
     def _own_layers(self, cache: Cache, past: int) -> list[TrimmedLayer]:
         """Put trimmed layers into generate()'s own cache, in place."""
         layers = trimmed_layers(cache)
-        if layers:
-            if not past:
-                for layer in layers:
-                    layer.reset()
+        if layers and past:
             return layers
         if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
             raise UnsupportedModelError(
@@ -234,7 +231,8 @@ class Director:
             for i in range(count)
         ]
         for i, old in enumerate(cache.layers[:count]):
-            if type(old) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            # One of ours was reset, and may stem from another policy.
+            if type(old) not in (DynamicLayer, DynamicSlidingWindowLayer, TrimmedLayer):
                 raise UnsupportedModelError(
                     f"a cache layer of type {type(old).__name__} cannot be trimmed"
                 )
