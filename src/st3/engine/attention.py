@@ -80,11 +80,10 @@ def _scoring_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer: [B, heads, Q, size] -> [B, Q, heads, size]."""
     handle: LayerHandle | None = getattr(module, ATTRIBUTE, None)
-    if handle is None:
-        raise UnsupportedModelError(
-            f"the attention of {type(module).__name__} is set to an st3 function, but no trimmer "
-            "is attached: the model was copied or saved while it was trimmed"
-        )
+    if handle is None:  # another model, which shares the config of the one that is trimmed
+        name: str = module.config._attn_implementation
+        base = base_attention(name.removeprefix(PREFIX), module)
+        return base(module, query, key, value, attention_mask, **kwargs)
     if handle.current is None:
         return handle.base(module, query, key, value, attention_mask, **kwargs)
     return handle.current.attend(
