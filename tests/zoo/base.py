@@ -78,6 +78,7 @@ class Family:
     dynamic_size: bool = False  # I(h, w) gives images of different token counts
     text_rows: bool = True  # rows without an image may stand in a batch with images
     solo: bool = True  # a row of a batch equals the row alone
+    attention: str | None = None  # implementation; None: the library's choice
     model_type: str = ""  # as transformers has it, where it differs from the name
     visual_ids: tuple[int, ...] = (IMAGE, VIDEO)
     gain: float = 1.3  # of the random weights; queries and keys get it twice
@@ -92,7 +93,9 @@ class Family:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             config = self.make_config()
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+            model = AutoModelForImageTextToText.from_config(
+                config, dtype=torch.float32, attn_implementation=self.attention
+            )
             randomise(model, self.gain)
         self.finish(model)
         generation = model.generation_config

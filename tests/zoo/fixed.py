@@ -327,6 +327,7 @@ class Fuyu(FixedSize):
 def _fuyu() -> PreTrainedConfig:
     return tr.FuyuConfig(
         text_config=text(tr.PersimmonConfig, num_key_value_heads=4),
+        hidden_size=32,
         patch_size=4,
         image_size=16,
         image_token_id=IMAGE,

@@ -83,6 +83,7 @@ def _gemma3() -> PreTrainedConfig:
 
 FAMILIES = [
     PaliGemma("paligemma", _paligemma),
-    PaliGemma("paligemma2", _paligemma2, model_type="paligemma"),
+    # Older releases choose sdpa here, which leaves out the softcap in silence.
+    PaliGemma("paligemma2", _paligemma2, model_type="paligemma", attention="eager"),
     Gemma3("gemma3", _gemma3),
 ]

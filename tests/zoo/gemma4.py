@@ -24,6 +24,7 @@ from .base import (
     I,
     V,
     Vision,
+    accepts,
     text,
     vision,
 )
@@ -72,6 +73,9 @@ class Gemma4(Family):
         frames, h, w = segment.frames, 2, 3
         patches, positions = self._frames(frames, h, w, h * w, rng)
         ids = [VISION_START, *[VIDEO] * (h * w), VISION_END] * frames
+        if not accepts(model, "num_frames_per_video"):  # older: videos in a dimension of their own
+            tensors = {"pixel_values_videos": patches[None], "video_position_ids": positions[None]}
+            return Vision(ids, tensors)
         tensors = {
             "pixel_values_videos": patches,
             "video_position_ids": positions,

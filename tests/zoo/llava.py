@@ -107,6 +107,16 @@ class BigTiles(Tiles):
     side = 16
 
 
+class OneVision(BigTiles):
+    """A newline token ends a video."""
+
+    @torch.no_grad()
+    def video(self, model: PreTrainedModel, segment: V, rng: torch.Generator) -> Vision:
+        made = super().video(model, segment, rng)
+        made.ids += [VIDEO] * (len(made.ids) % segment.frames == 0)  # older: not yet counted
+        return made
+
+
 GRID = [[8, 16], [16, 8], [16, 16]]
 BIG_GRID = [[16, 16], [16, 32], [32, 16]]
 
@@ -213,7 +223,7 @@ class VideoLlava(FixedSize):
 FAMILIES = [
     FixedSize("llava", _llava),
     Tiles("llava_next", _llava_next, dynamic_size=True),
-    BigTiles("llava_onevision", _llava_onevision, supports_video=True, dynamic_size=True),
+    OneVision("llava_onevision", _llava_onevision, supports_video=True, dynamic_size=True),
     BigTiles("llava_next_video", _llava_next_video, supports_video=True, dynamic_size=True),
     FixedSize("vipllava", _vipllava),
     Shuffled("internvl", _internvl),

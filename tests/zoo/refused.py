@@ -215,11 +215,15 @@ def minicpmv4_6() -> PreTrainedConfig:
 
 
 def granite4_vision() -> PreTrainedConfig:
+    from transformers.models.granite4_vision.configuration_granite4_vision import (
+        Granite4VisionTextConfig,
+    )
+
     tower_ = clip(16)
     tower_.hidden_size = 64
     return tr.Granite4VisionConfig(
         vision_config=tower_,
-        text_config=text(_sub("granite4_vision", "text_config")),
+        text_config=text(Granite4VisionTextConfig),
         qformer_config={"model_type": "blip_2_qformer", "num_hidden_layers": 1,
                         "intermediate_size": 16, "cross_attention_frequency": 1,
                         "max_position_embeddings": 64, "use_qformer_text_input": False},
