@@ -39,13 +39,17 @@ def in_words(given: dict[str, Any]) -> str:
     where = (
         f"{threads} CPU thread{'s' if threads > 1 else ''} of " if given["device"] == "cpu" else ""
     )
-    load = given["load_average"]
-    return (
-        f"{where}{given['machine']}; {given['dtype']}, {given['attention']}; "
-        f"torch {given['torch']}, transformers {given['transformers']}, Python {given['python']}; {given['date']}"
-        + (f"; load average at the start {load:.1f}" if load is not None else "")
-        + (f"; commit {given['commit']}" if given["commit"] else "")
-    )
+    parts = [
+        f"{where}{given['machine']}",
+        f"{given['dtype']}, {given['attention']}",
+        f"torch {given['torch']}, transformers {given['transformers']}, Python {given['python']}",
+        given["date"],
+    ]
+    if given["load_average"] is not None:
+        parts.append(f"load average at the start {given['load_average']:.1f}")
+    if given["commit"]:
+        parts.append(f"commit {given['commit']}")
+    return "; ".join(parts)
 
 
 def _machine(device: torch.device) -> str:

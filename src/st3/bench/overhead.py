@@ -47,8 +47,8 @@ class Overhead:
 def selection_overhead(
     model: Any, prompt: Prompt, method: Method, runs: int = 3
 ) -> Overhead | None:
-    """Medians over ``runs`` prefills behind an unmeasured one; None where work is queued (CUDA:
-    there :func:`st3.bench.gpu.selection_share` asks the profiler) or st3's engine is not used."""
+    """Medians over ``runs`` prefills behind an unmeasured one. None where st3's engine is not used,
+    and on CUDA, where :func:`st3.bench.profile.selection_share` asks the profiler."""
     if not method.own_engine or prompt.embeds.device.type != "cpu":
         return None
     samples: list[dict[str, float]] = []

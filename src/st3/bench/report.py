@@ -141,8 +141,8 @@ the steps. selection: st3's own part of the trimmed prefill (choosing, gathering
 keys and values), timed in runs of its own. The last table gives speed-ups over the first row, the
 untouched model on transformers' DynamicCache: the median of the ratios within each round (in files
 also the ratio of the smallest times, and the largest minus the smallest ratio over the median).
-FLOPs ratio: untrimmed over trimmed, of the decoder's prefill, counted. / FLOPs: prefill speed-up over
-that ratio. step / bound: time of a decode step over (weights-only step + live KV bytes / read
+FLOPs ratio: untrimmed over trimmed, of the decoder's prefill, counted. / FLOPs: prefill speed-up
+over that ratio. step / bound: time of a decode step over (weights-only step + live KV bytes / read
 bandwidth), median over steps."""
 
 

@@ -96,9 +96,9 @@ def cost(
 def _show(given: dict[str, Any], rows: list[CostRow]) -> None:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("policy", min_width=9, overflow="fold")
-    for name in ("TFLOPs", "", "visual tokens", "", "KV first", "", "KV mean", ""):
+    for name in ("TFLOPs", "", "visual", "", "KV first", "", "KV mean", ""):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -119,8 +119,8 @@ def _show(given: dict[str, Any], rows: list[CostRow]) -> None:
     console.print(
         "\nComputed from the config, not measured; per cents are of the untrimmed model. TFLOPs: "
         "prefill of the text decoder; the vision tower, the same in every row, comes to it: "
-        f"{'not known' if tower is None else f'{tower:.3g}'}. Visual tokens: that a layer sees, mean "
-        f"over the layers. KV: live MiB in {given['dtype']}, first after the prefill, mean over "
-        f"{given['new_tokens']} new tokens.",
+        f"{'not known' if tower is None else f'{tower:.3g}'}. visual: tokens that a layer sees, "
+        f"mean over the layers. KV: live MiB in {given['dtype']}, first after the prefill, mean "
+        f"over {given['new_tokens']} new tokens.",
         style="dim",
     )
