@@ -6,14 +6,30 @@
 >>> print(trimmer.report)  # doctest: +SKIP
 """
 
-from st3 import policies
-from st3.bundled import bundled_model, sample_images
-from st3.engine import Trimmer, TrimStateError, UnsupportedModelError, trim
-from st3.policies import ST3, VTW, FastV, NoTrim, Policy, PyramidDrop, Random
-from st3.report import Report
-from st3.schedule import Anneal, Schedule
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from st3 import policies
+    from st3.bundled import bundled_model, sample_images
+    from st3.engine import Trimmer, TrimStateError, UnsupportedModelError, trim
+    from st3.policies import ST3, VTW, FastV, NoTrim, Policy, PyramidDrop, Random
+    from st3.report import Report
+    from st3.schedule import Anneal, Schedule
 
 __version__ = "0.1.0"
+
+# Loaded at first use: torch and transformers take seconds, which `st3 --help` need not wait for.
+_HOMES = {
+    "st3.bundled": ["bundled_model", "sample_images"],
+    "st3.engine": ["TrimStateError", "Trimmer", "UnsupportedModelError", "trim"],
+    "st3.policies": ["ST3", "VTW", "FastV", "NoTrim", "Policy", "PyramidDrop", "Random"],
+    "st3.report": ["Report"],
+    "st3.schedule": ["Anneal", "Schedule"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ST3",
@@ -34,3 +50,15 @@ __all__ = [
     "sample_images",
     "trim",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "policies":
+        return importlib.import_module("st3.policies")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'st3' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

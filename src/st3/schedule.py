@@ -7,6 +7,7 @@ rounding of an earlier one.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ Curve = Literal["cosine", "half_cosine", "linear", "exponential", "none"]
 CURVES: tuple[str, ...] = get_args(Curve)
 
 
+@functools.cache  # asked for at every layer of every decode step
 def exact(value: float | Fraction) -> Fraction:
     """The fraction a person means by a decimal: ``exact(0.07) == Fraction(7, 100)``."""
     return value if isinstance(value, Fraction) else Fraction(str(value))

@@ -81,7 +81,7 @@ def _scoring_attention(
     """Attention of one layer: [B, heads, Q, size] -> [B, Q, heads, size]."""
     handle: LayerHandle | None = getattr(module, ATTRIBUTE, None)
     if handle is None:  # another model, which shares the config of the one that is trimmed
-        name: str = module.config._attn_implementation
+        name = str(module.config._attn_implementation)  # type: ignore[union-attr]
         base = base_attention(name.removeprefix(PREFIX), module)
         return base(module, query, key, value, attention_mask, **kwargs)
     if handle.current is None:

@@ -78,12 +78,17 @@ class Block:
 
 
 def first_block(
-    visual: Tensor, attention_mask: Tensor | None, tail: int, per_image: bool
+    visual: Tensor,
+    attention_mask: Tensor | None,
+    tail: int,
+    per_image: bool,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[Rows, Block]:
     """Read a prompt batch: ``visual`` [B, T] bool, ``attention_mask`` [B, T] or None.
 
-    An image is a run of visual tokens; families that put marker tokens between the tiles or rows
-    of an image make several runs of it. A prompt's very last token is never counted as visual: its
+    An image is a run of visual tokens, cut where ``sizes``, the encoder's tokens of each image in
+    order, say that images touch; families that put marker tokens between the tiles or rows of an
+    image make several runs of it. A prompt's very last token is never counted as visual: its
     row is the one that ranks the others, so it must stay. This is the only place of a prefill where
     the host waits for the device.
     """
@@ -101,23 +106,56 @@ def first_block(
         valid.sum(1) if valid is not None else visual.new_full((batch,), columns, dtype=torch.long)
     )
     table = torch.stack([n_valid, *facts], dim=1).tolist()
-    images = tuple(tuple(n for n in row[1:] if n) for row in table)
+    runs = [[n for n in row[1:] if n] for row in table]
+    images = _cut_runs(runs, sizes) if sizes else tuple(map(tuple, runs))
     counts = tuple(row[0] for row in table)
     rows = Rows(
         columns, images, tuple(c - sum(i) for c, i in zip(counts, images, strict=True)), tail
     )
     all_valid = all(count == columns for count in counts)
+    ordinal = torch.cumsum(visual, dim=1) - 1
     block = Block(
         index=None,
         visual=visual,
-        ordinal=torch.cumsum(visual, dim=1) - 1,
-        group=number.clamp_min(0) if per_image and n_images > 1 else None,
+        ordinal=ordinal,
+        group=_image_numbers(ordinal, images) if per_image else None,
         valid=None if all_valid else valid,
         last=last_valid - tail,
         counts=counts,
         kept=images if per_image else tuple((sum(row),) for row in images),
     )
     return rows, block
+
+
+def _cut_runs(runs: Sequence[Sequence[int]], sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """The runs of all rows, cut into images of ``sizes``; as they are where the two do not fit."""
+    total = sum(map(sum, runs))
+    copies = total // max(sum(sizes), 1)
+    if copies > 1 and total == copies * sum(sizes) and len(runs) % copies == 0:
+        # Beams and return sequences: generate() encodes an image once and repeats its row.
+        once = _cut_runs(runs[::copies], sizes)
+        return tuple(row for row in once for _ in range(copies))
+    left = list(reversed(sizes))
+    images = []
+    for row in runs:
+        cut: list[int] = []
+        for run in row:
+            while run:
+                if not left or left[-1] > run:
+                    return tuple(map(tuple, runs))
+                cut.append(left.pop())
+                run -= cut[-1]
+        images.append(tuple(cut))
+    return tuple(map(tuple, runs)) if left else tuple(images)
+
+
+def _image_numbers(ordinal: Tensor, images: Sequence[Sequence[int]]) -> Tensor | None:
+    """The image of each visual column, [B, N]; None if no row has more than one."""
+    most = max(map(len, images), default=0)
+    if most < 2:
+        return None
+    ends = torch.cumsum(_table(images, most, ordinal.device), dim=1)[:, :-1]
+    return (ordinal[:, :, None] >= ends[:, None, :]).sum(dim=2)
 
 
 def _run_starts(visual: Tensor) -> Tensor:

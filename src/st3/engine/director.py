@@ -143,7 +143,9 @@ class Director:
         # for a single row, is how assisted decoding checks candidates that stand behind the prompt.
         checks = isinstance(keep, int) and keep > 1 and embeds.shape[0] == 1 and cache is not None
         tail = keep - 1 if checks else 0
-        rows, block = first_block(visual, mask, min(tail, columns - 1), self.trimmer.per_image)
+        rows, block = first_block(
+            visual, mask, min(tail, columns - 1), self.trimmer.per_image, self.visual.take_sizes()
+        )
         self._chunk_mask = mask if block.valid is not None else None
         return (rows, block) if any(rows.n_visual) else None
 

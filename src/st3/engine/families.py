@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -179,6 +180,7 @@ def _windows(config: Any, attentions: tuple[Any, ...]) -> tuple[int | None, ...]
     return tuple(windows)
 
 
+_ENCODERS = ("get_image_features", "get_video_features")
 _IMAGE_ARGUMENTS = ("pixel_values", "image_hidden_states", "mm_encoder_outputs", "image_embeds")
 
 
@@ -193,12 +195,16 @@ class VisualTokens:
         self.model = model
         self.inner = inner
         self.mask: Tensor | None = None
+        self.sizes: list[int] = []
         self.has_image = False
         self.unknown = False
         self._asks = hasattr(inner, "get_placeholder_mask")
 
     def attach(self) -> None:
         """Listen on this instance alone; the class stays as it is."""
+        for name in _ENCODERS:
+            if hasattr(self.inner, name):
+                setattr(self.inner, name, self._counting(getattr(self.inner, name)))
         if not self._asks:
             return
         original: Callable[..., Any] = self.inner.get_placeholder_mask
@@ -213,7 +219,25 @@ class VisualTokens:
 
     def detach(self) -> None:
         self.mask = None
-        self.inner.__dict__.pop("get_placeholder_mask", None)
+        self.sizes.clear()
+        for name in ("get_placeholder_mask", *_ENCODERS):
+            self.inner.__dict__.pop(name, None)
+
+    def _counting(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(encode)  # generate() reads the signature
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            result = encode(*args, **kwargs)
+            features = getattr(result, "pooler_output", None)
+            if isinstance(features, (list, tuple)):
+                self.sizes += [len(image) for image in features]
+            return result
+
+        return counting
+
+    def take_sizes(self) -> list[int]:
+        """The sizes noted so far; the next prompt starts with none."""
+        sizes, self.sizes = self.sizes, []
+        return sizes
 
     def begin(self, kwargs: dict[str, Any]) -> None:
         """A forward pass starts, with these arguments of the model inside."""

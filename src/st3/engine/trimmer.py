@@ -57,6 +57,7 @@ class Trimmer:
         self._director = Director(self)
         self._hooks: list[Any] = []
         self._attention_names: list[tuple[Any, str]] = []
+        self._replaced: list[tuple[nn.Module, str, Any]] = []
         self._outer: Trimmer | None = None
 
     # Life cycle -------------------------------------------------------------------------------
@@ -78,12 +79,14 @@ class Trimmer:
             TrimStateError: if this very trimmer is attached already.
             UnsupportedModelError: if the model's present settings cannot be trimmed.
         """
-        if self.attached:
-            raise TrimStateError("this trimmer is attached already: detach() it first")
         outer: Trimmer | None = self.model.__dict__.get(MODEL_ATTRIBUTE)
+        if self._is_below(outer):
+            raise TrimStateError("this trimmer is attached already: detach() it first")
         if outer is not None:
             outer._unhook()
         try:
+            if self.touches:
+                self._check_settings(self._attention())
             self._hook()
         except Exception:
             self._unhook()
@@ -132,9 +135,12 @@ class Trimmer:
     ) -> None:
         self.detach()
 
+    def _attention(self) -> str:
+        return self.parts.text.config._attn_implementation or "eager"
+
     def _hook(self) -> None:
         text, inner, director = self.parts.text, self.parts.inner, self._director
-        attention = text.config._attn_implementation or "eager"
+        attention = self._attention()
         director.plan = Plan(
             schedule=self.schedule,
             score=self.policy.scorer(),
@@ -144,7 +150,6 @@ class Trimmer:
             per_image=self.per_image,
         )
         if self.touches:
-            self._check_settings(attention)
             self._hook_layers(attention)
         for module, hook in (
             (self.model, director.on_model),
@@ -175,9 +180,15 @@ class Trimmer:
         if self.compile_decode:
             static.check(director.plan)
             compiled = static.compile_text(text.forward, self.compile_decode)
-            text.__dict__["forward"] = director.forward(text.forward, compiled)
+            self._replace(text, "forward", director.forward(text.forward, compiled))
         if hasattr(text, "_deepstack_process"):
-            text.__dict__["_deepstack_process"] = director.deepstack(text._deepstack_process)
+            process = director.deepstack(text._deepstack_process)
+            self._replace(text, "_deepstack_process", process)
+
+    def _replace(self, module: nn.Module, name: str, value: Any) -> None:
+        """Give this instance a method of its own; what it had before comes back on exit."""
+        self._replaced.append((module, name, module.__dict__.get(name)))
+        module.__dict__[name] = value
 
     def _unhook(self) -> None:
         for hook in self._hooks:
@@ -188,8 +199,11 @@ class Trimmer:
         self._attention_names.clear()
         for module in self.parts.attentions:
             module.__dict__.pop(ATTRIBUTE, None)
-        for name in ("_deepstack_process", "forward"):
-            self.parts.text.__dict__.pop(name, None)
+        for owner, name, before in self._replaced:
+            del owner.__dict__[name]
+            if before is not None:
+                owner.__dict__[name] = before
+        self._replaced.clear()
         self._director.release()
 
     def _check_settings(self, attention: str) -> None:
