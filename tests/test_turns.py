@@ -24,6 +24,16 @@ def words(batch: int, count: int, seed: int) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(30, 120, (batch, count), generator=rng)}
 
 
+def positions(case: Case, mask: Tensor, new: Tensor) -> dict[str, Tensor]:
+    """What generate() computes for models with 3D positions, whose forward() fails behind a cache
+    without: the positions [3, B, Q] of the tokens ``new`` [B, Q] at the end of ``mask``."""
+    deltas = getattr(case.model.model, "rope_deltas", None)
+    if deltas is None:
+        return {}
+    place = (mask.cumsum(1) - 1)[:, -new.shape[1] :] + deltas
+    return {"position_ids": place.expand(3, -1, -1)}
+
+
 class Talk:
     """Feeds the same chunks to the trimmed model and to the slow reference."""
 
@@ -38,11 +48,8 @@ class Talk:
         own = chunk.get("attention_mask", torch.ones_like(chunk["input_ids"]))
         self.mask = torch.cat([self.mask, own], 1)
         inputs = {**chunk, "attention_mask": self.mask}
-        deltas = getattr(self.case.model.model, "rope_deltas", None)
-        if deltas is not None and self.cache.get_seq_length():
-            # What generate() computes; forward() by itself fails behind a cache in this family.
-            place = (self.mask.cumsum(1) - 1)[:, -own.shape[1] :] + deltas
-            inputs["position_ids"] = place.expand(3, -1, -1)
+        if self.cache.get_seq_length():
+            inputs.update(positions(self.case, self.mask, own))
         wanted = self.slow.chunk(inputs, visual)
         with st3.trim(self.case.model, self.policy), torch.no_grad():
             logits = self.case.model(**inputs, past_key_values=self.cache, use_cache=True).logits
