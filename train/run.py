@@ -42,7 +42,7 @@ class Recipe:
     tower_steps: int = 450
     tower_batch: int = 48
     tower_lr: float = 1e-3
-    steps: int = 2400  # of phase 2
+    steps: int = 1230  # of phase 2
     batch: int = 16
     lr: float = 1e-3
     tower_lr_share: float = 0.5  # of lr, in phase 2
