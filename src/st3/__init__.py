@@ -29,6 +29,7 @@ _HOMES = {
     "st3.report": ["Report"],
     "st3.schedule": ["Anneal", "Schedule"],
 }
+_MODULES = ("bench", "cost", "engine", "policies", "report", "schedule", "scores", "shapes")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -53,8 +54,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "policies":
-        return importlib.import_module("st3.policies")
+    if name in _MODULES:
+        return importlib.import_module(f"st3.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'st3' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

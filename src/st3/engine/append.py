@@ -10,7 +10,7 @@ from torch import Tensor
 
 from st3.engine import decode
 from st3.engine.cache import Clock, TrimmedLayer
-from st3.engine.masks import decode_mask, finish
+from st3.engine.masks import Starts, decode_mask, finish
 from st3.engine.plan import Attend, Plan
 from st3.scores import LayerView
 
@@ -22,6 +22,7 @@ class Append:
     plan: Plan
     cache: list[TrimmedLayer]
     clock: Clock
+    known: dict[Starts, Tensor]
 
     def enter(
         self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -39,13 +40,13 @@ class Append:
         kind, dtype, device = self.plan.kind, hidden.dtype, hidden.device
         window = self.plan.windows[layer]
         if window is None or self.clock.start + queries <= window:
-            return decode_mask(starts, first, end, kind, dtype, device)
+            return decode_mask(starts, first, end, kind, dtype, device, self.known)
         # Original columns of keys and queries say what lies within the window.
         fresh = torch.arange(self.clock.start, self.clock.start + queries, device=device)
         old = past.positions(first)
         keys = torch.cat([old, fresh.expand(old.shape[0], -1)], dim=1)
         near = keys[:, None, None, :] > (fresh - window)[:, None]
-        seen = decode_mask(starts, first, end, "sdpa", dtype, device)
+        seen = decode_mask(starts, first, end, "sdpa", dtype, device, self.known)
         return finish(near if seen is None else near & seen, kind, dtype)
 
     def attend(

@@ -23,6 +23,7 @@ from st3.engine.cache import Clock, Phase, TrimmedLayer
 from st3.engine.columns import Block, Rows, first_block
 from st3.engine.errors import TrimStateError, UnsupportedModelError
 from st3.engine.families import VisualTokens
+from st3.engine.masks import Starts
 from st3.engine.plan import Plan
 from st3.engine.prefill import Prefill
 from st3.engine.static import StaticAppend
@@ -51,6 +52,7 @@ class Director:
         self.report: Report | None = None
         self.current: Prefill | Append | StaticAppend | None = None
         self._static: StaticAppend | None = None
+        self._known: dict[Starts, Tensor] = {}
         self._attention_mask: Any = None
         self._chunk_mask: Tensor | None = None
         self._logits_to_keep: Any = 0
@@ -60,6 +62,7 @@ class Director:
         """Let go of the model."""
         self._set_pass(None)
         self._static = None
+        self._known.clear()
         self.handles = ()
         self.visual.detach()
 
@@ -214,7 +217,7 @@ class Director:
             self._static.prepare()
             self._set_pass(self._static)
             return
-        self._set_pass(Append(self.plan, layers, clock))
+        self._set_pass(Append(self.plan, layers, clock, self._known))
 
     def _own_layers(self, cache: Cache, past: int) -> list[TrimmedLayer]:
         """Put trimmed layers into generate()'s own cache, in place."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Kind = Literal["sdpa", "eager", "flash"]
+Starts = tuple[tuple[int, ...], ...]
 
 
 def kind_of(attention: str) -> Kind:
@@ -85,6 +86,7 @@ def decode_mask(
     kind: Kind,
     dtype: torch.dtype,
     device: torch.device,
+    known: dict[Starts, Tensor],
 ) -> Tensor | None:
     """The mask of tokens appended to a trimmed cache.
 
@@ -92,13 +94,18 @@ def decode_mask(
         starts: for each query the first absolute column that each row may see, [Q][B].
         first: absolute column of key 0.
         end: absolute column behind the last key; the queries are the last Q keys.
+        known: device copies of starts relative to ``first``, filled here: rows of a batch keep
+            their distances for many layers and steps, and a copy makes the host wait.
     """
     queries, keys = len(starts), end - first
     if queries == 1 and all(start <= first for start in starts[0]):
         return None
-    column = torch.arange(first, end, device=device)
-    start = torch.tensor(starts, device=device).T  # [B, Q]
-    mask = column >= start[:, :, None]
+    relative = tuple(tuple(start - first for start in row) for row in starts)
+    if relative not in known:
+        if len(known) >= 256:
+            known.clear()
+        known[relative] = torch.tensor(relative, device=device).T  # [B, Q]
+    mask = torch.arange(keys, device=device) >= known[relative][:, :, None]
     if queries > 1:
         mask = mask & causal(queries, keys, device)
     return finish(mask[:, None], kind, dtype)
