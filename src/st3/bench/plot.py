@@ -6,23 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from st3.bench.methods import OWN_CACHE, UNTOUCHED
+from st3.bench.methods import ATTACHED, OWN_CACHE, UNTOUCHED
 from st3.bench.report import summary
 from st3.bench.suite import Result
 
-# Okabe and Ito's colours, told apart by colour-blind people as well. A policy has the same colour
-# in all panels and pictures; what is not named here takes the spare ones in order.
-_COLOURS = {
-    UNTOUCHED: "#4d4d4d",
-    OWN_CACHE: "#9a9a9a",
-    "st3": "#0072b2",
-    "random": "#cc79a7",
-    "fastv": "#e69f00",
-    "fastv (authors' way)": "#d55e00",
-    "vtw": "#009e73",
+# Okabe and Ito's colours, told apart by colour-blind people as well, and markers besides. A method
+# has the same in all panels and pictures; what is not named here takes the spare ones in order.
+_STYLES = {
+    UNTOUCHED: ("#4d4d4d", "o"),
+    OWN_CACHE: ("#9a9a9a", "s"),
+    "st3": ("#0072b2", "D"),
+    "random": ("#cc79a7", "^"),
+    "fastv": ("#e69f00", "v"),
+    "fastv (authors' way)": ("#d55e00", "P"),
+    "vtw": ("#009e73", "*"),
+    ATTACHED: ("#8c510a", "X"),
 }
-_SPARE = ("#56b4e9", "#8c510a", "#5e3c99", "#b2182b", "#01665e")
-_MARKERS = "osD^vP*X<>"
+_SPARE = (("#56b4e9", "<"), ("#5e3c99", ">"), ("#b2182b", "p"), ("#01665e", "h"), ("#7a7a00", "d"))
 _PAPER, _INK, _LINES = "#fcfcf9", "#1a1a1a", "#b8b8b8"
 
 
@@ -56,16 +56,26 @@ def draw(result: Result, path: Path, where: str) -> None:
         _kv(axes[2], result)
     else:
         _bars(axes[0], result, figures, "prefill_s", "prefill, ms")
-    _gains(axes[-1], result, figures)
+    if result.reference.prefill:
+        _gains(axes[-1], result, figures)
+    else:
+        axes[-1].set_visible(False)
     figure.suptitle(f"{result.subject}: {result.workload.title}", color=_INK, fontsize=12)
     figure.supxlabel(where, color=_INK, fontsize=7)
     figure.savefig(path, dpi=150, facecolor=_PAPER)
 
 
-def colours(labels: Sequence[str]) -> dict[str, str]:
-    """A colour for each method."""
+def styles(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each method. A policy with arguments takes its name's, if that is free:
+    ``st3:stride=2`` looks like ``st3`` where there is no other."""
     spare = iter(_SPARE * (1 + len(labels)))
-    return {label: _COLOURS.get(label) or next(spare) for label in labels}
+    chosen = {label: _STYLES[label] for label in labels if label in _STYLES}
+    for label in labels:
+        plain = _STYLES.get(label.partition(":")[0])
+        if label not in chosen:
+            free = plain is not None and plain not in chosen.values()
+            chosen[label] = plain if plain is not None and free else next(spare)
+    return chosen
 
 
 def _dress(axis: Any) -> None:
@@ -85,7 +95,9 @@ def _labels(result: Result) -> list[str]:
 def _bars(axis: Any, result: Result, figures: list[dict[str, Any]], key: str, title: str) -> None:
     labels = _labels(result)
     values = [1e3 * (figure[key] or 0.0) for figure in figures]
-    bars = axis.barh(labels, values, color=list(colours(labels).values()), height=0.65)
+    bars = axis.barh(
+        labels, values, color=[styles(labels)[name][0] for name in labels], height=0.65
+    )
     axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8, color=_INK)
     axis.invert_yaxis()
     axis.margins(x=0.18)
@@ -93,29 +105,29 @@ def _bars(axis: Any, result: Result, figures: list[dict[str, Any]], key: str, ti
 
 
 def _kv(axis: Any, result: Result) -> None:
-    palette = colours(_labels(result))
+    look = styles(_labels(result))
     for row in result.rows:
         if row.footprint is None:
             continue
         for held, style in ((row.footprint.kv_live, "-"), (row.footprint.kv_allocated, ":")):
-            axis.plot([b / 2**20 for b in held], style, color=palette[row.label], linewidth=1.6)
+            axis.plot([b / 2**20 for b in held], style, color=look[row.label][0], linewidth=1.6)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("decode step", fontsize=8, color=_INK)
     axis.set_title("KV cache, MiB: live (line), allocated (dots)", fontsize=10)
 
 
 def _gains(axis: Any, result: Result, figures: list[dict[str, Any]]) -> None:
-    palette = colours(_labels(result))
+    look = styles(_labels(result))
     top = 1.0
-    for number, (row, figure) in enumerate(zip(result.rows, figures, strict=True)):
+    for row, figure in zip(result.rows, figures, strict=True):
         gain = figure["speed_up"]["prefill"]
         if row is result.reference or gain is None or row.flops_ratio is None:
             continue
         axis.plot(
             row.flops_ratio,
             gain["paired"],
-            _MARKERS[number % len(_MARKERS)],
-            color=palette[row.label],
+            look[row.label][1],
+            color=look[row.label][0],
             markersize=8,
             label=row.label,
         )

@@ -183,10 +183,11 @@ def _table(result: Result, columns: Sequence[Column]) -> list[str]:
 
 def footnote(result: Result) -> str:
     """What stands beside the tables: rounds, tower, and the parts of the decode bound."""
-    rounds = f"Rounds: {len(result.reference.prefill)} of prefill"
+    done = {"prefill": result.reference.prefill, "generation": result.reference.generations}
+    counts = [f"{len(samples)} of {name}" for name, samples in done.items() if samples]
+    notes = ["Rounds: " + ", ".join(counts)]
     if not result.reference.generations:
-        return rounds + "."
-    notes = [f"{rounds}, {len(result.reference.generations)} of generation"]
+        return notes[0] + "."
     if result.tower:
         notes.append(f"vision tower {1e3 * (median(result.tower) or 0):.1f} ms")
     else:

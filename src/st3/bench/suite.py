@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from st3.bench import prompts
@@ -123,10 +124,10 @@ class Result:
         return median([ratio for ratio in ratios if ratio is not None])
 
 
-def steps_of(workload: Workload, methods: Sequence[Method]) -> int:
-    """How often :func:`run` reports progress."""
-    kinds = 2 if workload.new_tokens else 1
-    return (kinds * (workload.repeats + 1) + 1) * len(methods) + 1
+def steps_of(workload: Workload, methods: Sequence[Method], prefills: bool = True) -> int:
+    """How often :func:`run` reports progress, at most."""
+    kinds = bool(workload.new_tokens) + prefills
+    return (kinds * (workload.repeats + 1) + prefills) * len(methods)
 
 
 def run(
@@ -136,25 +137,25 @@ def run(
     on_step: Callable[[str], None] = lambda what: None,
     deadline: Deadline | None = None,
     bandwidth: float | None = None,
+    prefills: bool = True,
 ) -> Result:
-    """Measure ``methods`` on one workload: an unmeasured run of each, then rounds in turn.
+    """Measure ``methods`` on one workload: an untimed run of each, then rounds in turn.
 
     Args:
         on_step: called with a word on what was done, :func:`steps_of` times at most.
         deadline: behind it no further round is begun (one round is always done).
         bandwidth: bytes per second, if it was measured before.
+        prefills: time the prefill alone and st3's part of it, too.
 
     Raises:
         ValueError: prompts or policies that do not fit the model, or each other.
     """
     methods = [m for m in methods if not (m.equal_rows and workload.ragged)]
     rows = workload.rows()
-    model = subject.model
+    model, tokens = subject.model, workload.new_tokens
     prompt = prompts.build(rows, subject.text_config.hidden_size, subject.device, subject.dtype)
-    results = {
-        m.label: Row(m.label, str(m.policy or "none"), _flops(subject, m, rows)) for m in methods
-    }
-    result = Result(subject.name, workload, list(results.values()))
+    table = {m.label: Row(m.label, _policy(m), _flops(subject, m, rows)) for m in methods}
+    result = Result(subject.name, workload, list(table.values()))
 
     def attached(method: Method, what: Callable[[], Any]) -> Callable[[], Any]:
         def call() -> Any:
@@ -163,43 +164,47 @@ def run(
 
         return call
 
-    def measure(what: Callable[[], Any], warm_up: Callable[[], Any]) -> dict[str, list[Any]]:
+    def measure(what: Callable[[], Any], untimed: Callable[[], Any], name: str) -> Iterator[Any]:
+        """(row, untimed result, timed results) of each method."""
+        first = {}
         for method in methods:
-            attached(method, warm_up)()
-            on_step(method.label)
+            first[method.label] = attached(method, untimed)()
+            on_step(f"{name} (untimed)")
         calls = {m.label: attached(m, what) for m in methods}
-        return in_turn(calls, workload.repeats, lambda: on_step("measuring"), deadline)
+        timed = in_turn(calls, workload.repeats, lambda: on_step(name), deadline)
+        return ((table[label], first[label], timed[label]) for label in calls)
 
-    once = lambda: prefill(model, prompt)  # noqa: E731
-    for label, seconds in measure(once, once).items():
-        results[label].prefill = seconds
-    if workload.new_tokens:
-        tokens = workload.new_tokens
-        generations = measure(
-            lambda: generation(model, prompt, tokens), lambda: generation(model, prompt, 2)
-        )
-        for label, samples in generations.items():
-            results[label].generations = samples
-        for method in methods:
-            memory = attached(method, lambda: footprint(model, prompt, tokens))
-            results[method.label].footprint = memory()
-        result.weights_only = weights_only_step(model, workload.batch)
+    if tokens:
         result.bandwidth = bandwidth or read_bandwidth(subject.device)
-        _run_tower(result, subject)
-    for method in methods:
-        results[method.label].overhead = selection_overhead(model, prompt, method)
-        on_step(method.label)
+        result.weights_only = weights_only_step(model, workload.batch)
+        result.tower = _run_tower(subject, workload)
+    if prefills:
+        once = partial(prefill, model, prompt)
+        for row, _, seconds in measure(once, once, "prefill"):
+            row.prefill = seconds
+        for method in methods:
+            table[method.label].overhead = selection_overhead(model, prompt, method)
+            on_step("selection")
+    if tokens:
+        several = partial(generation, model, prompt, tokens)
+        watched = partial(footprint, model, prompt, tokens)
+        for row, held, generations in measure(several, watched, "generation"):
+            row.footprint, row.generations = held, generations
     return result
 
 
-def _run_tower(result: Result, subject: Subject) -> None:
-    workload = result.workload
+def _run_tower(subject: Subject, workload: Workload) -> list[float]:
     if workload.ragged:
-        return
+        return []
     look = tower(subject.model, workload.visual, workload.batch)
-    if look is not None:
-        look()
-        result.tower = [look() for _ in range(min(3, workload.repeats))]
+    if look is None:
+        return []
+    look()
+    return [look() for _ in range(min(3, workload.repeats))]
+
+
+def _policy(method: Method) -> str:
+    return "none" if method.policy is None else str(method.policy)
 
 
 def _flops(subject: Subject, method: Method, rows: Sequence[prompts.Row]) -> float | None:

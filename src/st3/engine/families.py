@@ -88,13 +88,38 @@ FAMILIES: tuple[Family, ...] = (
     Family("vipllava", "ViP-LLaVA"),
 )
 
+_CROSS = "its image goes through cross-attention layers: the text has no visual tokens"
+_ENCODER_DECODER = "it is an encoder-decoder: the decoder sees no visual tokens"
+_NO_PLACEHOLDER = "its image has no placeholder tokens that say which tokens are visual"
+_QUERIES = "a Q-Former already reduces an image to 32 tokens"
+_SHARED = "its last layers read KV entries shared with earlier ones, which trimming makes uneven"
+_STATE = "its linear attention layers hold a state of all tokens in order, and no KV entries to trim"
+_INDEX = "an index of its own chooses which keys a query sees, by their place in the whole sequence"
 REFUSED: dict[str, str] = {
-    "mllama": "its image goes through cross-attention layers: the text has no visual tokens",
-    "florence2": "it is an encoder-decoder: the decoder sees no visual tokens",
-    "kosmos-2": "it is an encoder-decoder style model without a shared decoder interface",
-    "gemma3n": "its last layers reuse the KV entries of earlier ones, which trimming makes uneven",
-    "blip-2": "a Q-Former already reduces an image to 32 tokens",
-    "instructblip": "a Q-Former already reduces an image to 32 tokens",
+    "mllama": _CROSS,
+    "idefics": _CROSS,
+    "blip": _CROSS,
+    "florence2": _ENCODER_DECODER,
+    "pix2struct": _ENCODER_DECODER,
+    "t5gemma2": _ENCODER_DECODER,
+    "udop": _ENCODER_DECODER,
+    "vision-encoder-decoder": _ENCODER_DECODER,
+    "kosmos-2": _NO_PLACEHOLDER,
+    "kosmos-2.5": _NO_PLACEHOLDER,
+    "git": _NO_PLACEHOLDER,
+    "blip-2": _QUERIES,
+    "instructblip": _QUERIES,
+    "gemma3n": _SHARED,
+    "qwen3_5": _STATE,
+    "qwen3_5_moe": _STATE,
+    "minicpmv4_6": _STATE,
+    "glm5_next": _STATE,
+    "lfm2_vl": "its convolution layers hold a state of the latest tokens, and no KV entries to trim",
+    "granite4_vision": "it adds image features between late layers (deepstack), in its own loop",
+    "mistral_large4": _INDEX,
+    "minimax_m3_vl": _INDEX,
+    "unlimited_ocr": "its cache layers hold a sliding window over the answer",
+    "diffusion_gemma": "it generates by diffusion, not token by token",
 }
 
 
@@ -152,12 +177,12 @@ def parts_of(model: nn.Module) -> Parts:
     attentions = tuple(getattr(layer, "self_attn", None) for layer in layers[:count])
     if any(attention is None or not hasattr(attention, "layer_idx") for attention in attentions):
         raise UnsupportedModelError(
-            f"{model_type} mixes in decoder layers without softmax attention, which hold no KV "
-            "entries to trim"
+            f"{model_type} mixes in decoder layers without softmax attention (linear attention, "
+            "convolution), which hold no KV entries to trim"
         )
     if any(getattr(attention, "is_kv_shared_layer", False) for attention in attentions):
         raise UnsupportedModelError(
-            f"this {model_type} shares KV entries between layers, which trimming makes uneven"
+            f"this {model_type} has layers with shared KV entries, which trimming makes uneven"
         )
     return Parts(inner, text, tuple(layers[:count]), attentions, _windows(text.config, attentions))
 
