@@ -239,7 +239,8 @@ class Director:
             # One of ours was reset, and may stem from another policy.
             if type(old) not in (DynamicLayer, DynamicSlidingWindowLayer, TrimmedLayer):
                 raise UnsupportedModelError(
-                    f"a cache layer of type {type(old).__name__} cannot be trimmed"
+                    f"a cache layer of type {type(old).__name__} cannot be trimmed: leave "
+                    "cache_implementation unset"
                 )
             if past:
                 _adopt(fresh[i], old, past, self._attention_mask)
