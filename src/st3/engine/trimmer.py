@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -181,6 +182,8 @@ class Trimmer:
             static.check(director.plan)
             compiled = static.compile_text(text.forward, self.compile_decode)
             self._replace(text, "forward", director.forward(text.forward, compiled))
+        if hasattr(self.model, "_prefill"):
+            self._replace(self.model, "_prefill", _whole(self.model._prefill))
         if hasattr(text, "_deepstack_process"):
             process = director.deepstack(text._deepstack_process)
             self._replace(text, "_deepstack_process", process)
@@ -207,12 +210,7 @@ class Trimmer:
         self._director.release()
 
     def _check_settings(self, attention: str) -> None:
-        generation = getattr(self.model, "generation_config", None)
-        if getattr(generation, "prefill_chunk_size", None) is not None:
-            raise UnsupportedModelError(
-                "chunked prefill is not supported: a chunk does not see the prompt's last token. "
-                "Set generation_config.prefill_chunk_size to None"
-            )
+        _check_whole(getattr(self.model, "generation_config", None))
         if "flash" in attention and any(self.parts.windows):
             raise UnsupportedModelError(
                 "flash attention counts a sliding window in stored tokens, which trimming shifts: "
@@ -239,6 +237,24 @@ class Trimmer:
             the bytes freed.
         """
         return self._director.compact()
+
+
+def _check_whole(generation_config: Any) -> None:
+    if getattr(generation_config, "prefill_chunk_size", None) is not None:
+        raise UnsupportedModelError(
+            "chunked prefill is not supported: a chunk does not see the prompt's last token. "
+            "Set prefill_chunk_size to None, also in the model's generation_config"
+        )
+
+
+def _whole(prefill: Callable[..., Any]) -> Callable[..., Any]:
+    """generate()'s prefill, which is told only there that prompts shall come in chunks."""
+
+    def checked(input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_whole(generation_config)
+        return prefill(input_ids, generation_config, *args, **kwargs)
+
+    return checked
 
 
 def trim(
