@@ -11,11 +11,39 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from . import fixed, gemma, gemma4, grids, idefics, llava, mistral, newer, qwen
+from . import (
+    codes,
+    fixed,
+    gemma,
+    gemma4,
+    grids,
+    idefics,
+    llava,
+    mistral,
+    newer,
+    newer_grids,
+    queries,
+    qwen,
+    sam,
+)
 from .base import Batch, Family, I, T, V
 from .refused import REFUSED, UNTRIED
 
-_MODULES = (llava, qwen, gemma, idefics, mistral, grids, gemma4, fixed, newer)
+_MODULES = (
+    llava,
+    qwen,
+    gemma,
+    idefics,
+    mistral,
+    grids,
+    gemma4,
+    fixed,
+    codes,
+    queries,
+    sam,
+    newer,
+    newer_grids,
+)
 FAMILIES: dict[str, Family] = {
     family.name: family for module in _MODULES for family in module.FAMILIES if family.available
 }

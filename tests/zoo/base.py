@@ -268,6 +268,9 @@ TEXT: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
 }
+# For families with sliding windows: 8 layers of both kinds, and a window that prompts exceed.
+WINDOW = 16
+MIXED = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"] * 2
 PATCH = 4
 VISION: dict[str, Any] = {
     "hidden_size": 16,

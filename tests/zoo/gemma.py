@@ -15,10 +15,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from .base import IMAGE, VISION_END, VISION_START, Batch, text, vision
+from .base import IMAGE, MIXED, VISION_END, VISION_START, WINDOW, Batch, text, vision
 from .llava import FixedSize
-
-WINDOW = 16
 
 
 class PaliGemma(FixedSize):
@@ -67,11 +65,10 @@ def _paligemma2() -> PreTrainedConfig:
 
 
 def _gemma3() -> PreTrainedConfig:
-    layers = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"] * 2
     return Gemma3Config(
         vision_config=vision(SiglipVisionConfig, image_size=Gemma3.side),
         text_config=text(
-            Gemma3TextConfig, query_pre_attn_scalar=8, sliding_window=WINDOW, layer_types=layers
+            Gemma3TextConfig, query_pre_attn_scalar=8, sliding_window=WINDOW, layer_types=MIXED
         ),
         mm_tokens_per_image=16,
         image_token_index=IMAGE,

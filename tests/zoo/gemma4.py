@@ -19,6 +19,7 @@ from .base import (
     VIDEO,
     VISION_END,
     VISION_START,
+    WINDOW,
     Batch,
     Family,
     I,
@@ -30,7 +31,6 @@ from .base import (
 )
 
 POOL = 2
-WINDOW = 16
 LAYERS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"] + [
     "sliding_attention",
     "full_attention",
