@@ -93,7 +93,7 @@ _ENCODER_DECODER = "it is an encoder-decoder: the decoder sees no visual tokens"
 _NO_PLACEHOLDER = "its image has no placeholder tokens that say which tokens are visual"
 _QUERIES = "a Q-Former already reduces an image to 32 tokens"
 _SHARED = "its last layers read KV entries shared with earlier ones, which trimming makes uneven"
-_STATE = "its linear attention layers hold a state of all tokens in order, and no KV entries to trim"
+_STATE = "its linear attention layers hold a state of all tokens, and no KV entries to trim"
 _INDEX = "an index of its own chooses which keys a query sees, by their place in the whole sequence"
 REFUSED: dict[str, str] = {
     "mllama": _CROSS,
@@ -114,7 +114,7 @@ REFUSED: dict[str, str] = {
     "qwen3_5_moe": _STATE,
     "minicpmv4_6": _STATE,
     "glm5_next": _STATE,
-    "lfm2_vl": "its convolution layers hold a state of the latest tokens, and no KV entries to trim",
+    "lfm2_vl": "its convolution layers hold a state of tokens, and no KV entries to trim",
     "granite4_vision": "it adds image features between late layers (deepstack), in its own loop",
     "mistral_large4": _INDEX,
     "minimax_m3_vl": _INDEX,
