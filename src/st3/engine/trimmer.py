@@ -182,8 +182,9 @@ class Trimmer:
             static.check(director.plan)
             compiled = static.compile_text(text.forward, self.compile_decode)
             self._replace(text, "forward", director.forward(text.forward, compiled))
-        if hasattr(self.model, "_prefill"):
-            self._replace(self.model, "_prefill", _whole(self.model._prefill))
+        prefill: Any = getattr(self.model, "_prefill", None)
+        if prefill is not None:
+            self._replace(self.model, "_prefill", _whole(prefill))
         if hasattr(text, "_deepstack_process"):
             process = director.deepstack(text._deepstack_process)
             self._replace(text, "_deepstack_process", process)
