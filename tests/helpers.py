@@ -100,7 +100,7 @@ class Case:
             return self.model(**self.batch).logits, trimmer.report
 
     def generate(self, policy: st3.Policy | None, tokens: int = 8, **options: Any) -> Any:
-        """generate() on the trimmed (None: bare) model, with logits; greedy unless told otherwise."""
+        """generate() on the trimmed (None: bare) model, with logits; greedy by default."""
         own = {k: options.pop(k) for k in ("per_image", "own_cache") if k in options}
         given = {"do_sample": False, **options}
 
@@ -175,14 +175,22 @@ class Case:
         assert torch.equal(out.sequences[:, self.width :], ids)
 
 
-def runs(visual: Tensor) -> list[list[tuple[int, int]]]:
-    """(start, end) of each run of visual tokens, per row: what the engine calls an image."""
-    edges = torch.nn.functional.pad(visual.int(), (1, 1)).diff(dim=1)
-    starts, ends = (edges == 1), (edges == -1)
-    return [
-        list(zip(s.nonzero().flatten().tolist(), e.nonzero().flatten().tolist(), strict=True))
-        for s, e in zip(starts, ends, strict=True)
-    ]
+def images(case: Case) -> list[list[tuple[int, int]]]:
+    """(start, end) of what the engine calls an image, per row: a run of visual tokens, cut where
+    two images touch."""
+    found = []
+    for visual, spans in zip(
+        case.visual, case.family.visual_spans(case.model, case.batch), strict=True
+    ):  # type: ignore[arg-type]
+        starts = {start for start, _ in spans}
+        row: list[tuple[int, int]] = []
+        for place in visual.nonzero().flatten().tolist():
+            if row and row[-1][1] == place and place not in starts:
+                row[-1] = (row[-1][0], place + 1)
+            else:
+                row.append((place, place + 1))
+        found.append(row)
+    return found
 
 
 def parts(model: PreTrainedModel) -> tuple[Any, Any]:

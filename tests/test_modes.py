@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 import st3
-from tests.helpers import POLICIES, ST3, TEXT_ONLY, Case, answer, assert_same, runs
+from tests.helpers import POLICIES, ST3, TEXT_ONLY, Case, answer, assert_same, images
 from tests.zoo import I, T
 
 # Plain; 3D positions; sliding windows and images that attend both ways; tiles between markers.
@@ -38,17 +38,26 @@ def test_several_images_in_a_prompt(name: str) -> None:
 @pytest.mark.parametrize("policy", ["st3", "st3_early", "fastv", "anneal_only"])
 def test_a_budget_for_each_image(name: str, policy: str) -> None:
     case = Case.of(name, SEVERAL)
-    spans = runs(case.visual)
+    spans = images(case)
     case.check_prefill(POLICIES[policy], spans=spans, per_image=True)
     case.check_generate(POLICIES[policy], 8, spans=spans)
 
 
 def test_a_budget_for_each_image_is_not_one_for_all() -> None:
-    case = Case.of("llava", [[T(2), I(), T(3), I(), T(1), I(), T(4)]])
+    case = Case.of("llava", SEVERAL)
     one, each = case.prefill(ST3)[1], case.prefill(ST3, per_image=True)[1]
     of_image = [each.kept_positions(7, 0) // 16 == i for i in range(3)]
     assert [int(x.sum()) for x in of_image] == [case.schedule(ST3).kept(7, 16)] * 3
     assert not torch.equal(one.kept_positions(7, 0), each.kept_positions(7, 0))
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "pixtral"])
+def test_a_budget_for_each_of_images_that_touch(name: str) -> None:
+    case = Case.of(name, SEVERAL)
+    report = case.prefill(ST3, per_image=True)[1]
+    assert [len(row) for row in report.visual_per_image] == [len(row) for row in images(case)]
+    case.check_generate(ST3, 5, spans=images(case), num_beams=2)
+    case.check_generate(ST3, 5, spans=images(case), num_return_sequences=2, do_sample=True, seed=1)
 
 
 @ON_EACH
@@ -127,7 +136,7 @@ def test_prompt_lookup_with_a_budget_for_each_image() -> None:
     case = Case.of("llava", [[T(8), I(), T(2), I(), T(5)]])
     case.batch["input_ids"][0, -3:] = case.batch["input_ids"][0, :3]
     out = case.generate(ST3, 24, prompt_lookup_num_tokens=3, per_image=True)
-    ids, logits = case.reference_generate(ST3, 24, per_image_spans=runs(case.visual))
+    ids, logits = case.reference_generate(ST3, 24, per_image_spans=images(case))
     assert torch.equal(answer(out, case.width), ids)
     assert_same(torch.stack(out.logits, 1), logits)
 
