@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from st3.engine import decode
-from st3.engine.cache import Clock, TrimmedLayer
+from st3.engine.cache import TrimmedLayer
+from st3.engine.clock import Clock
 from st3.engine.masks import Starts, decode_mask, finish
 from st3.engine.plan import Attend, Plan
 from st3.scores import LayerView

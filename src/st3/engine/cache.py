@@ -9,14 +9,13 @@ columns); ``base`` is the first that is still allocated.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from st3.engine.clock import Clock, Phase
 from st3.engine.columns import gather_columns
 from st3.engine.errors import TrimStateError
 from st3.schedule import Schedule
@@ -24,42 +23,6 @@ from st3.schedule import Schedule
 # Free columns behind the last one when a buffer is allocated. Growing copies what is live, so a
 # larger block copies less often but keeps what annealing released for longer.
 HEADROOM = 32
-
-
-class Phase(Enum):
-    """What the forward pass under way does with a trimmed cache."""
-
-    IDLE = "idle"
-    PREFILL = "prefill"
-    APPEND = "append"
-
-
-@dataclass
-class Clock:
-    """Shared by the layers of one cache: logical time, as if nothing had been trimmed.
-
-    Attributes:
-        phase: IDLE outside of a forward pass of the trimmed model.
-        start: logical length before the pass.
-        tokens: logical tokens of the pass.
-        prompt: logical length of the prompt that annealing counts from.
-        dense_from: logical length behind which every token has a column of its own.
-    """
-
-    phase: Phase = Phase.IDLE
-    start: int = 0
-    tokens: int = 0
-    prompt: int = 0
-    dense_from: int = 0
-
-    @property
-    def steps(self) -> int:
-        """Decode steps behind the latest prompt with an image, when the pass is over."""
-        return max(0, self.start + self.tokens - self.dense_from)
-
-    def step(self, length: int) -> int:
-        """Decode step of the token at logical position ``length``: the first generated is 1."""
-        return length - self.prompt + 1
 
 
 class TrimmedLayer(CacheLayerMixin):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,16 @@ from transformers.cache_utils import (
 
 from st3.engine.append import Append
 from st3.engine.attention import LayerHandle
-from st3.engine.cache import Clock, Phase, TrimmedLayer
+from st3.engine.cache import TrimmedLayer
+from st3.engine.clock import Clock, Phase
 from st3.engine.columns import Block, Rows, first_block
 from st3.engine.errors import TrimStateError, UnsupportedModelError
 from st3.engine.families import VisualTokens
 from st3.engine.masks import Starts
-from st3.engine.plan import Plan
+from st3.engine.plan import Plan, Setup
 from st3.engine.prefill import Prefill
 from st3.engine.static import StaticAppend
 from st3.report import Report
-
-if TYPE_CHECKING:
-    from st3.engine.trimmer import Trimmer
-
 
 PADDED_CONTINUATION = (
     "padding inside a continued conversation is not supported: continue the rows one by one, or "
@@ -45,9 +42,9 @@ class Director:
 
     plan: Plan
 
-    def __init__(self, trimmer: Trimmer) -> None:
-        self.trimmer = trimmer
-        self.visual = VisualTokens(trimmer.model, trimmer.parts.inner)
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.visual = VisualTokens(setup.model, setup.parts.inner)
         self.handles: tuple[LayerHandle, ...] = ()
         self.report: Report | None = None
         self.current: Prefill | Append | StaticAppend | None = None
@@ -95,7 +92,7 @@ class Director:
         past = cache.get_seq_length() if cache is not None else 0
         layers = trimmed_layers(cache) if past else []
         prompt = self._prompt(embeds, cache)
-        if not self.trimmer.touches:
+        if not self.setup.touches:
             if prompt is not None:
                 self._begin_report(prompt[0], embeds)
             elif self.report is not None and past:
@@ -110,14 +107,14 @@ class Director:
     def _visual_tokens(self, embeds: Tensor) -> Tensor | None:
         """[B, T] bool for the chunk under way, or None if it has no image."""
         mask = self.visual.mask
-        given = self.trimmer.visual_mask
+        given = self.setup.visual_mask
         if mask is None and given is not None and given.shape == embeds.shape[:2]:
             mask = given
         if mask is not None:
             return mask.to(embeds.device)
         if self.visual.has_image:
             raise UnsupportedModelError(
-                f"{self.trimmer.family.model_type}: the prompt has an image, but which of its "
+                f"{self.setup.family.model_type}: the prompt has an image, but which of its "
                 "tokens are visual was not found: pass visual_mask to st3.trim()"
             )
         if self.visual.unknown:
@@ -147,7 +144,7 @@ class Director:
         checks = isinstance(keep, int) and keep > 1 and embeds.shape[0] == 1 and cache is not None
         tail = keep - 1 if checks else 0
         rows, block = first_block(
-            visual, mask, min(tail, columns - 1), self.trimmer.per_image, self.visual.take_sizes()
+            visual, mask, min(tail, columns - 1), self.setup.per_image, self.visual.take_sizes()
         )
         self._chunk_mask = mask if block.valid is not None else None
         return (rows, block) if any(rows.n_visual) else None
@@ -194,11 +191,11 @@ class Director:
         mask = self._attention_mask if past else None
         n_past = mask[:, :past].sum(1).tolist() if mask is not None else [past] * rows.batch
         self.report = Report.begin(
-            str(self.trimmer.policy),
-            self.trimmer.schedule,
+            self.setup.policy,
+            self.setup.schedule,
             rows,
             self.plan.budgets(rows),
-            self.trimmer.model.config,
+            self.setup.model.config,
             embeds.dtype,
             prefill,
             n_past,
@@ -211,9 +208,9 @@ class Director:
         several = embeds.shape[1] > 1  # a single token is never padding: no need to look
         if several and isinstance(mask, Tensor) and not bool(mask[:, -embeds.shape[1] :].all()):
             raise TrimStateError(PADDED_CONTINUATION)
-        if self.trimmer.compile_decode and embeds.shape[1] == 1:
+        if self.setup.compile_decode and embeds.shape[1] == 1:
             if self._static is None or self._static.clock is not clock:
-                self._static = StaticAppend(self.plan, layers, clock, self.trimmer.decode_bucket)
+                self._static = StaticAppend(self.plan, layers, clock, self.setup.decode_bucket)
             self._static.prepare()
             self._set_pass(self._static)
             return
@@ -230,9 +227,9 @@ class Director:
                 "that generate() makes a DynamicCache"
             )
         clock = Clock()
-        count = len(self.trimmer.parts.layers)
+        count = len(self.setup.parts.layers)
         fresh = [
-            TrimmedLayer(i, self.trimmer.schedule, clock, self.trimmer.parts.windows[i])
+            TrimmedLayer(i, self.setup.schedule, clock, self.setup.parts.windows[i])
             for i in range(count)
         ]
         for i, old in enumerate(cache.layers[:count]):

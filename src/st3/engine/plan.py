@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from st3.engine.columns import Rows
+from st3.engine.families import Family, Parts
 from st3.engine.masks import Kind
 from st3.schedule import Schedule
 from st3.scores import Score
@@ -51,3 +53,25 @@ class Plan:
     def budgets(self, rows: Rows) -> tuple[tuple[int, ...], ...]:
         """The original visual counts that budgets are taken from: per row, or per image."""
         return rows.images if self.per_image else tuple((n,) for n in rows.n_visual)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a trimmer was asked for, and of which model.
+
+    Attributes:
+        policy: the policy, as a string for the report.
+        touches: whether anything of a pass is changed.
+        visual_mask, per_image, compile_decode, decode_bucket: see :func:`st3.trim`.
+    """
+
+    model: Any
+    parts: Parts
+    family: Family
+    policy: str
+    schedule: Schedule
+    touches: bool
+    per_image: bool
+    visual_mask: Tensor | None
+    compile_decode: str | dict[str, Any] | None
+    decode_bucket: int

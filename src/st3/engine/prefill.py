@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from st3.engine.cache import Clock, TrimmedLayer
+from st3.engine.cache import TrimmedLayer
+from st3.engine.clock import Clock
 from st3.engine.columns import (
     Block,
     Memo,

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from st3.engine import decode
-from st3.engine.cache import Clock, TrimmedLayer
+from st3.engine.cache import TrimmedLayer
+from st3.engine.clock import Clock
 from st3.engine.errors import UnsupportedModelError
 from st3.engine.masks import finish
 from st3.engine.plan import Attend, Plan

@@ -14,7 +14,7 @@ from st3.engine.director import Director
 from st3.engine.errors import TrimStateError, UnsupportedModelError
 from st3.engine.families import family_of, parts_of
 from st3.engine.masks import kind_of
-from st3.engine.plan import Plan
+from st3.engine.plan import Plan, Setup
 from st3.policies import Policy, parse
 from st3.report import Report
 
@@ -25,6 +25,11 @@ class Trimmer:
     """A policy attached to a model: a context manager, or :meth:`attach` and :meth:`detach`.
 
     Made by :func:`st3.trim`, which documents the arguments.
+
+    Attributes:
+        policy, schedule: what is dropped.
+        family, parts: what it is dropped from.
+        touches: whether anything of a pass is changed; a policy that drops nothing only watches.
     """
 
     def __init__(
@@ -43,10 +48,7 @@ class Trimmer:
         self.model = model
         self.policy = parse(policy, **options)
         self.per_image = per_image
-        self.own_cache = own_cache
-        self.visual_mask = visual_mask
         self.compile_decode = compile_decode
-        self.decode_bucket = decode_bucket
         self.family = family_of(model, untested)
         self.parts = parts_of(model)
         if per_image and self.policy.rerank:
@@ -55,7 +57,21 @@ class Trimmer:
                 "the images' own budgets"
             )
         self.schedule = self.policy.schedule(len(self.parts.layers))
-        self._director = Director(self)
+        self.touches = self.schedule.drops or own_cache
+        self._director = Director(
+            Setup(
+                model=model,
+                parts=self.parts,
+                family=self.family,
+                policy=str(self.policy),
+                schedule=self.schedule,
+                touches=self.touches,
+                per_image=per_image,
+                visual_mask=visual_mask,
+                compile_decode=compile_decode,
+                decode_bucket=decode_bucket,
+            )
+        )
         self._hooks: list[Any] = []
         self._attention_names: list[tuple[Any, str]] = []
         self._replaced: list[tuple[nn.Module, str, Any]] = []
@@ -66,11 +82,6 @@ class Trimmer:
     @property
     def attached(self) -> bool:
         return bool(self._hooks)
-
-    @property
-    def touches(self) -> bool:
-        """Whether anything of a pass is changed; a policy that drops nothing only watches."""
-        return self.schedule.drops or self.own_cache
 
     def attach(self) -> Trimmer:
         """Start trimming. On a model that is trimmed already, this trimmer takes over until it is
