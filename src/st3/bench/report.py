@@ -183,8 +183,9 @@ def _table(result: Result, columns: Sequence[Column]) -> list[str]:
 
 def footnote(result: Result) -> str:
     """What stands beside the tables: rounds, tower, and the parts of the decode bound."""
-    done = {"prefill": result.reference.prefill, "generation": result.reference.generations}
-    counts = [f"{len(samples)} of {name}" for name, samples in done.items() if samples]
+    first = result.reference
+    done = {"prefill": len(first.prefill), "generation": len(first.generations)}
+    counts = [f"{count} of {name}" for name, count in done.items() if count]
     notes = ["Rounds: " + ", ".join(counts)]
     if not result.reference.generations:
         return notes[0] + "."

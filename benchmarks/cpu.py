@@ -1,0 +1,259 @@
+"""The CPU table: prefill, decode, captions and ragged batches of a 24-layer model, one thread.
+
+    python benchmarks/cpu.py            # everything; hours
+    python benchmarks/cpu.py --quick    # the important parts; about ten minutes
+    python benchmarks/cpu.py --sections prefill idle --dtypes bfloat16
+
+Weights are random (shape cpu-308m: 24 layers, d 1024). Results go to benchmarks/results as JSON and
+Markdown after each section, so that an interrupted run leaves what it has. Let nothing else run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from st3.bench import (
+    SHAPES,
+    Method,
+    Result,
+    Subject,
+    Workload,
+    attached,
+    compare,
+    dtype_of,
+    from_shape,
+    own_cache,
+    run,
+    steps_of,
+    untouched,
+)
+from st3.bench.bars import Bar
+from st3.bench.bars import as_markdown as bars_table
+from st3.bench.conditions import conditions
+from st3.bench.files import save
+from st3.bench.ragged import RaggedRow, against_uniform
+
+RESULTS = Path(__file__).with_name("results")
+CPU = torch.device("cpu")
+FEW, MANY = 576, 2880  # visual tokens: one image of LLaVA-1.5, five crops of LLaVA-NeXT
+
+
+@dataclasses.dataclass
+class Session:
+    """Options, models and what was found so far."""
+
+    given: argparse.Namespace
+    console: Console
+    results: list[Result] = dataclasses.field(default_factory=list)
+    ragged: list[tuple[str, list[RaggedRow]]] = dataclasses.field(default_factory=list)
+    bars: list[Bar] = dataclasses.field(default_factory=list)
+    subjects: dict[str, Subject] = dataclasses.field(default_factory=dict)
+    bandwidth: float | None = None
+
+    def subject(self, dtype: str) -> Subject:
+        if dtype not in self.subjects:
+            found = from_shape(self.given.shape, CPU, dtype_of(dtype))
+            self.subjects[dtype] = dataclasses.replace(found, name=f"{found.name}, {dtype}")
+        return self.subjects[dtype]
+
+    def policy(self) -> list[Method]:
+        return compare([self.given.policy], peers=False)[2:]
+
+    def fastv(self) -> list[Method]:
+        return compare(["fastv"], peers=False)[2:]
+
+    def workload(self, visual: int, **more: Any) -> Workload:
+        few = self.given.visual
+        images = 1 if visual == FEW else MANY // FEW
+        tokens = visual if few is None else few * images
+        return Workload(visual=tokens, text=64, images=images, **more)
+
+    def run(
+        self, dtype: str, workload: Workload, methods: list[Method], prefills: bool = True
+    ) -> Result:
+        subject = self.subject(dtype)
+        with Progress(console=self.console, transient=True) as progress:
+            title = f"{subject.name}: {workload.title}"
+            task = progress.add_task(title, total=steps_of(workload, methods, prefills))
+            result = run(
+                subject,
+                workload,
+                methods,
+                lambda what: progress.update(task, advance=1, description=f"{title}: {what}"),
+                bandwidth=self.bandwidth,
+                prefills=prefills,
+            )
+        self.bandwidth = result.bandwidth or self.bandwidth
+        self.results.append(result)
+        self.console.print(f"done: {title}")
+        return result
+
+    def bar(self, name: str, measured: float | None, goal: float, at_most: bool = False) -> None:
+        self.bars.append(Bar(name, measured, goal, at_most))
+
+    def write(self) -> None:
+        name = "cpu-quick" if self.given.quick else "cpu"
+        if self.given.sections != list(SECTIONS):
+            name += "-" + "-".join(self.given.sections)
+        where = conditions(CPU, dtype_of(self.given.dtypes[0]))
+        where["dtype"] = " and ".join(self.given.dtypes)
+        page = save(self.results, where, self.given.out, name, plots=not self.given.no_plots)[1]
+        page.write_text(
+            page.read_text() + "\n## Goals\n\n" + bars_table(self.bars) + self._ragged()
+        )
+        extra = [dataclasses.asdict(bar) | {"met": bar.met} for bar in self.bars]
+        rows = [{title: [dataclasses.asdict(row) for row in rows]} for title, rows in self.ragged]
+        text = json.dumps({"goals": extra, "ragged": rows}, indent=1) + "\n"
+        (self.given.out / f"{name}-goals.json").write_text(text)
+
+    def _ragged(self) -> str:
+        text = ""
+        for title, rows in self.ragged:
+            text += f"\n## Ragged against uniform: {title}\n\n"
+            text += "| method | prefill, ragged / uniform | generation |\n|---|--:|--:|\n"
+            for row in rows:
+                figures = (row.slower("first") or 0, row.slower("total") or 0)
+                text += f"| {row.label} | {figures[0]:.3f} | {figures[1]:.3f} |\n"
+        return text
+
+
+def prefill(session: Session) -> None:
+    """Every method at both lengths; the quick table has all of them only at 576 tokens in bf16."""
+    quick = session.given.quick
+    some = [untouched(), *session.policy(), *session.fastv()]
+    every = [attached(), *compare([session.given.policy])]
+    every.sort(key=lambda method: method.label != untouched().label)
+    for dtype in session.given.dtypes:
+        for visual in (FEW, MANY):
+            if quick and visual == MANY and dtype != session.given.dtypes[0]:
+                continue
+            brief = quick and (visual == MANY or dtype != session.given.dtypes[0])
+            rounds = session.given.repeats or ((2 if brief else 4) if quick else 9)
+            workload = session.workload(visual, new_tokens=0, repeats=rounds)
+            result = session.run(dtype, workload, some if brief else every)
+            _prefill_bars(session, result, dtype, visual)
+
+
+def _prefill_bars(session: Session, result: Result, dtype: str, visual: int) -> None:
+    labels = {session.policy()[0].label: 0.98 if visual == FEW else 1.1}
+    labels[session.fastv()[0].label] = 1.0
+    for row in result.rows:
+        if row.label not in labels:
+            continue
+        gain, where = result.ratio(row, "prefill"), f"{row.label}, {visual} visual tokens, {dtype}"
+        over = gain.paired / row.flops_ratio if gain and row.flops_ratio else None
+        session.bar(f"prefill speed-up / FLOPs ratio: {where}", over, labels[row.label])
+        share = row.overhead.share if row.overhead else None
+        session.bar(f"selection, share of the prefill: {where}", share, 0.015, at_most=True)
+
+
+def idle(session: Session) -> None:
+    """Attached, but dropping nothing."""
+    rounds = session.given.repeats or (6 if session.given.quick else 15)
+    dtype = session.given.dtypes[0]
+    workload = session.workload(FEW, new_tokens=0, repeats=rounds)
+    result = session.run(dtype, workload, [untouched(), attached()])
+    gain = result.ratio(result.rows[1], "prefill")
+    slower = abs(1 / gain.paired - 1) if gain else None
+    session.bar(f"attached, drops nothing: change of the prefill, {dtype}", slower, 0.005, True)
+
+
+def decode(session: Session) -> None:
+    """Steps against their bound. (Batch 8 at 576 tokens is in the captions, too.)"""
+    quick, dtype = session.given.quick, session.given.dtypes[0]
+    methods = [untouched(), own_cache(), *session.policy()]
+    for batch in (1,) if quick else (1, 8):
+        for visual in (FEW, MANY):
+            rounds = session.given.repeats or ((2 if visual == FEW else 1) if quick else 5)
+            workload = session.workload(
+                visual, batch=batch, new_tokens=16 if quick else 32, repeats=rounds
+            )
+            result = session.run(dtype, workload, methods, prefills=False)
+            _bound_bars(session, result)
+
+
+def _bound_bars(session: Session, result: Result) -> None:
+    for row in result.rows[1:]:
+        name = f"decode step / bound: {row.label}, {result.workload.title}"
+        session.bar(name, result.over_bound(row), 1.08, at_most=True)
+
+
+def caption(session: Session) -> None:
+    """Batch 8, 128 new tokens; 2,880 visual tokens in the full table alone."""
+    quick, dtype = session.given.quick, session.given.dtypes[0]
+    for visual, goal in ((FEW, 2.3),) if quick else ((FEW, 2.3), (MANY, 3.3)):
+        methods = [untouched(), *([] if quick else [own_cache()]), *session.policy()]
+        rounds = session.given.repeats or (1 if quick else 3)
+        workload = session.workload(
+            visual, batch=8, new_tokens=session.given.caption_tokens, repeats=rounds
+        )
+        result = session.run(dtype, workload, methods, prefills=False)
+        _bound_bars(session, result)
+        row, base = result.rows[-1], result.reference.footprint
+        gain, held = result.ratio(row, "total"), row.footprint
+        title = result.workload.title
+        session.bar(f"end to end: {row.label}, {title}", gain.paired if gain else None, goal)
+        for name in ("kv_live", "kv_allocated"):
+            share = sum(getattr(held, name)) / sum(getattr(base, name)) if held and base else None
+            session.bar(f"{name}, mean over untrimmed: {row.label}, {title}", share, 0.3, True)
+
+
+def ragged(session: Session) -> None:
+    """Rows of different lengths against uniform ones of the same columns."""
+    quick, dtype = session.given.quick, session.given.dtypes[0]
+    rounds = session.given.repeats or (2 if quick else 5)
+    workload = session.workload(FEW, batch=2 if quick else 8, new_tokens=8, repeats=rounds)
+    workload = dataclasses.replace(workload, images=1)
+    methods = [untouched(), *session.policy()]
+    rows = against_uniform(session.subject(dtype), workload, methods)
+    session.ragged.append((f"{workload.title}, {dtype}", rows))
+    for row in rows:
+        name = f"ragged / uniform, {workload.title}: {row.label}"
+        session.bar(name, row.slower("total"), 1.1, at_most=True)
+
+
+SECTIONS: dict[str, Callable[[Session], None]] = {
+    f.__name__: f for f in (prefill, idle, decode, caption, ragged)
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="about ten minutes in place of hours")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--policy", default="st3")
+    parser.add_argument("--shape", choices=SHAPES, default="cpu-308m")
+    parser.add_argument("--visual", type=int, help="visual tokens of one image, in place of 576")
+    parser.add_argument("--caption-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, help="rounds of everything")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    session = Session(given, Console(stderr=True))
+    try:
+        for name in given.sections:
+            SECTIONS[name](session)
+            session.write()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(bars_table(session.bars))
+
+
+if __name__ == "__main__":
+    main()
