@@ -71,9 +71,9 @@ class ST3(Policy):
         if self.ratio is not None:
             check_share("ratio", self.ratio)
         for name, value in (("stride", self.stride), ("rerank_every", self.rerank_every)):
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
+            if name == "rerank_every" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         score_named(self.score)
         if not isinstance(self.anneal, Anneal):
