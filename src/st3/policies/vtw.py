@@ -33,6 +33,8 @@ class VTW(Policy):
             raise ValueError("layer must be at least 1: at 0 the model would never see the image")
 
     def schedule(self, num_layers: int) -> Schedule:
+        if num_layers < 2:
+            raise ValueError("VTW needs at least 2 decoder layers: the first must see the image")
         layer = num_layers // 2 if self.layer is None else self.layer
         check_layer("layer", layer, num_layers)
         return Schedule((Fraction(1),) * layer + (Fraction(0),) * (num_layers - layer))
