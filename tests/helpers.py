@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import st3
-from st3.scores import RandomScore
+from st3.scores import KeyNorm, LastRowAttention
 from tests.reference import ReferenceResult, Score, reference_generate, reference_prefill
 from tests.zoo import Family, I, T, V, build
 
@@ -29,6 +29,9 @@ POLICIES: dict[str, st3.Policy] = {
     "anneal_only": st3.ST3(first_drop=0, final_keep=1, anneal=ANNEAL),
     "fastv": st3.FastV(),
     "vtw": st3.VTW(),
+    "pyramiddrop": st3.PyramidDrop(),
+    "key_norm": st3.ST3(score="key_norm", stride=2, anneal=ANNEAL),
+    "uniform": st3.ST3(score="uniform", stride=2, anneal=ANNEAL),
     "random": st3.Random(like=st3.ST3(first_layer=2, stride=2, anneal=ANNEAL), seed=3),
     "none": st3.NoTrim(),
 }
@@ -44,11 +47,15 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 def score_of(policy: st3.Policy, visual: Tensor) -> Score | None:
     """What the reference ranks by, in place of attention."""
-    if not isinstance(policy, st3.Random):
+    scorer = policy.scorer()
+    if isinstance(scorer, LastRowAttention):
         return None
+    if isinstance(scorer, KeyNorm):
+        return lambda layer, query, key, attention: -key.norm(dim=-1).mean(1)
+    # The others know nothing but a token's place among its row's visual tokens.
     ordinal = visual.long().cumsum(1) - 1
-    random = RandomScore(policy.seed)(SimpleNamespace(ordinal=ordinal))  # type: ignore[arg-type]
-    return lambda layer, query, key, attention: random
+    fixed = scorer(SimpleNamespace(ordinal=ordinal))  # type: ignore[arg-type]
+    return lambda layer, query, key, attention: fixed
 
 
 def rows_for(family: Family) -> list[list[T | I | V]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import (
 
 import st3
 from st3.engine.families import FAMILIES
+from st3.schedule import Schedule
 from tests.helpers import ST3, Case
 from tests.test_cache import Run
 from tests.test_modes import SOLO
@@ -215,6 +217,17 @@ def test_unknown_policies() -> None:
 def test_policies_that_do_not_fit_the_model() -> None:
     with pytest.raises(ValueError, match="use at most 7"):
         st3.trim(Case.of("llava").model, "fastv:layer=8")
+
+
+def test_schedules_that_drop_before_the_first_layer() -> None:
+    """The score is read off the layer before."""
+    policy = st3.PyramidDrop()
+    shares = Schedule.from_shares([0.5] * 8)
+    with (
+        patch.object(st3.PyramidDrop, "schedule", lambda self, layers: shares),
+        pytest.raises(ValueError, match="keep all of them in layer 0"),
+    ):
+        st3.trim(Case.of("llava").model, policy)
 
 
 def test_per_image_budgets_with_ranking_anew() -> None:
