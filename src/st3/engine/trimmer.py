@@ -59,8 +59,8 @@ class Trimmer:
         self.schedule = self.policy.schedule(len(self.parts.layers))
         if self.schedule.prunes(0):
             raise ValueError(
-                f"policy {self.policy} drops tokens before decoder layer 0, where nothing has ranked "
-                "them yet: let its schedule keep all of them in layer 0"
+                f"policy {self.policy} drops tokens before decoder layer 0, where nothing has "
+                "ranked them yet: let its schedule keep all of them in layer 0"
             )
         self.touches = self.schedule.drops or own_cache
         self._director = Director(
