@@ -21,6 +21,7 @@ from train.world import EMOJI
 # A one-word answer has 1 or 2 labels and a description about 105.
 ANSWER_WEIGHT = 4.0
 IGNORE = -100
+Token = tuple[int, int, int, int, float, int]
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Batch:
     labels: torch.Tensor
     weights: torch.Tensor
     pixel_values: torch.Tensor
+    cells: torch.Tensor  # (B, T): the cell of the object that a question's word names, or -1
     scenes: list[Scene]  # one per image
 
 
@@ -62,7 +64,7 @@ class Packer:
             turns = conversation(scene, rng, self.turns)
             if rng.random() < 0.25:  # a description as a later turn, too
                 full = conversation(scene, rng, 1) + full
-            rows.append(self._row([self.image], [full, turns]))
+            rows.append(self._row([self.image], [full, turns], scene))
         return self._batch(rows, scenes)
 
     def quiz(self, seeds: range) -> Batch:
@@ -72,7 +74,7 @@ class Packer:
         for scene in scenes:
             rng = random.Random(scene.seed)
             chats = [conversation(scene, rng, self.turns - 1) for _ in range(3)]
-            rows.append(self._row([self.image], chats))
+            rows.append(self._row([self.image], chats, scene))
         return self._batch(rows, scenes)
 
     def pair(self, seeds: range) -> Batch:
@@ -94,12 +96,22 @@ class Packer:
         return self._batch(rows, scenes)
 
     def _row(
-        self, images: list[list[int]], chats: list[list[Turn]], second_at: int | None = None
-    ) -> list[tuple[int, int, int, int, float]]:
-        """Per token: id, position, segment (0: seen by all), label, weight."""
+        self,
+        images: list[list[int]],
+        chats: list[list[Turn]],
+        scene: Scene | None = None,
+        second_at: int | None = None,
+    ) -> list[Token]:
+        """Per token: id, position, segment (0: seen by all), label, weight, named cell.
+
+        Without a ``scene`` no cell is named.
+        """
+        cells = {}
+        if scene is not None:
+            cells = {self._ids(thing.name)[0]: thing.cell for thing in scene.things}
         shown = [token for image in images for token in image]
         prefix = [self.tokenizer.bos_token_id, self.user, *shown]
-        row = [(token, i, 0, IGNORE, 0.0) for i, token in enumerate(prefix)]
+        row: list[Token] = [(token, i, 0, IGNORE, 0.0, -1) for i, token in enumerate(prefix)]
         for segment, chat in enumerate(chats, start=1):
             position = len(prefix)
             for number, (task, question, answer) in enumerate(chat):
@@ -108,25 +120,33 @@ class Packer:
                 asked += [*self._ids(question), self.assistant]
                 said = [*self._ids(answer), self.tokenizer.eos_token_id]
                 weight = 1.0 if task == "describe" else ANSWER_WEIGHT
-                for token, label, w in [(t, IGNORE, 0.0) for t in asked] + [
-                    (t, t, weight) for t in said
+                for token, label, w, cell in [
+                    *((t, IGNORE, 0.0, cells.get(t, -1)) for t in asked),
+                    *((t, t, weight, -1) for t in said),
                 ]:
-                    row.append((token, position, segment, label, w))
+                    row.append((token, position, segment, label, w, cell))
                     position += 1
         return row
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _batch(
-        self, rows: list[list[tuple[int, int, int, int, float]]], scenes: list[Scene]
-    ) -> Batch:
+    def _batch(self, rows: list[list[Token]], scenes: list[Scene]) -> Batch:
         length = max(len(row) for row in rows)
-        padding = (self.tokenizer.pad_token_id, 0, -1, IGNORE, 0.0)
+        padding = (self.tokenizer.pad_token_id, 0, -1, IGNORE, 0.0, -1)
         padded = [row + [padding] * (length - len(row)) for row in rows]
-        ids, positions, segments, labels, weights = (
-            torch.tensor([[token[field] for token in row] for row in padded]) for field in range(5)
+        ids, positions, segments, labels, weights, cells = (
+            torch.tensor([[token[field] for token in row] for row in padded]) for field in range(6)
         )
         same = segments[:, :, None] == segments[:, None, :]
         attend = (same | (segments[:, None, :] == 0)).tril()
-        return Batch(ids, positions, attend[:, None], labels, weights, to_pixels(scenes), scenes)
+        return Batch(
+            ids,
+            positions,
+            attend[:, None],
+            labels,
+            weights,
+            to_pixels(scenes),
+            cells,
+            scenes,
+        )

@@ -29,6 +29,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import LlavaForConditionalGeneration
 
 from train.data import ANSWER_WEIGHT, IGNORE, Packer, to_pixels
+from train.grounding import pointing_loss
 from train.model import build_config, build_model
 from train.scenes import Scene, sample_drill, sample_scene
 from train.tokenizer import build_processor
@@ -47,6 +48,7 @@ class Recipe:
     lr: float = 1e-3
     tower_lr_share: float = 0.5  # of lr, in phase 2
     cells: float = 0.5  # weight of phase 1's loss in phase 2
+    pointing: float = 1.0  # weight of the pointing loss, times that of the cells
     drills: int = 12  # scenes full of digits and letters a step, for the cells' loss alone
     warmup: int = 100
     decay: float = 0.25  # share of the steps, at the end, in which lr falls to 0 by a cosine
@@ -60,7 +62,10 @@ class Tower(torch.nn.Module):
     """Phase 1: the cells' classifier; its heads are thrown away afterwards."""
 
     def __init__(
-        self, model: LlavaForConditionalGeneration, name_ids: list[int], place_ids: list[int]
+        self,
+        model: LlavaForConditionalGeneration,
+        name_ids: list[int],
+        place_ids: list[int],
     ):
         super().__init__()
         self.model = model
@@ -126,7 +131,12 @@ class Tower(torch.nn.Module):
         cells = features.unflatten(1, (3, side // 3, 3, side // 3)).mean(dim=(2, 4)).flatten(1, 2)
         cells = functional.rms_norm(cells, cells.shape[-1:])
         names = self.model.get_input_embeddings().weight[self.name_ids]
-        return cells @ names.T, self.size(cells), self.ink(cells), self.background(cells)
+        return (
+            cells @ names.T,
+            self.size(cells),
+            self.ink(cells),
+            self.background(cells),
+        )
 
 
 def cell_labels(scenes: list[Scene]) -> tuple[torch.Tensor, ...]:
@@ -261,6 +271,16 @@ class Trainer:
         right = (logits.argmax(-1) == labels).float()
         told = torch.isin(labels, self.tower.name_ids)
         answer = weights == ANSWER_WEIGHT
+        if (batch.cells >= 0).any():
+            pointing, mass = pointing_loss(
+                self.model,
+                batch.input_ids,
+                output.image_hidden_states,
+                batch.position_ids,
+                batch.attend,
+                batch.cells,
+            )
+            cells, figures["pointed"] = cells + recipe.pointing * pointing, mass.item()
         loss = (losses * weights).sum() / weights.sum() + recipe.cells * cells
         return loss, figures | {
             "told": losses.mean().item(),
@@ -332,7 +352,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     recipe = Recipe(
-        tower_steps=args.tower_steps, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed
+        tower_steps=args.tower_steps,
+        steps=args.steps,
+        batch=args.batch,
+        lr=args.lr,
+        seed=args.seed,
     )
     trainer = Trainer(recipe)
     if args.resume:
