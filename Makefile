@@ -16,10 +16,10 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test lint format bench bench-gpu docs clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(STAMP): pyproject.toml
 	@echo "==> making $(VENV) (a few minutes the first time)"
@@ -44,8 +44,18 @@ format: $(STAMP) ## let ruff correct what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## measure prefill and decode against the untrimmed model
-	$(BIN)/python -m st3.bench
+# For example BENCH_ARGS=--quick (ten minutes) or BENCH_ARGS="--sections prefill idle".
+BENCH_ARGS ?=
+
+bench: $(STAMP) ## the CPU table: prefill, decode, captions against the untrimmed model (hours)
+	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
+
+# Needs no .venv: any Python with torch, transformers, typer and rich on a machine with a GPU.
+PART ?=
+OUT ?= benchmarks/results
+
+bench-gpu: ## one part of the GPU table, PART=1 ...; without PART the list of them
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(if $(PART),--part $(PART)) --out "$(OUT)" $(BENCH_ARGS)
 
 docs: $(STAMP) ## build the documentation into site/
 	$(BIN)/python -c "import mkdocs, material" 2>/dev/null || $(BIN)/python -m pip install -e ".[docs]"

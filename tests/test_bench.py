@@ -1,0 +1,758 @@
+"""The benchmark measures what it says. Nothing here depends on how long anything takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import st3
+from st3.bench import (
+    SHAPES,
+    Deadline,
+    Subject,
+    Workload,
+    attached,
+    bound,
+    capacity,
+    clock,
+    compare,
+    dtype_of,
+    from_folder,
+    from_shape,
+    memory,
+    models,
+    own_cache,
+    prompts,
+    report,
+    run,
+    split_policies,
+    steps_of,
+    untouched,
+)
+from st3.bench.bars import Bar
+from st3.bench.bars import as_markdown as bars_table
+from st3.bench.compiled import compiled_decode
+from st3.bench.fastv_official import fastv_official
+from st3.bench.measure import Generation, footprint, generation
+from st3.bench.overhead import MODEL, RANGES, Stopwatch, probed, selection_overhead
+from st3.bench.profile import profile_decode, selection_share
+from st3.bench.ragged import RaggedRow, against_uniform
+from st3.bench.tower import _image_size, tower, vision_inputs
+from st3.cost import TextDims, kv_bytes
+from st3.engine.director import Director
+from st3.engine.prefill import Prefill
+from tests.zoo import build as build_family
+
+CPU = torch.device("cpu")
+HIDDEN = 64  # of the shape "tiny"
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return from_shape("tiny", CPU, torch.float32)
+
+
+def prompt(batch: int = 1, visual: int = 24, text: int = 8, ragged: bool = False) -> prompts.Prompt:
+    rows = (prompts.ragged if ragged else prompts.uniform)(batch, visual, text)
+    return prompts.build(rows, HIDDEN, CPU, torch.float32)
+
+
+def logits(model: Any, made: prompts.Prompt) -> torch.Tensor:
+    with torch.no_grad():
+        out = model(inputs_embeds=made.embeds, attention_mask=made.mask, logits_to_keep=1)
+    return out.logits[:, -1]  # type: ignore[no-any-return]
+
+
+# -- models -------------------------------------------------------------------------------------
+
+
+def test_a_shape_gets_random_weights_of_the_wanted_type(subject: Subject) -> None:
+    half = from_shape("tiny", CPU, torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    for name, weight in subject.model.named_parameters():
+        if name.endswith("norm.weight"):
+            assert bool((weight == 1).all()), name
+        elif weight.dim() > 1:
+            assert 0.01 < weight.std() < 0.03, name
+    assert subject.visual_tokens == SHAPES["tiny"].visual_tokens
+
+
+def test_parameters_are_counted_without_a_model(subject: Subject) -> None:
+    made = sum(p.numel() for p in subject.model.parameters())
+    assert models.count_parameters(SHAPES["tiny"]) == made
+
+
+def test_a_shape_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "available_bytes", lambda device: 1000)
+    with pytest.raises(ValueError, match=r"tiny needs .* GiB .* smaller shape"):
+        from_shape("tiny", CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: from_shape("llava-9", CPU, torch.float32), "unknown shape 'llava-9'.*tiny"),
+        (lambda: from_folder("no/such", CPU, torch.float32), "config.json"),
+        (lambda: dtype_of("int3"), "unknown dtype 'int3'.*bfloat16"),
+        (lambda: models.device_of("toaster"), "toaster"),
+        (lambda: Workload(new_tokens=1), "at least 2"),
+        (lambda: Workload(repeats=0), "repeats"),
+        (lambda: prompts.uniform(0, 8, 8), "batch"),
+        (lambda: prompts.ragged(1, 8, 8), "two rows"),
+        (lambda: prompt(visual=3, text=1), "text tokens"),
+        (lambda: prompts.uniform(1, 3, 8, images=4), "4 images"),
+        (lambda: prompts.build([], 8, CPU, torch.float32), "at least one row"),
+        (lambda: compare([]), "no policy"),
+        (lambda: compare(["st4"]), "unknown policy"),
+        (lambda: clock.speed_up([1.0], [1.0, 2.0]), "cannot be paired"),
+        (lambda: bound.over_bound([1.0], [1], 1.0, 1.0), "KV sizes"),
+    ],
+)
+def test_bad_input_is_refused(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_folder_is_measured_like_a_shape(tiny_model: Path) -> None:
+    found = from_folder(tiny_model, CPU, torch.float32)
+    work = Workload(visual=16, text=8, new_tokens=3, repeats=1)
+    result = run(found, work, compare(["fastv"], peers=False))
+    assert [len(row.generations) for row in result.rows] == [1, 1, 1]
+    assert len(result.tower) == 1  # its vision tower was found, too
+
+
+# -- prompts ------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 40), st.integers(7, 20))
+def test_uniform_prompts_have_the_asked_tokens(b: int, images: int, more: int, text: int) -> None:
+    made = prompts.build(prompts.uniform(b, images + more, text, images), 4, CPU, torch.float32)
+    assert made.mask is None
+    assert made.embeds.shape == (b, images + more + text, 4)
+    assert made.visual.sum(1).tolist() == [images + more] * b
+    assert _runs(made.visual[0]) == images
+    assert not made.visual[:, 0].any()  # text stands on both sides
+    assert not made.visual[:, -1].any()
+
+
+def test_ragged_prompts_differ_in_length_and_images() -> None:
+    made = prompt(batch=4, visual=40, text=16, ragged=True)
+    assert made.mask is not None
+    lengths = made.mask.sum(1).tolist()
+    assert lengths == [row.length for row in made.rows]
+    assert lengths[0] == made.embeds.shape[1] == 56  # columns of the uniform batch
+    assert len(set(lengths)) == 4
+    assert [_runs(row) for row in made.visual] == [1, 2, 3, 1]
+    assert made.mask[:, -1].all()  # padding is on the left
+    assert not made.visual[made.mask == 0].any()
+
+
+def _runs(row: torch.Tensor) -> int:
+    return int((row[1:] & ~row[:-1]).sum() + row[0])
+
+
+# -- clock --------------------------------------------------------------------------------------
+
+
+def test_runs_take_turns_and_their_order_rotates() -> None:
+    seen: list[str] = []
+    calls = {name: (lambda name=name: seen.append(name) or name) for name in "ABC"}  # type: ignore[misc]
+    results = clock.in_turn(calls, 4)
+    assert "".join(seen) == "ABCBCACABABC"
+    assert results == {name: [name] * 4 for name in "ABC"}
+
+
+def test_the_deadline_ends_whole_rounds_behind_the_first() -> None:
+    results = clock.in_turn({"A": lambda: 1, "B": lambda: 2}, 5, deadline=Deadline(0))
+    assert results == {"A": [1], "B": [2]}
+    assert Deadline().left == float("inf")
+
+
+def test_speed_up_by_hand() -> None:
+    ratio = clock.speed_up([4.0, 9.0, 8.0], [2.0, 3.0, 2.0])
+    assert ratio == clock.Ratio(paired=3.0, minima=2.0, spread=(4 - 2) / 3)
+    assert clock.speed_up([], [1.0]) is None
+
+
+def test_a_stopwatch_gives_time_to_the_innermost_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 4.0, 6.0])
+    monkeypatch.setattr("st3.bench.overhead.time.perf_counter", lambda: next(times))
+    watch = Stopwatch()
+    with watch.range("outer"), watch.range("inner"):
+        pass
+    assert watch.seconds == {"outer": 1.0 + 2.0, "inner": 3.0}
+
+
+# -- methods ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("st3", ["st3"]),
+        ("st3, fastv:layer=2,drop=0.5,vtw", ["st3", "fastv:layer=2,drop=0.5", "vtw"]),
+        (
+            "random:like=(fastv:layer=3,drop=0.25),seed=1,none",
+            ["random:like=(fastv:layer=3,drop=0.25),seed=1", "none"],
+        ),
+        ("", []),
+    ],
+)
+def test_policies_are_split_at_the_right_commas(text: str, parts: list[str]) -> None:
+    assert split_policies(text) == parts
+
+
+def test_the_peers_are_always_beside() -> None:
+    labels = [method.label for method in compare(["fastv:drop=0.75"])]
+    assert labels == [
+        "untouched",
+        "untrimmed, st3's cache",
+        "fastv:drop=0.75",
+        "fastv:drop=0.75 (authors' way)",
+        "random:like=(fastv:drop=0.75)",
+        "fastv",
+        "fastv (authors' way)",
+        "vtw",
+    ]
+    assert [m.label for m in compare(["st3", "st3"], peers=False)][2:] == ["st3"]
+
+
+@pytest.mark.parametrize("method", [own_cache(), attached()], ids=lambda m: m.label)
+def test_references_change_no_output(subject: Subject, method: Any) -> None:
+    made = prompt(batch=2)
+    bare = logits(subject.model, made)
+    with method.attach(subject.model, made):
+        torch.testing.assert_close(logits(subject.model, made), bare, rtol=0, atol=1e-5)
+
+
+# -- FastV as its authors do it --------------------------------------------------------------------
+
+
+def chosen_tokens(model: Any, made: prompts.Prompt, tokens: int = 6) -> torch.Tensor:
+    out: torch.Tensor = model.generate(
+        inputs_embeds=made.embeds, attention_mask=made.mask, max_new_tokens=tokens
+    )
+    return out
+
+
+@pytest.mark.parametrize(("layer", "drop"), [(2, 0.5), (1, 0.75), (7, 0.25)])
+def test_the_authors_fastv_computes_what_ours_does(
+    subject: Subject, layer: int, drop: float
+) -> None:
+    made = prompt(visual=24)
+    with st3.trim(subject.model, st3.FastV(layer, drop), visual_mask=made.visual):
+        ours, our_tokens = logits(subject.model, made), chosen_tokens(subject.model, made)
+    bare = logits(subject.model, made)
+    with fastv_official(subject.model, made.visual, layer, drop):
+        theirs, their_tokens = logits(subject.model, made), chosen_tokens(subject.model, made)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    assert torch.equal(their_tokens, our_tokens)
+    assert not torch.allclose(theirs, bare, atol=1e-4)  # something was dropped
+
+
+def test_the_authors_fastv_takes_row_0s_tokens_for_all_rows(subject: Subject) -> None:
+    made = prompt(batch=2)
+    alone = dataclasses.replace(made, embeds=made.embeds[1:], visual=made.visual[1:])
+    with fastv_official(subject.model, made.visual):
+        both = logits(subject.model, made)
+        assert not torch.allclose(both[1:], logits(subject.model, alone), atol=1e-5)
+
+
+def test_the_authors_fastv_leaves_the_model_as_it_was(subject: Subject) -> None:
+    made = prompt()
+    before = logits(subject.model, made)
+    with fastv_official(subject.model, made.visual):
+        assert not torch.equal(logits(subject.model, made), before)
+    with pytest.raises(ValueError, match="8 visual"), fastv_official(subject.model, made.visual):
+        raise ValueError("8 visual tokens are too few")
+    assert torch.equal(logits(subject.model, made), before)
+    text = subject.model.model.language_model
+    assert text.config._attn_implementation == "sdpa"
+    assert not any(layer._forward_pre_hooks for layer in text.layers)
+
+
+def test_the_authors_fastv_refuses_what_it_cannot_do(subject: Subject) -> None:
+    with (
+        pytest.raises(ValueError, match="between 1 and 7"),
+        fastv_official(subject.model, prompt().visual, layer=8),
+    ):
+        pass
+    mixed = prompt(batch=2, text=16, ragged=True)
+    with (
+        pytest.raises(ValueError, match="equal rows"),
+        fastv_official(subject.model, mixed.visual),
+    ):
+        pass
+
+
+# -- measuring ----------------------------------------------------------------------------------
+
+
+def test_a_generation_has_the_asked_length(subject: Subject) -> None:
+    result = generation(subject.model, prompt(batch=2), 5)
+    assert len(result.steps) == 4
+    assert result.total >= result.first + sum(result.steps)
+
+
+def test_a_model_that_stops_early_is_refused() -> None:
+    eager = from_shape("tiny", CPU, torch.float32)
+    first = int(chosen_tokens(eager.model, prompt(), 2)[0, 0])
+    eager.model.generation_config.eos_token_id = first
+    with pytest.raises(ValueError, match="eos_token_id"):
+        generation(eager.model, prompt(), 5)
+
+
+def test_kv_bytes_are_those_of_the_cost_model(subject: Subject) -> None:
+    made, dims = prompt(batch=2), TextDims.from_config(subject.model.config)
+    policy = st3.ST3(anneal=st3.Anneal(tau=6))
+    for schedule, context in (
+        (None, nullcontext()),
+        (policy.schedule(8), st3.trim(subject.model, policy, visual_mask=made.visual)),
+    ):
+        with context:
+            held = footprint(subject.model, made, 6)
+        live = [2 * kv_bytes(dims, 8, 24, schedule, step, "float32") for step in range(6)]
+        assert list(held.kv_live) == live
+        assert all(a >= b for a, b in zip(held.kv_allocated, held.kv_live, strict=True))
+    assert held.kv_allocated[0] > held.kv_live[0]  # headroom
+
+
+def test_the_peak_is_that_of_what_was_allocated() -> None:
+    with memory.Peak(CPU) as nothing:
+        pass
+    if nothing.bytes is None:
+        pytest.skip("this system does not tell a process's peak")
+    with memory.Peak(CPU) as peak:
+        torch.ones(32, 1 << 20)  # 128 MiB, freed at once
+    assert peak.bytes is not None
+    assert 120 << 20 < peak.bytes < 200 << 20
+    assert nothing.bytes < 32 << 20
+
+
+def test_the_bound_by_hand() -> None:
+    # Bounds: 1 + 10 / 10 = 2 and 1 + 30 / 10 = 4; the size after the prefill is not used.
+    assert bound.over_bound([3.0, 4.0], [999, 10, 30], weights=1.0, bandwidth=10.0) == 1.25
+    assert bound.over_bound([], [1], 1.0, 1.0) is None
+
+
+def test_bandwidth_and_weights_only_steps_are_measured(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(bound._BYTES, "cpu", 1 << 20)
+    assert bound.read_bandwidth(CPU, runs=1) > 0
+    assert bound.weights_only_step(subject.model, 2, 3) > 0
+
+
+# -- the vision tower -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["llava", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "smolvlm"]
+)
+def test_the_tower_gets_pixels_for_the_wanted_tokens(name: str) -> None:
+    _, model = build_family(name)
+    inputs = vision_inputs(model, 16, 2)
+    assert inputs is not None
+    features = model.get_image_features(**inputs).pooler_output
+    assert sum(len(f.flatten(0, -2)) for f in features) == 2 * 16
+    look = tower(model, 16, 2)
+    assert look is not None
+    assert look() > 0
+
+
+def test_llava_next_gets_an_image_of_as_many_crops() -> None:
+    config = SHAPES["llava-next-7b"].config
+    assert _image_size(config.image_grid_pinpoints, 336, 5) == [672, 672]
+    assert _image_size(config.image_grid_pinpoints, 336, 99) is None
+
+
+def test_towers_that_are_not_described_are_left_out() -> None:
+    _, model = build_family("paligemma")
+    assert tower(model, 16, 1) is None
+
+
+# -- st3's own part of the prefill -----------------------------------------------------------------
+
+
+def test_probing_changes_nothing_and_is_taken_back(subject: Subject) -> None:
+    originals = Director.on_text, Director.after_text, Prefill.enter, Prefill.attend
+    method, made, watch = compare(["st3"], peers=False)[2], prompt(), Stopwatch()
+    with method.attach(subject.model, made):
+        expected = logits(subject.model, made)
+    with probed(watch.range), method.attach(subject.model, made):
+        assert torch.equal(logits(subject.model, made), expected)
+    assert set(watch.seconds) == {*RANGES, MODEL}
+    assert originals == (Director.on_text, Director.after_text, Prefill.enter, Prefill.attend)
+
+
+def test_overhead_is_st3s_alone(subject: Subject) -> None:
+    st3_method, fastv, official = compare(["st3", "fastv"])[2:5]
+    found = selection_overhead(subject.model, prompt(), st3_method, runs=1)
+    assert found is not None
+    assert 0 < found.seconds == sum(found.ranges.values()) < found.prefill
+    assert found.share == found.seconds / found.prefill
+    assert fastv.own_engine
+    assert selection_overhead(subject.model, prompt(), official, runs=1) is None
+    assert selection_overhead(subject.model, prompt(), own_cache(), runs=1) is None
+
+
+def test_no_decode_step_waits_for_the_device_more_than_the_bare_model(subject: Subject) -> None:
+    made = prompt(batch=2)
+    bare, *others = [profile_decode(subject.model, made, m, 3, 5) for m in compare(["st3"], False)]
+    assert bare.waits["aten::item"] > 0  # generate() asks whether all rows are finished
+    for other in others:
+        assert other.waits == bare.waits
+
+
+def test_the_profiler_tells_st3s_share(subject: Subject) -> None:
+    made = prompt()
+    assert 0 < selection_share(subject.model, made, compare(["st3"], False)[2]) < 1
+    assert selection_share(subject.model, made, untouched()) == 0
+
+
+# -- a whole workload -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def result(subject: Subject) -> Any:
+    with _small_bandwidth():
+        work = Workload(batch=2, visual=24, text=8, new_tokens=4, repeats=2)
+        steps: list[str] = []
+        methods = [*compare(["st3"]), attached()]
+        made = run(subject, work, methods, steps.append)
+        assert len(steps) == steps_of(work, methods)
+        return made
+
+
+@contextmanager
+def _small_bandwidth() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bound._BYTES, "cpu", 1 << 20)
+        yield
+
+
+def test_every_method_has_every_sample(result: Any) -> None:
+    assert [row.label for row in result.rows] == [
+        *(m.label for m in compare(["st3"])),
+        attached().label,
+    ]
+    for row in result.rows:
+        assert len(row.prefill) == len(row.generations) == len(row.tpot) == 2
+        assert all(len(g.steps) == 3 for g in row.generations)
+        assert (row.overhead is not None) == (row.label in ("st3", "random", "fastv", "vtw"))
+
+
+def test_summaries_follow_from_the_samples(result: Any) -> None:
+    base, trimmed = result.rows[0], result.rows[2]
+    figures = report.summary(result, trimmed)
+    tower_time = statistics.median(result.tower)
+    ttft = tower_time + statistics.median(trimmed.first)
+    assert figures["ttft_s"] == pytest.approx(ttft)
+    pairs = [a / b for a, b in zip(base.prefill, trimmed.prefill, strict=True)]
+    gain = figures["speed_up"]["prefill"]["paired"]
+    assert gain == pytest.approx(statistics.median(pairs))
+    assert figures["prefill_speed_up_over_flops_ratio"] == pytest.approx(gain / trimmed.flops_ratio)
+    total = tower_time + statistics.median(g.total for g in trimmed.generations)
+    assert figures["tokens_per_s"] == pytest.approx(2 * 4 / total)
+    live = sum(trimmed.footprint.kv_live) / sum(base.footprint.kv_live)
+    assert figures["kv_live_ratio"] == pytest.approx(live)
+    assert live < 1
+    assert report.summary(result, base)["kv_live_ratio"] == 1
+
+
+def test_flops_ratios_are_the_reports(subject: Subject, result: Any) -> None:
+    made = prompt(batch=2)
+    for row, method in zip(result.rows, compare(["st3"]), strict=False):
+        with method.attach(subject.model, made) as trimmer:
+            logits(subject.model, made)
+        if isinstance(trimmer, st3.Trimmer):
+            assert row.flops_ratio == pytest.approx(1 / trimmer.report.prefill_flops_ratio)
+
+
+def test_results_become_json_and_markdown(result: Any) -> None:
+    where = report_conditions()
+    data = json.loads(json.dumps(report.to_dict([result], where)))
+    assert data["workloads"][0]["rows"][2]["summary"]["flops_ratio"] > 1
+    assert len(data["workloads"][0]["rows"][2]["generations"][0]["steps"]) == 3
+    page = report.as_markdown([result], where, "a title")
+    for row in result.rows:
+        assert page.count(f"| {row.label} |") == 2
+    for column in ("prefill, ms", "TTFT, ms", "TPOT, ms", "tokens/s", "KV allocated", "/ FLOPs"):
+        assert column in page
+    assert torch.__version__ in page
+
+
+def report_conditions() -> dict[str, Any]:
+    from st3.bench.conditions import conditions
+
+    return conditions(CPU, torch.float32)
+
+
+def test_pictures_are_drawn_with_one_look_for_each_method(result: Any, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from st3.bench.plot import draw, styles
+
+    target = tmp_path / "bench.png"
+    draw(result, target, "somewhere")
+    assert Image.open(target).size[0] > 1000
+    labels = [row.label for row in result.rows]
+    looks = styles([*labels, "st3:stride=2", "divprune"])
+    assert len(set(looks.values())) == len(looks)
+    assert styles(["st3"])["st3"] == looks["st3"] == styles(["st3:stride=2"])["st3:stride=2"]
+
+
+def test_drawing_without_matplotlib_names_the_remedy(
+    result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from st3.bench.plot import draw
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"st3\[plot\]"):
+        draw(result, tmp_path / "bench.png", "somewhere")
+
+
+def test_prefill_alone_and_generation_alone(subject: Subject) -> None:
+    work = Workload(visual=24, text=8, new_tokens=0, repeats=1)
+    alone = run(subject, work, [untouched()])
+    assert len(alone.rows[0].prefill) == 1
+    assert not alone.rows[0].generations
+    assert "TTFT" not in " ".join(report.cells(alone, report.TIMES)[0])
+    work = dataclasses.replace(work, new_tokens=3)
+    decode = run(subject, work, [untouched()], bandwidth=1e9, prefills=False)
+    assert not decode.rows[0].prefill
+    assert decode.bandwidth == 1e9
+    assert "prefill, ms" not in report.cells(decode, report.TIMES)[0]
+
+
+def test_a_ragged_workload_leaves_out_what_needs_equal_rows(subject: Subject) -> None:
+    work = Workload(batch=2, visual=24, text=16, new_tokens=0, ragged=True, repeats=1)
+    found = run(subject, work, compare(["fastv"]))
+    labels = [row.label for row in found.rows]
+    assert "fastv" in labels
+    assert "fastv (authors' way)" not in labels
+
+
+def test_policies_that_do_not_fit_are_refused(subject: Subject) -> None:
+    work = Workload(visual=24, text=8, new_tokens=0, repeats=1)
+    with pytest.raises(ValueError, match="layer=99"):
+        run(subject, work, compare(["fastv:layer=99"], peers=False))
+
+
+def test_ragged_against_uniform(subject: Subject) -> None:
+    work = Workload(batch=2, visual=24, text=16, new_tokens=3, repeats=2)
+    (row,) = against_uniform(subject, work, [untouched()])
+    assert len(row.ragged) == len(row.uniform) == 2
+    made = RaggedRow(
+        "x", [Generation(1.0, (), 2.0), Generation(2.0, (), 4.0)], [Generation(3.0, (), 3.0)] * 2
+    )
+    assert made.slower("first") == (3.0 + 1.5) / 2
+    assert made.slower("total") == (1.5 + 0.75) / 2
+
+
+# -- capacity -----------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 700), st.integers(1, 900), st.integers(1, 600))
+def test_the_largest_batch_is_found_from_any_guess(truth: int, guess: int, limit: int) -> None:
+    tried: list[int] = []
+
+    def fits(batch: int) -> bool:
+        assert 1 <= batch <= limit
+        tried.append(batch)
+        return batch <= truth
+
+    found = capacity.largest_batch(fits, guess, limit)
+    best = min(truth, limit)
+    assert found <= best
+    assert best - found <= max(0, 0.03 * found)
+    assert len(tried) == len(set(tried)) <= 16
+
+
+def test_a_good_guess_needs_few_probes() -> None:
+    tried: list[int] = []
+    found = capacity.largest_batch(lambda b: tried.append(b) or b <= 310, 300)  # type: ignore[func-returns-value]
+    assert 300 <= found <= 310
+    assert len(tried) <= 5
+    assert capacity.largest_batch(lambda b: b <= 310, 300, deadline=Deadline(0)) == 300
+
+
+def test_trimmed_rows_are_predicted_to_be_smaller(subject: Subject) -> None:
+    work = Workload(visual=600, text=8, new_tokens=16)
+    sizes = [capacity.row_bytes(subject, work, m) for m in compare(["st3"], peers=False)]
+    dims = TextDims.from_config(subject.model.config)
+    assert sizes[0] > kv_bytes(dims, 8, 600, None, 15, "float32")
+    assert sizes[2] < sizes[0]
+
+
+def test_batches_that_do_not_fit_are_backed_off(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = capacity.generation
+
+    def short_of_memory(model: Any, made: prompts.Prompt, tokens: int) -> Generation:
+        if made.batch > 5:
+            raise torch.OutOfMemoryError("no")
+        return real(model, made, tokens)
+
+    monkeypatch.setattr(capacity, "generation", short_of_memory)
+    work = Workload(visual=16, text=8, new_tokens=3, repeats=2)
+    (row,) = capacity.measure_capacity(subject, work, [untouched()], memory=1 << 40, limit=9)
+    assert (row.largest, len(row.generations)) == (5, 2)
+    total = statistics.median(g.total for g in row.generations)
+    assert row.tokens_per_s == pytest.approx(5 * 3 / total)
+    assert row.tpot is not None
+    monkeypatch.setattr(capacity, "largest_batch", lambda *_, **__: 0)
+    with pytest.raises(ValueError, match="not one row fits"):
+        capacity.measure_capacity(subject, work, [untouched()], memory=1, limit=9)
+
+
+def test_compiled_decode_is_measured_for_both(subject: Subject) -> None:
+    work = Workload(visual=24, text=8, new_tokens=4, repeats=1)
+    policies = [st3.NoTrim(), st3.ST3()]
+    none, trimmed = compiled_decode(subject, work, policies, {"backend": "eager"})
+    assert (none.label, trimmed.label) == ("none", "st3")
+    assert trimmed.bytes < none.bytes
+    assert none.over_bound(bandwidth=none.bytes / none.tpot) == pytest.approx(1)
+
+
+def test_goals_are_judged_in_their_direction() -> None:
+    goals = [
+        Bar("fast", 2.0, 1.5),
+        Bar("small", 0.4, 0.3, at_most=True),
+        Bar("never run", None, 1.0),
+    ]
+    assert [goal.met for goal in goals] == [True, False, None]
+    page = bars_table(goals)
+    assert "| small | 0.4 | at most 0.3 | no |" in page
+    assert "not measured" in page
+
+
+# -- commands -----------------------------------------------------------------------------------
+
+
+def cli(*arguments: object) -> Any:
+    from typer.testing import CliRunner
+
+    from st3.cli import app
+
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+def test_st3_bench_writes_tables_and_files(tmp_path: Path) -> None:
+    with _small_bandwidth():
+        done = cli(
+            "--shape", "tiny", "--policies", "fastv:layer=2,drop=0.75", "--no-peers", "--batch",
+            "1,2", "--new-tokens", 3, "--repeats", 1, "--dtype", "float32", "--out", tmp_path,
+        )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "fastv:drop=0.75" in done.stdout
+    assert "load average" in " ".join(done.stdout.split())
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        "tiny-cpu-float32-tiny-b1-v16-n3.png",
+        "tiny-cpu-float32-tiny-b2-v16-n3.png",
+        "tiny-cpu-float32.json",
+        "tiny-cpu-float32.md",
+    ]
+    data = json.loads((tmp_path / "tiny-cpu-float32.json").read_text())
+    assert [w["workload"]["batch"] for w in data["workloads"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--shape", "tiny", "--model", "."), ("--model", "--shape")),
+        (("--shape", "nope"), ("nope", "llava-1.5-7b")),
+        (("--model", "no/such"), ("no/such", "config.json")),
+        (("--batch", "1,x"), ("--batch 1,x",)),
+        (("--batch", "0"), ("--batch 0",)),
+        (("--shape", "tiny", "--policies", "st4"), ("st4",)),
+        (("--shape", "tiny", "--policies", ""), ("no policy",)),
+        (("--shape", "tiny", "--policies", "fastv:layer=99"), ("layer=99",)),
+        (("--shape", "tiny", "--device", "toaster"), ("toaster",)),
+        (("--shape", "tiny", "--dtype", "int3"), ("int3",)),
+        (("--shape", "tiny", "--new-tokens", "1"), ("at least 2",)),
+        (("--shape", "tiny", "--ragged"), ("two rows",)),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    done = cli(*arguments)
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+
+
+# -- scripts ------------------------------------------------------------------------------------
+
+TINY = ("--shape", "tiny", "--repeats", "1", "--no-plots", "--out")
+
+
+def test_the_cpu_table_is_written_with_its_goals(tmp_path: Path) -> None:
+    from benchmarks import cpu
+
+    with _small_bandwidth():
+        cpu.main(
+            [
+                *("--quick", "--sections", "decode", "caption", "ragged", "--visual", "12"),
+                *("--caption-tokens", "3", "--dtypes", "float32", *TINY, str(tmp_path)),
+            ]
+        )
+    page = (tmp_path / "cpu-quick-decode-caption-ragged.md").read_text()
+    assert "## Goals" in page
+    assert "| kv_live, mean over untrimmed: st3, batch 8" in page
+    assert "## Ragged against uniform" in page
+    goals = tmp_path / "cpu-quick-decode-caption-ragged-goals.json"
+    assert all(goal["measured"] is not None for goal in json.loads(goals.read_text())["goals"])
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "content"),
+    [
+        (1, "latency", "| fastv (authors' way) |"),
+        (5, "throughput", "largest batch"),
+    ],
+)
+def test_gpu_parts_run_on_a_cpu(part: int, kind: str, content: str, tmp_path: Path) -> None:
+    from benchmarks import gpu
+
+    with _small_bandwidth():
+        gpu.main(
+            [
+                *("--part", str(part), "--device", "cpu", "--batch", "1", "--new-tokens", "3"),
+                *("--limit", "2", *TINY, str(tmp_path)),
+            ]
+        )
+    assert content in (tmp_path / f"gpu-tiny-{kind}.md").read_text()
+    assert json.loads((tmp_path / f"gpu-tiny-{kind}.json").read_text())["conditions"]
+
+
+def test_gpu_parts_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import gpu
+
+    gpu.main(["--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(gpu.PARTS) == 12
+    assert lines[0].split() == ["1", "latency", "llava-1.5-7b"]
+
+
+def test_a_part_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import gpu
+
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--part", "1", "--device", "toaster"])
+    assert stop.value.code == 2
+    assert "toaster" in capsys.readouterr().err
