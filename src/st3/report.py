@@ -13,7 +13,10 @@ from st3.cost import TextDims, prefill_flops
 from st3.schedule import Schedule
 
 if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
     from st3.engine.cache import TrimmedLayer
+    from st3.engine.clock import Clock
     from st3.engine.columns import Rows
     from st3.engine.prefill import Prefill
 
@@ -43,7 +46,6 @@ class Report:
         n_past: for each row the tokens of earlier turns, in the cache before the prompt. FLOPs are
             those of the prompt alone: what it spends on attention to earlier turns is not counted.
         kept: for each row the visual tokens that entered each decoder layer.
-        steps: decode steps after the prompt (the first generated token comes from the prefill).
         samples: KV bytes after the prefill and after each decode step.
         entry_bytes: bytes of one KV entry (key and value) in each layer.
     """
@@ -56,10 +58,12 @@ class Report:
     kept: tuple[tuple[int, ...], ...]
     dims: TextDims | None
     entry_bytes: tuple[int, ...]
-    steps: int = 0
     samples: list[KVSample] = field(default_factory=list)
     _ordinals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _prefill: Prefill | None = field(default=None, repr=False)
+    _clock: Clock | None = field(default=None, repr=False)
+    _steps: int = field(default=0, repr=False)
+    _end: int = field(default=0, repr=False)
 
     @classmethod
     def begin(
@@ -72,6 +76,7 @@ class Report:
         dtype: torch.dtype,
         prefill: Prefill | None = None,
         n_past: Sequence[int] | None = None,
+        start: int = 0,
     ) -> Report:
         """A report on a prompt whose prefill starts now.
 
@@ -79,6 +84,7 @@ class Report:
             budgets: the original counts that the schedule's shares are taken of, per row.
             prefill: the pass that fills in which tokens were kept; None if nothing is dropped.
             n_past: tokens of earlier turns, per row; None without any.
+            start: length of the cache before the prompt, padding included.
         """
         try:
             dims: TextDims | None = TextDims.from_config(config)
@@ -93,25 +99,43 @@ class Report:
         n_text = tuple(n - rows.tail for n in rows.n_text)
         past = tuple(n_past) if n_past is not None else (0,) * len(n_text)
         report = cls(policy, schedule, rows.images, n_text, past, kept, dims, entries)
-        report._prefill = prefill
+        report._end = start + rows.length - rows.tail
+        if prefill is not None:
+            report._prefill, report._clock = prefill, prefill.clock
         return report
 
     # Filled in while the model runs ---------------------------------------------------------------
 
-    def sample(self, layers: Sequence[TrimmedLayer], steps: int) -> None:
-        """Note the KV bytes after a pass; a pass that was rolled back is overwritten."""
+    def sample(self, layers: Sequence[TrimmedLayer]) -> None:
+        """Note the KV bytes after a pass; a pass that was rolled back is overwritten. Passes of
+        another cache, an earlier conversation's, are not this report's."""
+        if self._clock is None or layers[0].clock is not self._clock:
+            return
         if not self.entry_bytes:
             self.entry_bytes = tuple(layer.bytes_per_token for layer in layers)
         live = sum(layer.live_tokens * layer.bytes_per_token for layer in layers)
         allocated = sum(layer.allocated_tokens * layer.bytes_per_token for layer in layers)
-        while self.samples and self.samples[-1].step >= steps:
+        while self.samples and self.samples[-1].step >= self.steps:
             self.samples.pop()
-        self.samples.append(KVSample(steps, live, allocated))
-        self.steps = steps
+        self.samples.append(KVSample(self.steps, live, allocated))
 
-    def advance(self, tokens: int) -> None:
-        """Note decode steps of a run in which nothing is trimmed."""
-        self.steps += tokens
+    def advance(self, tokens: int, cache: Cache) -> None:
+        """Note a pass of ``tokens`` behind the prompt, of a run in which nothing is trimmed."""
+        self._steps = max(0, cache.get_seq_length() + tokens - self._end)
+        if not self.entry_bytes:  # a decoder that the cost model does not describe
+            pairs = [(layer.keys, layer.values) for layer in cache.layers]
+            self.entry_bytes = tuple(
+                sum(t.shape[1] * t.shape[-1] * t.element_size() for t in pair) for pair in pairs
+            )
+        if not self.entry_bytes:
+            self.entry_bytes = tuple(
+                sum(t.shape[1] * t.shape[3] * t.element_size() for t in (la.keys, la.values))
+                for la in cache.layers
+            )
+
+    def freeze(self) -> None:
+        """Another prompt comes: what the cache does from now on is not this report's."""
+        self._steps, self._clock = self.steps, None
 
     def close_prefill(self) -> None:
         """Keep which visual tokens each layer saw, and let the pass itself go."""
@@ -119,6 +143,13 @@ class Report:
             for layer, block in self._prefill.blocks.items():
                 self._ordinals[layer] = (block.ordinal, block.visual)
             self._prefill = None
+
+    @property
+    def steps(self) -> int:
+        """Decode steps after the prompt; the first generated token comes from the prefill. In
+        assisted decoding candidates that were rejected do not count (untrimmed: those of the last
+        check do)."""
+        return self._steps if self._clock is None else self._clock.steps
 
     # Counts ---------------------------------------------------------------------------------------
 
@@ -209,7 +240,7 @@ class Report:
     @property
     def kv_untrimmed_bytes(self) -> int:
         """Bytes that the bare model's entries would take at the same step."""
-        return self._untrimmed(self.steps)
+        return self._untrimmed(self._last().step)
 
     def _mean_ratio(self, of: str) -> float:
         if not self.samples:

@@ -70,7 +70,7 @@ class Director:
         for layer in layers:
             layer.compact()
         if layers and self.report is not None:
-            self.report.sample(layers, self.report.steps)
+            self.report.sample(layers)
         return before - sum(layer.allocated_tokens * layer.bytes_per_token for layer in layers)
 
     def on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -94,9 +94,9 @@ class Director:
         prompt = self._prompt(embeds, cache)
         if not self.setup.touches:
             if prompt is not None:
-                self._begin_report(prompt[0], embeds)
-            elif self.report is not None and past:
-                self.report.advance(embeds.shape[1])
+                self._begin_report(prompt[0], embeds, None, past)
+            elif self.report is not None and cache is not None and past:
+                self.report.advance(embeds.shape[1], cache)
             return None
         if prompt is not None:
             return args, self._begin_prefill(module, prompt, cache, past, embeds, kwargs)
@@ -159,6 +159,8 @@ class Director:
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         rows, block = prepared
+        if self.report is not None:
+            self.report.freeze()
         if past and block.valid is not None:
             raise TrimStateError(PADDED_CONTINUATION)
         use_cache = kwargs.get("use_cache")
@@ -185,9 +187,7 @@ class Director:
         self._begin_report(rows, embeds, current, past)
         return kwargs
 
-    def _begin_report(
-        self, rows: Rows, embeds: Tensor, prefill: Prefill | None = None, past: int = 0
-    ) -> None:
+    def _begin_report(self, rows: Rows, embeds: Tensor, prefill: Prefill | None, past: int) -> None:
         mask = self._attention_mask if past else None
         n_past = mask[:, :past].sum(1).tolist() if mask is not None else [past] * rows.batch
         self.report = Report.begin(
@@ -199,6 +199,7 @@ class Director:
             embeds.dtype,
             prefill,
             n_past,
+            past,
         )
 
     def _begin_append(self, layers: list[TrimmedLayer], embeds: Tensor) -> None:
@@ -313,7 +314,7 @@ class Director:
         if self.report is not None:
             self.report.close_prefill()
             if current.cache is not None:
-                self.report.sample(current.cache, current.clock.steps)
+                self.report.sample(current.cache)
         # Gradient checkpointing runs layers again in backward: then the pass must still be there.
         if not torch.is_grad_enabled():
             self._set_pass(None)
