@@ -1,0 +1,98 @@
+"""The engine's invariants, one test each (those of the columns: tests/test_properties.py).
+
+1. Kept indices ascend in each row, rows are left-aligned in prefill and right-aligned in the cache,
+   and text is never dropped.
+2. `get_seq_length()` is the logical length, in every layer at all times.
+3. A row's live cache entries are one run up to the end.
+4. Where that run starts is a pure function of the step.
+5. The mask is None wherever it can be: tests/test_masks.py.
+6. A schedule that drops nothing touches nothing; 7. after exit nothing is left:
+   tests/test_trimmer.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import st3
+from tests.helpers import POLICIES, ST3, Case
+from tests.test_cache import Run
+from tests.test_modes import ON_EACH
+from tests.test_turns import RAGGED, words
+
+
+@ON_EACH
+@pytest.mark.parametrize("policy", ["st3", "st3_early", "fastv", "vtw", "none"])
+def test_text_is_never_dropped_and_order_is_kept(name: str, policy: str) -> None:
+    """1, on the columns that enter each layer: what a layer gets is the row's own hidden states at
+    ascending places, with all of its text."""
+    case = Case.of(name)
+    seen: list[torch.Tensor] = []
+    with st3.trim(case.model, POLICIES[policy]) as trimmer, torch.no_grad():
+        hooks = []
+        text = case.model.get_decoder()
+        for layer in text.layers:
+            hooks.append(
+                layer.input_layernorm.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+            )
+        case.model(**case.batch)
+        for hook in hooks:
+            hook.remove()
+        report = trimmer.report
+    positions = torch.arange(case.width)
+    for layer, hidden in enumerate(seen):
+        counts = [n + row[layer] for n, row in zip(report.n_text, report.kept, strict=True)]
+        first = report.kept[0][layer] == report.kept[0][0]
+        assert hidden.shape[1] == (case.width if first else max(counts))
+        for row in range(len(case.visual)):
+            visual = case.visual[row].nonzero().flatten()[report.kept_positions(layer, row)]
+            words = positions[case.valid[row] & ~case.visual[row]]
+            assert len(visual) + len(words) == counts[row]
+
+
+@ON_EACH
+def test_cache_lengths_are_logical(name: str) -> None:
+    """2, also while an answer is generated, in all layers."""
+    case = Case.of(name)
+    lengths: list[set[int]] = []
+
+    def note(module: object, args: object, output: object) -> None:
+        layers = output.past_key_values.layers  # type: ignore[attr-defined]
+        lengths.append({layer.get_seq_length() for layer in layers})
+
+    hook = case.model.register_forward_hook(note)
+    case.generate(ST3, 6)
+    hook.remove()
+    assert lengths == [{case.width + step} for step in range(6)]
+
+
+@pytest.mark.parametrize("policy", ["st3", "st3_early", "anneal_only"])
+def test_rows_are_one_run_whose_start_is_a_function_of_the_step(policy: str) -> None:
+    """3 and 4: start = padding + kept - visible(step), whatever was asked before."""
+    run = Run(Case.of("llava", RAGGED), POLICIES[policy])
+    schedule = run.case.schedule(run.policy)
+    for step in range(1, 5):
+        run.feed(words(2, 1, step)["input_ids"])
+    for index, layer in enumerate(run.cache.layers):
+        text = torch.tensor([9, 12])
+        kept = schedule.kept(index, 16)
+        width = int(text.max()) + kept
+        for step in (3, 1, 9, 4, 0, 200, 4):
+            shown = schedule.visible(index, 16, step)
+            wanted = [width - int(n) - kept + kept - shown for n in text]
+            assert list(layer.row_starts(step)) == wanted
+        assert layer.end == width + 4
+        shown = schedule.visible(index, 16, 4)
+        assert layer.live_tokens == int(text.sum()) + 2 * (shown + 4)
+
+
+def test_a_policy_sees_the_original_counts_alone() -> None:
+    """The counts of a deep layer do not depend on the rounding of earlier ones."""
+    case = Case.of("llava", RAGGED)
+    deep = st3.ST3(first_layer=1, first_drop=0.33, final_keep=0.2, stride=1)
+    once = st3.FastV(layer=7, drop=0.8)
+    schedule = case.schedule(deep)
+    _, report = case.prefill(deep)
+    assert [row[7] for row in report.kept] == [schedule.kept(7, 16)] * 2
+    assert case.schedule(once).kept(7, 16) == round(16 * 0.2)
