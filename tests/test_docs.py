@@ -58,7 +58,8 @@ def commands(code: str) -> list[list[str]]:
 
 def run_python(block: Block, page: str, namespace: dict[str, Any]) -> None:
     # Empty lines in front make a traceback name the page's own line.
-    exec(compile("\n" * (block.line - 1) + block.code, page, "exec"), namespace)
+    code = "\n" * (block.line - 1) + block.code
+    exec(compile(code, page, "exec", dont_inherit=True), namespace)  # no __future__ of this file
 
 
 def run_bash(block: Block, page: str) -> None:

@@ -111,6 +111,8 @@ def parse(text: str | Policy, **options: Any) -> Policy:
 
 
 def _parse_arguments(cls: type[Policy], text: str) -> dict[str, Any]:
+    if not text.strip():
+        return {}
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
