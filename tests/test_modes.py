@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 import st3
-from tests.helpers import POLICIES, ST3, TEXT_ONLY, Case, answer, assert_same, images
+from tests.helpers import ANNEAL, POLICIES, ST3, TEXT_ONLY, Case, answer, assert_same, images
 from tests.zoo import I, T
 
 # Plain; 3D positions; sliding windows and images that attend both ways; tiles between markers.
@@ -25,6 +25,11 @@ def test_a_single_prompt(name: str) -> None:
     case = Case.of(name, SOLO)
     case.check_prefill(ST3)
     case.check_generate(ST3, 16)  # past the end of the annealing
+
+
+@ON_EACH
+def test_annealing_by_another_score(name: str) -> None:
+    Case.of(name).check_generate(st3.ST3(score="key_norm", stride=2, anneal=ANNEAL), 8)
 
 
 @ON_EACH
