@@ -41,6 +41,8 @@ from st3.bench.bars import Bar
 from st3.bench.bars import as_markdown as bars_table
 from st3.bench.conditions import conditions
 from st3.bench.files import save
+from st3.bench.overhead import copying_share
+from st3.bench.prompts import build
 from st3.bench.ragged import RaggedRow, against_uniform
 
 RESULTS = Path(__file__).with_name("results")
@@ -206,6 +208,10 @@ def caption(session: Session) -> None:
         for name in ("kv_live", "kv_allocated"):
             share = sum(getattr(held, name)) / sum(getattr(base, name)) if held and base else None
             session.bar(f"{name}, mean over untrimmed: {row.label}, {title}", share, 0.3, True)
+        subject = session.subject(dtype)
+        prompt = build(workload.rows(), subject.vocab, subject.device)
+        copied = copying_share(subject.model, prompt, methods[-1], workload.new_tokens)
+        session.bar(f"copying buffers, share of steps: {row.label}, {title}", copied, 0.01, True)
 
 
 def ragged(session: Session) -> None:

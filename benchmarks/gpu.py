@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import importlib.util
 import json
 import sys
@@ -167,6 +168,7 @@ def latency(part: Part) -> None:
             part.log(workload.title)
             part.write()
         del subject
+        gc.collect()
         if part.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -200,16 +202,12 @@ def throughput(part: Part) -> None:
 
 
 def _profiles(part: Part, subject: Subject) -> None:
-    """One step's waits and kernels at batch 1 and 8; the selection's share of kernel time."""
+    """One step's waits and kernels at two batches; the selection's share of kernel time."""
     rows, shares = [], []
     layers = subject.text_config.num_hidden_layers
-    for batch in (1, 8):
-        prompt = build(
-            part.workload(subject, batch, 1).rows(),
-            subject.text_config.hidden_size,
-            subject.device,
-            subject.dtype,
-        )
+    for batch in part.given.batch[:2]:
+        rows_of_prompt = part.workload(subject, batch, 1).rows()
+        prompt = build(rows_of_prompt, subject.vocab, subject.device)
         for method in part.core():
             seen = profile_decode(subject.model, prompt, method)
             most = max(seen.waits.values())

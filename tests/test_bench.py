@@ -45,17 +45,25 @@ from st3.bench.bars import as_markdown as bars_table
 from st3.bench.compiled import compiled_decode
 from st3.bench.fastv_official import fastv_official
 from st3.bench.measure import Generation, footprint, generation
-from st3.bench.overhead import MODEL, RANGES, Stopwatch, probed, selection_overhead
+from st3.bench.overhead import (
+    MODEL,
+    RANGES,
+    Stopwatch,
+    copying_share,
+    probed,
+    selection_overhead,
+)
 from st3.bench.profile import profile_decode, selection_share
 from st3.bench.ragged import RaggedRow, against_uniform
 from st3.bench.tower import _image_size, tower, vision_inputs
 from st3.cost import TextDims, kv_bytes
+from st3.engine.cache import HEADROOM, TrimmedLayer
 from st3.engine.director import Director
 from st3.engine.prefill import Prefill
 from tests.zoo import build as build_family
 
 CPU = torch.device("cpu")
-HIDDEN = 64  # of the shape "tiny"
+VOCAB = 128  # of the shape "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +73,12 @@ def subject() -> Subject:
 
 def prompt(batch: int = 1, visual: int = 24, text: int = 8, ragged: bool = False) -> prompts.Prompt:
     rows = (prompts.ragged if ragged else prompts.uniform)(batch, visual, text)
-    return prompts.build(rows, HIDDEN, CPU, torch.float32)
+    return prompts.build(rows, VOCAB, CPU)
 
 
 def logits(model: Any, made: prompts.Prompt) -> torch.Tensor:
     with torch.no_grad():
-        out = model(inputs_embeds=made.embeds, attention_mask=made.mask, logits_to_keep=1)
+        out = model(input_ids=made.ids, attention_mask=made.mask, logits_to_keep=1)
     return out.logits[:, -1]  # type: ignore[no-any-return]
 
 
@@ -112,7 +120,7 @@ def test_a_shape_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -
         (lambda: prompts.ragged(1, 8, 8), "two rows"),
         (lambda: prompt(visual=3, text=1), "text tokens"),
         (lambda: prompts.uniform(1, 3, 8, images=4), "4 images"),
-        (lambda: prompts.build([], 8, CPU, torch.float32), "at least one row"),
+        (lambda: prompts.build([], 8, CPU), "at least one row"),
         (lambda: compare([]), "no policy"),
         (lambda: compare(["st4"]), "unknown policy"),
         (lambda: clock.speed_up([1.0], [1.0, 2.0]), "cannot be paired"),
@@ -137,9 +145,9 @@ def test_a_folder_is_measured_like_a_shape(tiny_model: Path) -> None:
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 40), st.integers(7, 20))
 def test_uniform_prompts_have_the_asked_tokens(b: int, images: int, more: int, text: int) -> None:
-    made = prompts.build(prompts.uniform(b, images + more, text, images), 4, CPU, torch.float32)
+    made = prompts.build(prompts.uniform(b, images + more, text, images), 100, CPU)
     assert made.mask is None
-    assert made.embeds.shape == (b, images + more + text, 4)
+    assert made.ids.shape == (b, images + more + text)
     assert made.visual.sum(1).tolist() == [images + more] * b
     assert _runs(made.visual[0]) == images
     assert not made.visual[:, 0].any()  # text stands on both sides
@@ -151,7 +159,7 @@ def test_ragged_prompts_differ_in_length_and_images() -> None:
     assert made.mask is not None
     lengths = made.mask.sum(1).tolist()
     assert lengths == [row.length for row in made.rows]
-    assert lengths[0] == made.embeds.shape[1] == 56  # columns of the uniform batch
+    assert lengths[0] == made.ids.shape[1] == 56  # columns of the uniform batch
     assert len(set(lengths)) == 4
     assert [_runs(row) for row in made.visual] == [1, 2, 3, 1]
     assert made.mask[:, -1].all()  # padding is on the left
@@ -241,9 +249,9 @@ def test_references_change_no_output(subject: Subject, method: Any) -> None:
 
 def chosen_tokens(model: Any, made: prompts.Prompt, tokens: int = 6) -> torch.Tensor:
     out: torch.Tensor = model.generate(
-        inputs_embeds=made.embeds, attention_mask=made.mask, max_new_tokens=tokens
+        input_ids=made.ids, attention_mask=made.mask, max_new_tokens=tokens
     )
-    return out
+    return out[:, -tokens:]
 
 
 @pytest.mark.parametrize(("layer", "drop"), [(2, 0.5), (1, 0.75), (7, 0.25)])
@@ -263,7 +271,7 @@ def test_the_authors_fastv_computes_what_ours_does(
 
 def test_the_authors_fastv_takes_row_0s_tokens_for_all_rows(subject: Subject) -> None:
     made = prompt(batch=2)
-    alone = dataclasses.replace(made, embeds=made.embeds[1:], visual=made.visual[1:])
+    alone = dataclasses.replace(made, ids=made.ids[1:], visual=made.visual[1:])
     with fastv_official(subject.model, made.visual):
         both = logits(subject.model, made)
         assert not torch.allclose(both[1:], logits(subject.model, alone), atol=1e-5)
@@ -407,6 +415,14 @@ def test_overhead_is_st3s_alone(subject: Subject) -> None:
     assert selection_overhead(subject.model, prompt(), own_cache(), runs=1) is None
 
 
+def test_copying_of_buffers_is_a_part_of_the_steps(subject: Subject) -> None:
+    move, made = TrimmedLayer._move, prompt()
+    method = compare(["st3"], peers=False)[2]
+    assert copying_share(subject.model, made, method, 4) == 0  # there is room for a few tokens
+    assert 0 < copying_share(subject.model, made, method, HEADROOM + 3) < 1
+    assert move is TrimmedLayer._move
+
+
 def test_no_decode_step_waits_for_the_device_more_than_the_bare_model(subject: Subject) -> None:
     made = prompt(batch=2)
     bare, *others = [profile_decode(subject.model, made, m, 3, 5) for m in compare(["st3"], False)]
@@ -548,6 +564,26 @@ def test_policies_that_do_not_fit_are_refused(subject: Subject) -> None:
     work = Workload(visual=24, text=8, new_tokens=0, repeats=1)
     with pytest.raises(ValueError, match="layer=99"):
         run(subject, work, compare(["fastv:layer=99"], peers=False))
+
+
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "qwen3_vl", "gemma3", "smolvlm"])
+def test_other_families_are_measured(name: str) -> None:
+    _, model = build_family(name)
+    model.generation_config = endless()
+    work = Workload(batch=2, visual=16, text=8, new_tokens=3, repeats=1)
+    methods = [*compare(["fastv:layer=1"], peers=False), attached()]
+    found = run(Subject(name, model.eval(), 16), work, methods, bandwidth=1e9)
+    assert found.rows[2].label == "fastv:layer=1"
+    live = [row.footprint.kv_live[0] for row in found.rows if row.footprint]
+    assert live[0] == live[3]
+    assert live[0] <= live[1]  # DynamicCache gives up what lies behind a sliding window
+    assert live[2] < live[1]
+
+
+def endless() -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(eos_token_id=None, pad_token_id=0)
 
 
 def test_ragged_against_uniform(subject: Subject) -> None:

@@ -41,8 +41,8 @@ def _fastest(kernel: Callable[[], Any], device: torch.device, runs: int) -> floa
 def weights_only_step(model: Any, batch: int, new_tokens: int = 16) -> float:
     """Median seconds of a decode step of the untouched model behind a prompt of one text token:
     next to no KV cache, all the weights."""
-    hidden = model.config.get_text_config(decoder=True).hidden_size
-    prompt = build([Row(1, ())] * batch, hidden, model.device, model.dtype)
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    prompt = build([Row(1, ())] * batch, vocab, model.device)
     return statistics.median(generation(model, prompt, max(3, new_tokens)).steps)
 
 

@@ -123,7 +123,6 @@ def row_bytes(subject: Subject, workload: Workload, method: Method) -> int:
         tokens = workload.text + _kept(schedule, index, workload.visual)
         filed += 2 * layer.kv_heads * layer.head_dim * tokens
         worst = max(worst, filed + tokens * wide)
-    length = workload.text + workload.visual
     end = kv_allocated_bytes(
         dims,
         workload.text,
@@ -133,8 +132,7 @@ def row_bytes(subject: Subject, workload: Workload, method: Method) -> int:
         subject.dtype,
         rule=as_needed if schedule is None else with_headroom(HEADROOM),
     )
-    embeddings = 2 * length * dims.hidden * size  # the caller's and generate()'s copy
-    return embeddings + max(worst * size, end)
+    return max(worst * size, end)
 
 
 def _kept(schedule: Schedule | None, layer: int, visual: int) -> int:
@@ -143,8 +141,7 @@ def _kept(schedule: Schedule | None, layer: int, visual: int) -> int:
 
 def _prompt(subject: Subject, workload: Workload, batch: int) -> prompts.Prompt:
     rows = prompts.uniform(batch, workload.visual, workload.text, workload.images)
-    hidden = subject.text_config.hidden_size
-    return prompts.build(rows, hidden, subject.device, subject.dtype)
+    return prompts.build(rows, subject.vocab, subject.device)
 
 
 def _probe(subject: Subject, workload: Workload, method: Method) -> Callable[[int], bool]:

@@ -43,9 +43,7 @@ def compiled_decode(
     """Measure each policy by itself, attached once: attaching anew would compile anew. The untimed
     first generation has the timed ones' length, so that all graphs are there."""
     dims = TextDims.from_config(subject.model.config)
-    prompt = prompts.build(
-        workload.rows(), subject.text_config.hidden_size, subject.device, subject.dtype
-    )
+    prompt = prompts.build(workload.rows(), subject.vocab, subject.device)
     results = []
     for policy in policies:
         trimmer = st3.trim(

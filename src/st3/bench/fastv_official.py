@@ -14,6 +14,7 @@ version with KV cache):
 Not reproduced, in the authors' favour: their dense mask in all other layers (here those keep the
 kernel's own causal masking), and the variant of their repository that runs layer ``K - 1`` twice.
 Their code takes one image in one row at fixed places; this takes the visual columns of row 0.
+(They know no sliding windows: here layers behind the drop see all kept tokens.)
 """
 
 from __future__ import annotations

@@ -49,16 +49,16 @@ class Footprint:
 def prefill(model: Any, prompt: Prompt) -> float:
     """Seconds of one forward pass of the prompt that fills a new cache and computes the logits of
     the last position, as generate() does."""
-    marks = Marks(prompt.embeds.device)
+    marks = Marks(prompt.device)
     marks.mark()
-    model(inputs_embeds=prompt.embeds, attention_mask=prompt.mask, use_cache=True, logits_to_keep=1)
+    model(input_ids=prompt.ids, attention_mask=prompt.mask, use_cache=True, logits_to_keep=1)
     marks.mark()
     return marks.seconds()[0]
 
 
 def generation(model: Any, prompt: Prompt, new_tokens: int) -> Generation:
     """Generate exactly ``new_tokens`` tokens greedily and note when each of them was there."""
-    marks = Marks(prompt.embeds.device)
+    marks = Marks(prompt.device)
     marks.mark()
     _generate(model, prompt, new_tokens, MarkSteps(marks))
     marks.mark()
@@ -70,28 +70,28 @@ def footprint(model: Any, prompt: Prompt, new_tokens: int) -> Footprint:
     """Generate once more, untimed, and read what the cache and the process hold."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     watch = _WatchCache(cache)
-    with Peak(prompt.embeds.device) as peak:
+    with Peak(prompt.device) as peak:
         _generate(model, prompt, new_tokens, watch, past_key_values=cache)
     return Footprint(tuple(watch.live), tuple(watch.allocated), peak.bytes)
 
 
 def _generate(
     model: Any, prompt: Prompt, new_tokens: int, processor: LogitsProcessor, **more: Any
-) -> Tensor:
+) -> None:
     """The settings of the subject's generation config let nothing stop it early."""
     output: Tensor = model.generate(
-        inputs_embeds=prompt.embeds,
+        input_ids=prompt.ids,
         attention_mask=prompt.mask,
         max_new_tokens=new_tokens,
         logits_processor=LogitsProcessorList([processor]),
         **more,
     )
-    if output.shape[1] != new_tokens:
+    made = output.shape[1] - prompt.ids.shape[1]
+    if made != new_tokens:
         raise ValueError(
-            f"the model stopped after {output.shape[1]} of {new_tokens} tokens: unset eos_token_id "
-            "in its generation_config"
+            f"the model stopped after {made} of {new_tokens} tokens: unset eos_token_id in its "
+            "generation_config"
         )
-    return output
 
 
 class _WatchCache(LogitsProcessor):

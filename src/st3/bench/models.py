@@ -85,6 +85,11 @@ class Subject:
     def text_config(self) -> Any:
         return self.model.config.get_text_config(decoder=True)
 
+    @property
+    def vocab(self) -> int:
+        vocab: int = self.text_config.vocab_size
+        return vocab
+
 
 def dtype_of(name: str) -> torch.dtype:
     """The torch dtype of ``"bfloat16"``, ``"bf16"`` and the like; ValueError for other names."""
@@ -138,8 +143,8 @@ def from_shape(
 def from_folder(
     path: str | Path, device: torch.device, dtype: torch.dtype, attention: str = "sdpa"
 ) -> Subject:
-    """A saved model. Its prompts are random embeddings like those of a shape: nothing that is
-    timed depends on their values.
+    """A saved model. Its prompts are random tokens like those of a shape: nothing that is timed
+    depends on them.
 
     Raises:
         ValueError: no model there, or not an image-text-to-text model.

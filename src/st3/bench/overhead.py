@@ -7,16 +7,17 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch.autograd.profiler import record_function
 
-from st3.bench.measure import prefill
+from st3.bench.measure import generation, prefill
 from st3.bench.methods import Method
 from st3.bench.prompts import Prompt
+from st3.engine.cache import TrimmedLayer
 from st3.engine.director import Director
 from st3.engine.prefill import Prefill
 
@@ -49,7 +50,7 @@ def selection_overhead(
 ) -> Overhead | None:
     """Medians over ``runs`` prefills behind an unmeasured one. None where st3's engine is not used,
     and on CUDA, where :func:`st3.bench.profile.selection_share` asks the profiler."""
-    if not method.own_engine or prompt.embeds.device.type != "cpu":
+    if not method.own_engine or prompt.device.type != "cpu":
         return None
     samples: list[dict[str, float]] = []
     totals: list[float] = []
@@ -62,6 +63,16 @@ def selection_overhead(
         name: statistics.median(sample.get(name, 0.0) for sample in samples[1:]) for name in RANGES
     }
     return Overhead(ranges, statistics.median(totals[1:]))
+
+
+def copying_share(model: Any, prompt: Prompt, method: Method, new_tokens: int) -> float:
+    """Share of a generation's decode steps, 0..1, spent in copying full buffers to new ones, which
+    is also how annealed entries are given back. On a CPU: elsewhere copies are queued."""
+    watch = Stopwatch()
+    move = _wrap(TrimmedLayer._move, watch.range, "copy")
+    with _exchanged([(TrimmedLayer, "_move", move)]), method.attach(model, prompt):
+        steps = generation(model, prompt, new_tokens).steps
+    return watch.seconds.get("copy", 0.0) / sum(steps)
 
 
 class Stopwatch:
@@ -115,15 +126,22 @@ def probed(range_: Range) -> Iterator[None]:
         finally:
             self.plan = plan
 
-    wrapped: list[tuple[type, str, Any]] = [
+    wrapped = [
         (Director, "on_text", _wrap(Director.on_text, range_, "begin")),
         (Prefill, "enter", _wrap(Prefill.enter, range_, "gather")),
         (Prefill, "attend", timed_attend),
         (Director, "after_text", _wrap(Director.after_text, range_, "finish")),
     ]
-    originals = [(cls, name, getattr(cls, name)) for cls, name, _ in wrapped]
+    with _exchanged(wrapped):
+        yield
+
+
+@contextmanager
+def _exchanged(methods: Sequence[tuple[type, str, Any]]) -> Iterator[None]:
+    """Give classes other methods while in the block."""
+    originals = [(cls, name, getattr(cls, name)) for cls, name, _ in methods]
     try:
-        for cls, name, function in wrapped:
+        for cls, name, function in methods:
             setattr(cls, name, function)
         yield
     finally:

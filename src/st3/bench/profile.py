@@ -76,7 +76,7 @@ def selection_share(model: Any, prompt: Prompt, method: Method) -> float:
         with _profiler(prompt) as profiler:
             prefill(model, prompt)
     events = profiler.key_averages()
-    cuda = prompt.embeds.device.type == "cuda"
+    cuda = prompt.device.type == "cuda"
     inside = {
         name: sum(
             e.device_time_total if cuda else e.cpu_time_total
@@ -96,7 +96,7 @@ def selection_share(model: Any, prompt: Prompt, method: Method) -> float:
 
 def _profiler(prompt: Prompt) -> Any:
     activities = [ProfilerActivity.CPU]
-    if prompt.embeds.device.type == "cuda":
+    if prompt.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
         torch.cuda.synchronize()
     return profile(activities=activities, acc_events=True)

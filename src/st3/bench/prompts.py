@@ -1,7 +1,8 @@
-"""Prompts of given token counts, as ready-made embeddings.
+"""Prompts of given token counts, without pixels.
 
-Embeddings stand in for the vision tower's output, so that the decoder's prefill can be timed
-without it; the tower is timed apart (:mod:`st3.bench.tower`).
+Plain token ids stand where the image's features would be, so that the decoder's prefill can be
+timed without the vision tower, which is timed apart (:mod:`st3.bench.tower`). st3 is told by a mask
+which of them are visual tokens; to the decoder one token costs as much as another.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ class Prompt:
     """A batch.
 
     Attributes:
-        embeds: [B, T, D].
+        ids: [B, T] long.
         mask: [B, T] long, 0 at the padding of shorter rows (left); None if all are equally long.
         visual: [B, T] bool.
         rows: what is in it.
     """
 
-    embeds: Tensor
+    ids: Tensor
     mask: Tensor | None
     visual: Tensor
     rows: tuple[Row, ...]
@@ -48,6 +49,10 @@ class Prompt:
     @property
     def batch(self) -> int:
         return len(self.rows)
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
 
 
 def uniform(batch: int, visual: int, text: int, images: int = 1) -> list[Row]:
@@ -70,10 +75,9 @@ def ragged(batch: int, visual: int, text: int) -> list[Row]:
     return rows
 
 
-def build(
-    rows: Sequence[Row], hidden: int, device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> Prompt:
-    """Half of a row's text, its images with one text token between them, the rest of the text.
+def build(rows: Sequence[Row], vocab: int, device: torch.device, seed: int = 0) -> Prompt:
+    """Random tokens of a vocabulary of ``vocab``: half of a row's text, its images with one text
+    token between them, the rest of the text.
 
     Raises:
         ValueError: no row, an empty one, or one with too little text to stand around its images.
@@ -97,10 +101,12 @@ def build(
             visual[number, place : place + tokens] = True
             place += tokens + 1
     generator = torch.Generator(device).manual_seed(seed)
-    shape = (len(rows), width, hidden)
-    embeds = torch.empty(shape, device=device, dtype=dtype).normal_(0, 0.02, generator=generator)
+    # From the second quarter of the vocabulary: special tokens stand at its ends.
+    ids = torch.randint(
+        vocab // 4, vocab // 2, (len(rows), width), device=device, generator=generator
+    )
     padded = bool((mask == 0).any())
-    return Prompt(embeds, mask.to(device) if padded else None, visual.to(device), tuple(rows))
+    return Prompt(ids, mask.to(device) if padded else None, visual.to(device), tuple(rows))
 
 
 def _split(total: int, parts: int) -> tuple[int, ...]:

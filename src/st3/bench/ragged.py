@@ -40,8 +40,7 @@ def against_uniform(
     made = {}
     for ragged in (False, True):
         rows = dataclasses.replace(workload, ragged=ragged).rows()
-        hidden = subject.text_config.hidden_size
-        made[ragged] = prompts.build(rows, hidden, subject.device, subject.dtype)
+        made[ragged] = prompts.build(rows, subject.vocab, subject.device)
 
     def call(method: Method, prompt: prompts.Prompt, tokens: int) -> Callable[[], Generation]:
         def run() -> Generation:

@@ -134,16 +134,16 @@ GAINS = _gains(_gain)
 BRIEF_GAINS = _gains(_brief_gain)  # the paired ratios alone, for narrow terminals
 NOTES = """\
 Times are medians over the rounds; methods take turns within a round. prefill: the text decoder
-alone, on ready-made embeddings. TTFT and end to end: generate() with the vision tower's time added,
-which is measured apart and the same in all rows. TPOT: median time of a further token. peak: memory
-above that before the call. KV: bytes over the untouched model's, both averaged over the prefill and
-the steps. selection: st3's own part of the trimmed prefill (choosing, gathering, scoring, filing
-keys and values), timed in runs of its own. The last table gives speed-ups over the first row, the
-untouched model on transformers' DynamicCache: the median of the ratios within each round (in files
-also the ratio of the smallest times, and the largest minus the smallest ratio over the median).
-FLOPs ratio: untrimmed over trimmed, of the decoder's prefill, counted. / FLOPs: prefill speed-up
-over that ratio. step / bound: time of a decode step over (weights-only step + live KV bytes / read
-bandwidth), median over steps."""
+alone, on a prompt without pixels. TTFT and end to end: generate() with the vision tower's time
+added, which is measured apart and the same in all rows. TPOT: median time of a further token. peak:
+memory above that before the call. KV: bytes over the untouched model's, both averaged over the
+prefill and the steps. selection: st3's own part of the trimmed prefill (choosing, gathering,
+scoring, filing keys and values), timed in runs of its own. The last table gives speed-ups over the
+first row, the untouched model on transformers' DynamicCache: the median of the ratios within each
+round (in files also the ratio of the smallest times, and the largest minus the smallest ratio over
+the median). FLOPs ratio: untrimmed over trimmed, of the decoder's prefill, counted. / FLOPs: the
+prefill's speed-up over that ratio. step / bound: time of a decode step over (weights-only step +
+live KV bytes / read bandwidth), median over steps."""
 
 
 def _mib(size: int | None) -> str:

@@ -153,7 +153,7 @@ def run(
     methods = [m for m in methods if not (m.equal_rows and workload.ragged)]
     rows = workload.rows()
     model, tokens = subject.model, workload.new_tokens
-    prompt = prompts.build(rows, subject.text_config.hidden_size, subject.device, subject.dtype)
+    prompt = prompts.build(rows, subject.vocab, subject.device)
     table = {m.label: Row(m.label, _policy(m), _flops(subject, m, rows)) for m in methods}
     result = Result(subject.name, workload, list(table.values()))
 
