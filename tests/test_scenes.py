@@ -282,7 +282,7 @@ def test_training_and_the_processor_agree_on_a_prompt(drawn):
     """The ids that training builds are those of the chat template."""
     processor = build_processor()
     packer = Packer(processor.tokenizer, 144)
-    row = packer._row([packer.image], [[("count", "count the objects.", "four")]])
+    row = packer._row([packer.image], [[("count", "count the objects.", "four")]], SCENES[:1])
     chat = [
         {
             "role": "user",

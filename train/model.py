@@ -81,3 +81,30 @@ def place_codes(patches: int, hidden: int, norm: float = 6.0) -> torch.Tensor:
     third = torch.arange(side) * 3 // side
     codes = norm * torch.linalg.qr(torch.randn(hidden, 6)).Q.T
     return (codes[:3][third][:, None] + codes[3:][third][None]).flatten(0, 1)
+
+
+def run_decoder(
+    model: LlavaForConditionalGeneration,
+    input_ids: torch.Tensor,
+    features: torch.Tensor,
+    position_ids: torch.Tensor,
+    attend: torch.Tensor,
+) -> tuple[torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """The decoder's last hidden states, what enters each layer, and the rotary cos and sin.
+
+    ``features`` are the projected patches (V, patches, hidden) in the order of their tokens;
+    ``attend`` (B, 1, T, T) says which token sees which.  The same as the model's own forward,
+    which gives the states between the layers only through hooks that compiled layers break on.
+    """
+    decoder = model.model.language_model
+    hidden = decoder.embed_tokens(input_ids)
+    visual = (input_ids == model.config.image_token_id)[..., None]
+    hidden = hidden.masked_scatter(visual, features.to(hidden.dtype))
+    rotary = decoder.rotary_emb(hidden, position_ids)
+    entering = []
+    for layer in decoder.layers:
+        entering.append(hidden)
+        hidden = layer(
+            hidden, attention_mask=attend, position_ids=position_ids, position_embeddings=rotary
+        )
+    return decoder.norm(hidden), entering, rotary

@@ -29,8 +29,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import LlavaForConditionalGeneration
 
 from train.data import ANSWER_WEIGHT, IGNORE, Packer, to_pixels
-from train.grounding import pointing_loss
-from train.model import build_config, build_model
+from train.grounding import ANSWERING, pointing_loss, token_targets
+from train.model import build_config, build_model, run_decoder
 from train.scenes import Scene, sample_drill, sample_scene
 from train.tokenizer import build_processor
 from train.world import BACKGROUNDS, COLUMNS, INKS, NAMES, ROWS
@@ -235,6 +235,7 @@ class Trainer:
         return [sample_drill(seed) for seed in self._seeds(self.step * size, size)]
 
     def _features(self, scenes: list[Scene]) -> torch.Tensor:
+        """The projected patches, (V, 144, hidden)."""
         images = self.model.get_image_features(to_pixels(scenes)).pooler_output
         return torch.stack(list(images))
 
@@ -251,36 +252,29 @@ class Trainer:
             batch = self.packer.quiz(seeds)
         else:
             batch = self.packer.single(seeds)
-        output = self.model.model(
-            input_ids=batch.input_ids,
-            pixel_values=batch.pixel_values,
-            attention_mask=batch.attend,
-            position_ids=batch.position_ids,
-            use_cache=False,
+        features = self._features(batch.scenes)
+        last, entering, rotary = run_decoder(
+            self.model, batch.input_ids, features, batch.position_ids, batch.attend
         )
-        features = output.image_hidden_states.unflatten(0, (len(batch.scenes), -1))
         cells, figures = self.tower.loss(features, batch.scenes)
         if recipe.drills:
             drills = self._drills()
             drilled, drilled_figures = self.tower.loss(self._features(drills), drills)
             cells, figures["drilled"] = cells + drilled, drilled_figures["names"]
         learnt = batch.labels[:, 1:] != IGNORE
-        logits = self.model.lm_head(output.last_hidden_state[:, :-1][learnt]).float()
+        logits = self.model.lm_head(last[:, :-1][learnt]).float()
         labels, weights = batch.labels[:, 1:][learnt], batch.weights[:, 1:][learnt]
         losses = functional.cross_entropy(logits, labels, reduction="none")
         right = (logits.argmax(-1) == labels).float()
         told = torch.isin(labels, self.tower.name_ids)
         answer = weights == ANSWER_WEIGHT
-        if (batch.cells >= 0).any():
+        bits = token_targets(batch.input_ids, self.model.config.image_token_id, features.shape[1])
+        for layer in (0, *(at for at in ANSWERING if at < len(entering))):
+            wanted = batch.sought if layer else batch.named
             pointing, mass = pointing_loss(
-                self.model,
-                batch.input_ids,
-                output.image_hidden_states,
-                batch.position_ids,
-                batch.attend,
-                batch.cells,
+                self.model, layer, entering[layer], rotary, batch.attend, wanted, bits
             )
-            cells, figures["pointed"] = cells + recipe.pointing * pointing, mass.item()
+            cells, figures[f"at{layer}"] = cells + recipe.pointing * pointing, mass.item()
         loss = (losses * weights).sum() / weights.sum() + recipe.cells * cells
         return loss, figures | {
             "told": losses.mean().item(),
