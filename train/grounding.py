@@ -70,7 +70,8 @@ def token_targets(input_ids: torch.Tensor, image_token: int, patches: int) -> to
     """The bit of every token that can be looked at, (B, T): a patch's cell, the first token."""
     visual = input_ids == image_token
     order = (visual.cumsum(1) - 1).clamp(min=0)
-    third = torch.arange(int(patches**0.5)) * 3 // int(patches**0.5)
+    side = int(patches**0.5)
+    third = torch.arange(side, device=input_ids.device) * 3 // side
     cells = (3 * third[:, None] + third[None]).flatten()
     bits = torch.ones_like(order) << (CELLS * (order // patches) + cells[order % patches])
     bits = bits * visual
@@ -100,11 +101,13 @@ def pointing_loss(
     seen = (target & allowed).any(1)
     rows, tokens, target, allowed = rows[seen], tokens[seen], target[seen], allowed[seen]
     normed = layer.input_layernorm(hidden)
-    width = HEADS * layer.self_attn.head_dim
+    width, groups = layer.self_attn.head_dim, layer.self_attn.num_key_value_groups
+    key_heads = -(-HEADS // groups)  # with grouped queries, several heads share one key head
     q, k = (
-        torch.nn.functional.linear(normed, p.weight[:width]).unflatten(-1, (HEADS, -1))
-        for p in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+        torch.nn.functional.linear(normed, p.weight[: heads * width]).unflatten(-1, (heads, -1))
+        for p, heads in ((layer.self_attn.q_proj, HEADS), (layer.self_attn.k_proj, key_heads))
     )
+    k = k.repeat_interleave(groups, dim=2)[:, :, :HEADS]
     q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *rotary)
     scores = k.new_empty(len(rows), HEADS, k.shape[2])
     at = 0

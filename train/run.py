@@ -81,7 +81,7 @@ class Tower(torch.nn.Module):
     def loss(
         self, features: torch.Tensor, scenes: list[Scene]
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        labels = cell_labels(scenes)
+        labels = tuple(column.to(features.device) for column in cell_labels(scenes))
         logits = self(features)
         losses = [
             functional.cross_entropy(out.flatten(0, 1).float(), want.flatten())
@@ -98,21 +98,24 @@ class Tower(torch.nn.Module):
         The decoder finds "the cat" and "top left" by these words, wherever it looks in a cell.
         """
         side = int(features.shape[1] ** 0.5)
-        cell = torch.arange(side) // (side // 3)
+        cell = torch.arange(side, device=features.device) * 3 // side
         grid = names.unflatten(1, (3, 3))[:, cell][:, :, cell].flatten()
         rows = cell[None, :, None].expand(len(features), side, side).flatten()
         columns = cell[None, None, :].expand(len(features), side, side).flatten()
         patches = functional.rms_norm(features, features.shape[-1:]).flatten(0, 1)
-        words = self.model.get_input_embeddings().weight
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=features.device)
         for ids, labels, weight in (
             (self.name_ids, grid, 0.5),
             (self.place_ids[:3], rows, 0.3),
             (self.place_ids[3:], columns, 0.3),
         ):
-            logits = (patches @ words[ids].T).float()
+            logits = (patches @ self.words(ids).T).float()
             loss = loss + weight * functional.cross_entropy(logits, labels)
         return loss
+
+    def words(self, ids: torch.Tensor) -> torch.Tensor:
+        """The embeddings that stand for words, (words, hidden)."""
+        return self.model.get_input_embeddings().weight[ids]
 
     def trained(self) -> list[torch.nn.Parameter]:
         parts = (self.model.model.vision_tower, self.model.model.multi_modal_projector)
@@ -130,9 +133,8 @@ class Tower(torch.nn.Module):
         side = int(features.shape[1] ** 0.5)
         cells = features.unflatten(1, (3, side // 3, 3, side // 3)).mean(dim=(2, 4)).flatten(1, 2)
         cells = functional.rms_norm(cells, cells.shape[-1:])
-        names = self.model.get_input_embeddings().weight[self.name_ids]
         return (
-            cells @ names.T,
+            cells @ self.words(self.name_ids).T,
             self.size(cells),
             self.ink(cells),
             self.background(cells),
@@ -211,7 +213,7 @@ class Trainer:
         lr = self._lr()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.model.device.type, torch.bfloat16):
             loss, figures = self._tower_loss() if self.in_tower else self._loss()
         loss.backward()
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -330,6 +332,42 @@ class Trainer:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def fit(
+    trainer: Trainer,
+    out: Path,
+    minutes: float | None = None,
+    save_every: float = 5.0,
+    export: bool = True,
+) -> None:
+    """Trains to the last step or for so many minutes, with checkpoints and a log in ``out``.
+
+    ``export`` also writes the model beside ``out`` with every checkpoint of phase 2.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    latest = out.with_name(out.name + "-latest")
+    started = saved = time.monotonic()
+    with tqdm(total=trainer.last, initial=trainer.step, mininterval=10) as bar:
+        while trainer.step < trainer.last:
+            figures = trainer.advance()
+            bar.update()
+            bar.set_postfix(
+                {name: f"{value:.3f}" for name, value in figures.items()}, refresh=False
+            )
+            if trainer.step % 10 == 0:
+                with (out / "log.jsonl").open("a") as log:
+                    figures |= {"step": trainer.step, "seconds": round(trainer.seconds)}
+                    log.write(json.dumps(figures) + "\n")
+            now = time.monotonic()
+            over = minutes is not None and now - started > 60 * minutes
+            if now - saved > 60 * save_every or over or trainer.step == trainer.last:
+                trainer.save(out)
+                if export and not trainer.in_tower:
+                    trainer.export(latest)
+                saved = time.monotonic()
+            if over:
+                break
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"))
@@ -357,29 +395,7 @@ def main() -> None:
         trainer.load(args.out)
     if args.compile:
         trainer.compile()
-    args.out.mkdir(parents=True, exist_ok=True)
-    latest = args.out.with_name(args.out.name + "-latest")
-    started = saved = time.monotonic()
-    with tqdm(total=trainer.last, initial=trainer.step, mininterval=10) as bar:
-        while trainer.step < trainer.last:
-            figures = trainer.advance()
-            bar.update()
-            bar.set_postfix(
-                {name: f"{value:.3f}" for name, value in figures.items()}, refresh=False
-            )
-            if trainer.step % 10 == 0:
-                with (args.out / "log.jsonl").open("a") as log:
-                    figures |= {"step": trainer.step, "seconds": round(trainer.seconds)}
-                    log.write(json.dumps(figures) + "\n")
-            now = time.monotonic()
-            over = args.minutes is not None and now - started > 60 * args.minutes
-            if now - saved > 60 * args.save_every or over or trainer.step == trainer.last:
-                trainer.save(args.out)
-                if not trainer.in_tower:
-                    trainer.export(latest)
-                saved = time.monotonic()
-            if over:
-                break
+    fit(trainer, args.out, args.minutes, args.save_every)
 
 
 if __name__ == "__main__":
