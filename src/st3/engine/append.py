@@ -11,6 +11,7 @@ from torch import Tensor
 from st3.engine import decode
 from st3.engine.cache import TrimmedLayer
 from st3.engine.clock import Clock
+from st3.engine.errors import UnsupportedModelError
 from st3.engine.masks import Starts, decode_mask, finish
 from st3.engine.plan import Attend, Plan
 from st3.scores import LayerView
@@ -44,7 +45,7 @@ class Append:
             return decode_mask(starts, first, end, kind, dtype, device, self.known)
         # Original columns of keys and queries say what lies within the window.
         fresh = torch.arange(self.clock.start, self.clock.start + queries, device=device)
-        old = past.positions(first)
+        old = past.positions(first).to(device)
         keys = torch.cat([old, fresh.expand(old.shape[0], -1)], dim=1)
         near = keys[:, None, None, :] > (fresh - window)[:, None]
         seen = decode_mask(starts, first, end, "sdpa", dtype, device, self.known)
@@ -67,20 +68,29 @@ class Append:
         every = self.plan.rerank
         if every and self.clock.tokens == 1 and self.clock.step(self.clock.start) % every == 0:
             with torch.no_grad():
-                past.reorder_visible(_decode_attention_row(query, key, past, kwargs))
+                past.reorder_visible(decode_attention_row(query, key, past, kwargs))
         return output
 
     def finish(self, hidden: Tensor) -> Tensor:
         return hidden
 
 
-def _decode_attention_row(
+def decode_attention_row(
     query: Tensor, key: Tensor, past: TrimmedLayer, kwargs: dict[str, Any]
 ) -> Tensor:
-    """The current token's attention over the live columns, mean over heads, [B, K]."""
+    """The current token's attention over the columns that a new ranking covers, mean over heads,
+    [B, K]; ``key`` are the live ones."""
     batch = key.shape[0]
-    starts = torch.tensor(past.row_starts(past.step), device=key.device)[:, None]
-    place = torch.arange(past.first_live(), past.end, device=key.device)
+    first, row_starts = past.ranked()
+    if past.recalls:
+        if past.buffer.shape[-1] != key.shape[-1]:
+            raise UnsupportedModelError(
+                "this model caches a compressed form of its keys, which cannot be ranked anew: "
+                "leave recall_every at None, or use another policy"
+            )
+        key = past.keys_from(first)
+    starts = torch.tensor(row_starts, device=key.device)[:, None]
+    place = torch.arange(first, past.end, device=key.device)
     nothing = torch.zeros(batch, 1, dtype=torch.bool, device=key.device)
     scaling = kwargs.get("scaling")
     view = LayerView(

@@ -19,6 +19,7 @@ from st3.engine.plan import Attend
 
 if TYPE_CHECKING:
     from st3.engine.append import Append
+    from st3.engine.joined import JoinedAppend
     from st3.engine.prefill import Prefill
     from st3.engine.static import StaticAppend
 
@@ -35,7 +36,7 @@ class LayerHandle:
     def __init__(self, layer: int, base: Attend) -> None:
         self.layer = layer
         self.base = base
-        self.current: Prefill | Append | StaticAppend | None = None
+        self.current: Prefill | Append | JoinedAppend | StaticAppend | None = None
 
 
 def base_attention(name: str, module: nn.Module) -> Attend:

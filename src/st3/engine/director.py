@@ -24,11 +24,16 @@ from st3.engine.clock import Clock, Phase
 from st3.engine.columns import Block, Rows, first_block
 from st3.engine.errors import TrimStateError, UnsupportedModelError
 from st3.engine.families import VisualTokens
+from st3.engine.joined import JoinedAppend
 from st3.engine.masks import Starts
 from st3.engine.plan import Plan, Setup
 from st3.engine.prefill import Prefill
+from st3.engine.rows import JoinedLayer
 from st3.engine.static import StaticAppend
+from st3.engine.tower import ClassAttentionTap
 from st3.report import Report
+
+Pass = Prefill | Append | JoinedAppend | StaticAppend
 
 PADDED_CONTINUATION = (
     "padding inside a continued conversation is not supported: continue the rows one by one, or "
@@ -45,18 +50,30 @@ class Director:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.visual = VisualTokens(setup.model, setup.parts.inner)
+        self.tower: ClassAttentionTap | None = None
         self.handles: tuple[LayerHandle, ...] = ()
         self.report: Report | None = None
-        self.current: Prefill | Append | StaticAppend | None = None
+        self.current: Pass | None = None
         self._static: StaticAppend | None = None
         self._known: dict[Starts, Tensor] = {}
         self._attention_mask: Any = None
         self._chunk_mask: Tensor | None = None
+        self._tower_weights: Tensor | None = None
         self._logits_to_keep: Any = 0
         self._cache: weakref.ref[Cache] | None = None
 
+    def listen(self) -> None:
+        """Start to listen to the model's parts for what a prompt shows before the decoder."""
+        self.visual.attach()
+        if self.setup.touches and "tower" in self.plan.needs:
+            self.tower = ClassAttentionTap(self.setup.model, self.setup.parts.inner)
+            self.tower.attach()
+
     def release(self) -> None:
         """Let go of the model."""
+        if self.tower is not None:
+            self.tower.detach()
+            self.tower = None
         self._set_pass(None)
         self._static = None
         self._known.clear()
@@ -147,7 +164,11 @@ class Director:
             visual, mask, min(tail, columns - 1), self.setup.per_image, self.visual.take_sizes()
         )
         self._chunk_mask = mask if block.valid is not None else None
-        return (rows, block) if any(rows.n_visual) else None
+        if not any(rows.n_visual):
+            return None
+        if self.tower is not None:
+            self._tower_weights = self.tower.take(visual)
+        return rows, block
 
     def _begin_prefill(
         self,
@@ -182,7 +203,10 @@ class Director:
         if not past:
             clock.prompt = rows.length - rows.tail
         clock.dense_from = past + rows.length - rows.tail
-        current = Prefill(self.plan, rows, block, self._chunk_mask, layers, clock, extends=past > 0)
+        current = Prefill(
+            self.plan, rows, block, self._chunk_mask, layers, clock, past > 0, self._tower_weights
+        )
+        self._tower_weights = None
         self._set_pass(current)
         self._begin_report(rows, embeds, current, past)
         return kwargs
@@ -205,6 +229,10 @@ class Director:
     def _begin_append(self, layers: list[TrimmedLayer], embeds: Tensor) -> None:
         clock = layers[0].clock
         clock.phase, clock.start, clock.tokens = Phase.APPEND, layers[0].length, embeds.shape[1]
+        joined = [layer for layer in layers if isinstance(layer, JoinedLayer)]
+        if joined:
+            self._set_pass(JoinedAppend(self.plan, joined, clock))
+            return
         mask = self._attention_mask
         several = embeds.shape[1] > 1  # a single token is never padding: no need to look
         if several and isinstance(mask, Tensor) and not bool(mask[:, -embeds.shape[1] :].all()):
@@ -230,7 +258,9 @@ class Director:
         clock = Clock()
         count = len(self.setup.parts.layers)
         fresh = [
-            TrimmedLayer(i, self.setup.schedule, clock, self.setup.parts.windows[i])
+            TrimmedLayer(
+                i, self.setup.schedule, clock, self.setup.parts.windows[i], self.plan.recalls
+            )
             for i in range(count)
         ]
         for i, old in enumerate(cache.layers[:count]):
@@ -284,6 +314,7 @@ class Director:
             current = self.current
             if isinstance(current, Prefill) and current.block.index is not None:
                 block, index = current.block, current.block.source_columns()
+                visual_mask, features = visual_mask.to(index.device), features.to(index.device)
                 number = (torch.cumsum(visual_mask.flatten(), 0) - 1).view_as(visual_mask)
                 visual_mask = visual_mask.gather(1, index)
                 if block.valid is not None:
@@ -320,7 +351,7 @@ class Director:
             self._set_pass(None)
         return output
 
-    def _set_pass(self, current: Prefill | Append | StaticAppend | None) -> None:
+    def _set_pass(self, current: Pass | None) -> None:
         self.current = current
         for handle in self.handles:
             handle.current = current

@@ -1,0 +1,192 @@
+"""Prompts prefilled one by one, and the running batch that they join and leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from st3.engine import Trimmer
+from st3.engine.cache import TrimmedLayer
+from st3.engine.clock import Clock
+from st3.engine.rows import JoinedLayer, Part, Row, part_of, visible_counts
+
+
+@dataclass
+class Prefilled:
+    """A prompt that has run through the model.
+
+    Attributes:
+        row: its clock.
+        parts: its KV entries, by layer; taken out one by one when it joins a batch.
+        logits: of its first token, [V] float32.
+        visual: its visual tokens.
+    """
+
+    row: Row
+    parts: list[Part | None]
+    logits: Tensor
+    visual: int
+
+
+def prefill(model: Any, inputs: Mapping[str, Any], trimmer: Trimmer) -> Prefilled:
+    """Run one prompt under an attached trimmer, exactly as generate() does.
+
+    Args:
+        inputs: what the processor made of one conversation, batch size 1, on the model's device.
+    """
+    positions: list[Any] = []
+
+    def watch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        positions.append(kwargs.get("position_ids"))
+
+    hook = trimmer.parts.text.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        out = model.generate(
+            **inputs,
+            max_new_tokens=1,
+            min_new_tokens=0,
+            do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
+            use_cache=True,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    finally:
+        hook.remove()
+    cache = out.past_key_values
+    prompt = int(cache.get_seq_length())
+    first = cache.layers[0]
+    budgets = first.images[0] if isinstance(first, TrimmedLayer) else ()
+    row = Row(
+        counts=visible_counts(trimmer.schedule, budgets),
+        prompt=prompt,
+        position=_next_position(positions[0], prompt),
+        rerank=trimmer.policy.rerank if budgets else None,
+    )
+    parts: list[Part | None] = [
+        part_of(layer, prompt, window)
+        for layer, window in zip(cache.layers, trimmer.parts.windows, strict=False)
+    ]
+    return Prefilled(row, parts, out.logits[0][0].float(), sum(budgets))
+
+
+def _next_position(prompt_positions: Tensor | None, prompt: int) -> tuple[int, ...]:
+    """The position of the first generated token, one number per dimension of the RoPE."""
+    if prompt_positions is None:
+        return (prompt,)
+    last = prompt_positions[..., -1].flatten()  # of the generation prompt, which is text
+    return tuple(int(place) + 1 for place in last.tolist())
+
+
+class JoinedBatch:
+    """The rows that decode together. ``rows`` holds them in the order of the logits."""
+
+    def __init__(self, model: Any, windows: Sequence[int | None]) -> None:
+        self.model = model
+        self.windows = tuple(windows)
+        self.rows: list[Row] = []
+        self.cache = DynamicCache()
+        self.cache.layers = []
+
+    @property
+    def layers(self) -> list[JoinedLayer]:
+        return self.cache.layers  # type: ignore[no-any-return]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the batch's KV buffers."""
+        return sum(layer.allocated_bytes for layer in self.layers)
+
+    def change(
+        self, leaving: set[int], new: Sequence[Prefilled], limits: Sequence[int] | None = None
+    ) -> None:
+        """Let rows leave, by their index, and others join.
+
+        Args:
+            limits: columns that each layer's buffer may at most have; None: any number.
+        """
+        if not leaving and not new:
+            return
+        if len(leaving) == len(new) and self._has_room(new, limits):
+            self._exchange(sorted(leaving), new)
+        else:
+            self._rebuild(leaving, new)
+
+    def _has_room(self, new: Sequence[Prefilled], limits: Sequence[int] | None) -> bool:
+        for index, layer in enumerate(self.layers):
+            if limits is not None and layer.capacity > limits[index]:
+                return False
+            parts = [prompt.parts[index] for prompt in new]
+            if any(part is None or part.columns > layer.width for part in parts):
+                return False
+        return True
+
+    def _exchange(self, places: Sequence[int], new: Sequence[Prefilled]) -> None:
+        """Newcomers take the places of those who leave: no other row is copied."""
+        for place, prompt in zip(places, new, strict=True):
+            self.rows[place] = prompt.row
+        for index, layer in enumerate(self.layers):
+            for place, prompt in zip(places, new, strict=True):
+                layer.place(place, _take(prompt, index))
+            layer.synchronise()
+
+    def _rebuild(self, leaving: set[int], new: Sequence[Prefilled]) -> None:
+        """Copy who stays and who comes into fresh buffers, one layer at a time; what annealing
+        released is left behind."""
+        stay = [index for index in range(len(self.rows)) if index not in leaving]
+        rows = [self.rows[index] for index in stay] + [prompt.row for prompt in new]
+        if not rows:
+            self.cache.layers = []
+        clock = Clock()
+        for index, window in enumerate(self.windows if rows else ()):
+            parts = [self.layers[index].part(row) for row in stay]
+            parts += [_take(prompt, index) for prompt in new]
+            fresh = JoinedLayer(index, rows, clock, window)
+            fresh.fill(parts)
+            if index < len(self.layers):
+                self.layers[index] = fresh
+            else:
+                self.layers.append(fresh)
+        self.rows = rows
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Feed each row its latest token.
+
+        Returns:
+            the logits of the next ones, [rows, V] float32.
+        """
+        device = self.model.device
+        output = self.model(
+            input_ids=torch.tensor(tokens, device=device)[:, None],
+            position_ids=self._positions().to(device),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        for row in self.rows:
+            row.steps += 1
+            row.position = tuple(place + 1 for place in row.position)
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+    def _positions(self) -> Tensor:
+        """[rows, 1], or [dimensions, rows, 1] with a multimodal RoPE."""
+        size = max(len(row.position) for row in self.rows)
+        # A prompt without an image may have one dimension only: there all of them are equal.
+        table = [row.position if len(row.position) == size else row.position[:1] * size
+                 for row in self.rows]  # fmt: skip
+        positions = torch.tensor(table)
+        return positions if size == 1 else positions.T[..., None]
+
+
+def _take(prompt: Prefilled, layer: int) -> Part:
+    """A layer's part, which the prompt then lets go of."""
+    part, prompt.parts[layer] = prompt.parts[layer], None
+    if part is None:
+        raise RuntimeError("this prompt has joined a batch already")
+    return part

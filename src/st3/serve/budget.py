@@ -1,0 +1,91 @@
+"""How many bytes of KV cache a request will hold at most, and who may run together.
+
+The rows of a batch share buffers, as wide as the widest of them. So requests of like shapes run in
+one batch (a *lane*), whatever their policies are; one that would waste more than a share of its
+own bytes on padding opens a lane of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from st3.cost import TextDims
+from st3.cost.kv import bytes_per_value
+from st3.engine.cache import HEADROOM
+from st3.engine.rows import VisibleCounts
+
+Columns = tuple[int, ...]
+"""For each decoder layer the columns that a row needs at most, free ones behind it included."""
+
+
+def columns_at_peak(counts: VisibleCounts, text: int, max_tokens: int) -> Columns:
+    """A row's columns at its longest: its policy's visible tokens, its text, its answer.
+
+    Args:
+        text: prompt tokens that are not visual.
+        max_tokens: of the answer; the last one is never fed back.
+    """
+    return tuple(text + peak + HEADROOM for peak in counts.peaks(max_tokens - 1))
+
+
+def entry_bytes(model: Any, layers: int) -> tuple[int, ...]:
+    """Bytes of one KV entry, key and value, in each decoder layer."""
+    try:
+        dims = TextDims.from_config(model.config)
+    except ValueError:  # a decoder without a cost model: look at what it stores
+        return _probed(model, layers)
+    size = bytes_per_value(model.dtype)
+    return tuple(2 * layer.kv_heads * layer.head_dim * size for layer in dims.layers)
+
+
+def _probed(model: Any, layers: int) -> tuple[int, ...]:
+    import torch
+
+    with torch.no_grad():
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        cache = model(input_ids=token, use_cache=True).past_key_values
+    pairs = [(layer.keys, layer.values) for layer in cache.layers[:layers]]
+    return tuple(sum(t.shape[1] * t.shape[3] * t.element_size() for t in pair) for pair in pairs)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes for KV entries.
+
+    Attributes:
+        total: how many there are.
+        entries: bytes of one entry in each decoder layer.
+        slack: share of its own bytes that a request may cost a lane in padding.
+    """
+
+    total: int
+    entries: tuple[int, ...]
+    slack: float = 0.25
+
+    def bytes(self, rows: Sequence[Columns]) -> int:
+        """Bytes of a lane's buffers, at most."""
+        return len(rows) * self._row(widest(rows)) if rows else 0
+
+    def _row(self, columns: Columns) -> int:
+        return sum(size * n for size, n in zip(self.entries, columns, strict=True))
+
+    def place(self, lanes: Sequence[Sequence[Columns]], new: Columns, most_rows: int) -> int | None:
+        """The lane for a new request: its index, ``len(lanes)`` for one of its own, None if it must
+        wait."""
+        held = [self.bytes(rows) for rows in lanes]
+        free = self.total - sum(held)
+        if sum(map(len, lanes)) >= most_rows:
+            return None
+        own = self._row(new)
+        costs = [self.bytes([*rows, new]) - now for rows, now in zip(lanes, held, strict=True)]
+        best = min(range(len(lanes)), key=lambda lane: costs[lane], default=None)
+        if best is not None and costs[best] <= min(free, (1 + self.slack) * own):
+            return best
+        return len(lanes) if own <= free else None
+
+
+def widest(rows: Sequence[Columns]) -> Columns:
+    """The columns of the buffers that hold all of these rows."""
+    return tuple(map(max, zip(*rows, strict=True)))
