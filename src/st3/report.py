@@ -111,8 +111,8 @@ class Report:
         another cache, an earlier conversation's, are not this report's."""
         if self._clock is None or layers[0].clock is not self._clock:
             return
-        if not self.entry_bytes:
-            self.entry_bytes = tuple(layer.bytes_per_token for layer in layers)
+        # What this process holds: under a tensor parallel plan a share of the heads.
+        self.entry_bytes = tuple(layer.bytes_per_token for layer in layers)
         live = sum(layer.live_tokens * layer.bytes_per_token for layer in layers)
         allocated = sum(layer.allocated_tokens * layer.bytes_per_token for layer in layers)
         while self.samples and self.samples[-1].step >= self.steps:

@@ -13,6 +13,7 @@ from st3.engine.cache import TrimmedLayer
 from st3.engine.clock import Clock
 from st3.engine.errors import UnsupportedModelError
 from st3.engine.masks import Starts, decode_mask, finish
+from st3.engine.parallel import mean_over_ranks
 from st3.engine.plan import Attend, Plan
 from st3.scores import LayerView
 
@@ -68,7 +69,8 @@ class Append:
         every = self.plan.rerank
         if every and self.clock.tokens == 1 and self.clock.step(self.clock.start) % every == 0:
             with torch.no_grad():
-                past.reorder_visible(decode_attention_row(query, key, past, kwargs))
+                row = decode_attention_row(query, key, past, kwargs)
+                past.reorder_visible(mean_over_ranks(row, self.plan.ranks))
         return output
 
     def finish(self, hidden: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ place for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -68,6 +68,13 @@ class Block:
     @property
     def n_kept(self) -> tuple[int, ...]:
         return tuple(sum(row) for row in self.kept)
+
+    def to(self, device: torch.device) -> Block:
+        """The same block on the device of the layer that needs it."""
+        if self.visual.device == device:
+            return self
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Block(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
 
     def source_columns(self) -> Tensor:
         """Original column of each column, [B, N]."""

@@ -105,7 +105,7 @@ def decode_mask(
         if len(known) >= 256:
             known.clear()
         known[relative] = torch.tensor(relative, device=device).T  # [B, Q]
-    mask = torch.arange(keys, device=device) >= known[relative][:, :, None]
+    mask = torch.arange(keys, device=device) >= known[relative].to(device)[:, :, None]
     if queries > 1:
         mask = mask & causal(queries, keys, device)
     return finish(mask[:, None], kind, dtype)

@@ -26,6 +26,7 @@ class Plan:
         kind: the form of masks that the model's attention takes.
         windows: sliding window of each decoder layer, or None.
         per_image: whether each image has a budget of its own.
+        ranks: the processes that share the model's heads, or None.
     """
 
     schedule: Schedule
@@ -34,6 +35,7 @@ class Plan:
     kind: Kind
     windows: tuple[int | None, ...]
     per_image: bool
+    ranks: Any = None
 
     def anneals(self, layer: int, rows: Rows) -> bool:
         """Whether ``layer`` will ever show less than it stores of these rows."""

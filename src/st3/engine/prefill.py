@@ -28,6 +28,7 @@ from st3.engine.columns import (
 )
 from st3.engine.errors import TrimStateError
 from st3.engine.masks import as_bool, causal, finish, gather_mask, is_plain, prefill_mask
+from st3.engine.parallel import mean_over_ranks
 from st3.engine.plan import Attend, Plan
 from st3.scores import LayerView
 
@@ -104,6 +105,7 @@ class Prefill:
             return value
         if value.shape[0] != index.shape[0] or value.shape[1] != length:
             return value
+        index = index.to(value.device)
         flat = gather_columns(value.reshape(*value.shape[:2], -1), index)
         return flat.view(*index.shape, *value.shape[2:])
 
@@ -117,7 +119,7 @@ class Prefill:
         schedule = self.plan.schedule
         kept = [[schedule.kept(layer, n) for n in row] for row in self.plan.budgets(self.rows)]
         with torch.no_grad():
-            self.block, self.columns[layer] = select(self.block, score, kept)
+            self.block, self.columns[layer] = select(self.block.to(score.device), score, kept)
         if self.extends and len(set(self.block.counts)) > 1:
             raise TrimStateError(
                 "a new image in a continued batch needs rows of equal length: continue the "
@@ -131,7 +133,8 @@ class Prefill:
         def make() -> Tensor | None:
             if mask is None or mask.dim() == 2 or self._is_plain(mask):
                 return prefill_mask(hidden.shape[1], kind, hidden.dtype, hidden.device)
-            return gather_mask(mask, block.source_columns(), block.valid)
+            there = block.to(mask.device)
+            return gather_mask(mask, there.source_columns(), there.valid)
 
         return memoised(self._memo(), mask, make)  # type: ignore[return-value]
 
@@ -156,13 +159,14 @@ class Prefill:
         window = self.plan.windows[layer]
         if window is not None:
             query = self.clock.start + index
-            near = past.positions(first)[:, None, None, :] > (query - window)[:, None, :, None]
+            old = past.positions(first).to(index.device)
+            near = old[:, None, None, :] > (query - window)[:, None, :, None]
             seen = seen & near
         chunk = mask[..., -self.rows.length :] if mask is not None else None
         if chunk is None or mask.dim() == 2:
             own = causal(columns, columns, index.device).expand(batch, 1, columns, columns)
         else:
-            own = as_bool(gather_mask(chunk, index, self.block.valid))
+            own = as_bool(gather_mask(chunk.to(index.device), index, self.block.valid))
         return finish(torch.cat([seen, own], dim=-1), self.plan.kind, hidden.dtype)
 
     def _cache_layer(self, layer: int) -> TrimmedLayer:
@@ -175,6 +179,7 @@ class Prefill:
         mask: Tensor | None, kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Run the attention ``base``, score the visual tokens, file keys and values."""
+        self.block = self.block.to(query.device)  # layers may be spread over devices
         store = self.cache is not None and not self.extends and layer not in self.stored
         ranks = store and self.plan.anneals(layer, self.rows)
         last = layer + 1 == self.plan.schedule.num_layers
@@ -182,7 +187,7 @@ class Prefill:
         if (ranks or prunes_next) and layer not in self.scores:
             with torch.no_grad():
                 view = self._view(layer, module, query, key, kwargs)
-                self.scores[layer] = self.plan.score(view)
+                self.scores[layer] = mean_over_ranks(self.plan.score(view), self.plan.ranks)
         # Flash attention takes no mask per query: there candidates see what the prompt sees.
         if self.rows.tail and ranks and self.plan.kind != "flash":
             mask = self._tail_mask(layer, query, mask)
@@ -253,6 +258,7 @@ class Prefill:
         """Back to the prompt's own columns [B, T, D]: zeros where visual tokens were dropped, so
         that logits_to_keep and labels mean what they mean on the bare model."""
         self.hidden = None
+        self.block = self.block.to(hidden.device)
         index = self.block.index
         if index is None:
             return hidden
@@ -267,5 +273,5 @@ class Prefill:
 
 def _gather_tables(tables: Any, index: Tensor) -> Any:
     if isinstance(tables, Tensor):
-        return gather_positions(tables, index)
+        return gather_positions(tables, index.to(tables.device))
     return type(tables)(_gather_tables(table, index) for table in tables)

@@ -14,6 +14,7 @@ from st3.engine.director import Director
 from st3.engine.errors import TrimStateError, UnsupportedModelError
 from st3.engine.families import family_of, parts_of
 from st3.engine.masks import kind_of
+from st3.engine.parallel import head_group
 from st3.engine.plan import Plan, Setup
 from st3.policies import Policy, parse
 from st3.report import Report
@@ -165,6 +166,7 @@ class Trimmer:
             kind=kind_of(attention),
             windows=self.parts.windows,
             per_image=self.per_image,
+            ranks=head_group(self.parts.attentions[0]),
         )
         if self.touches:
             self._hook_layers(attention)
