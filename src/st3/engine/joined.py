@@ -11,6 +11,7 @@ from st3.engine import decode
 from st3.engine.append import decode_attention_row
 from st3.engine.clock import Clock
 from st3.engine.masks import finish
+from st3.engine.parallel import mean_over_ranks
 from st3.engine.plan import Attend, Plan
 from st3.engine.rows import JoinedLayer
 
@@ -75,6 +76,7 @@ class JoinedAppend:
         if self._due is not None:
             with torch.no_grad():
                 scores = decode_attention_row(query, key, past, kwargs)
+                scores = mean_over_ranks(scores, self.plan.ranks)
                 # The other rows are "ranked" by the order that they have.
                 order = torch.linspace(0, 1, scores.shape[1], device=scores.device)
                 past.reorder_visible(torch.where(self._due[:, None], scores, order))
