@@ -291,6 +291,14 @@ class Engine:
     # The engine's thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception:  # the trimmer cannot be attached, say: nothing can be answered any more
+            log.exception("the engine has stopped")
+            self._accepts = False
+            self._give_up(ServeError(500, "internal_error", "the engine has stopped"))
+
+    def _serve(self) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._waiting or not self._accepts)

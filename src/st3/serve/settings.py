@@ -1,0 +1,60 @@
+"""What an operator decides about the HTTP side of the server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits and permissions. The engine has its own: model, policy, KV budget, queue.
+
+    Attributes:
+        model_name: how clients call the model.
+        api_key: if set, requests must carry it as ``Authorization: Bearer ...``.
+        allowed_hosts: names that a request's Host header may have; empty: any. On loopback this
+            keeps web pages of other sites from reaching the server by a name of their own.
+        image_folder: the folder whose files may be named by ``file:`` URLs; None: no files.
+        http_images: whether ``http(s):`` URLs of public addresses are fetched.
+        max_body_bytes: of a request.
+        max_images: of a conversation.
+        max_image_bytes: of an encoded image.
+        max_pixels: of a decoded image, checked before it is decoded.
+        max_messages: of a conversation.
+        max_tokens: of an answer, at most.
+        default_max_tokens: of an answer whose request says nothing.
+        request_timeout: seconds from submission to the end of the answer.
+        body_timeout: seconds in which the body of a request must have come.
+        send_timeout: seconds in which a client must take each piece of a stream.
+        shutdown_timeout: seconds that running requests are given when the server is told to stop.
+    """
+
+    model_name: str = "st3"
+    api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    image_folder: Path | None = None
+    http_images: bool = False
+    max_body_bytes: int = 20 << 20
+    max_images: int = 16
+    max_image_bytes: int = 10 << 20
+    max_pixels: int = 16_000_000
+    max_messages: int = 64
+    max_tokens: int = 4096
+    default_max_tokens: int = 256
+    request_timeout: float = 300.0
+    body_timeout: float = 30.0
+    send_timeout: float = 30.0
+    shutdown_timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.model_name.strip():
+            raise ValueError("model_name is empty: clients have to call the model something")
+        if self.api_key is not None and not self.api_key.strip():
+            raise ValueError("api_key is empty: leave it out to ask for none")
+        if self.image_folder is not None and not self.image_folder.is_dir():
+            raise ValueError(f"image_folder {str(self.image_folder)!r} is not a folder")
+        for name, value in vars(self).items():
+            number = name.startswith("max_") or name.endswith(("_timeout", "_tokens"))
+            if number and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value!r}")

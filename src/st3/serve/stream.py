@@ -1,0 +1,72 @@
+"""Sending to clients that may be slow, or gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client has closed the connection."""
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which is cancelled as soon as the client disconnects.
+
+    Raises:
+        ClientGone: then.
+    """
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events to a client that has to take each within ``send_timeout`` seconds."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], send_timeout: float) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(None, media_type="text/event-stream", headers=headers)
+        del self.headers["content-length"]
+        self._events = events
+        self._timeout = send_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            head = {"status": self.status_code, "headers": self.raw_headers}
+            await self._send(send, {"type": "http.response.start", **head})
+            async for event in self._events:
+                body = {"type": "http.response.body", "body": event, "more_body": True}
+                await self._send(send, body)
+            end = {"type": "http.response.body", "body": b"", "more_body": False}
+            await self._send(send, end)
+
+        try:
+            await unless_gone(receive, stream())
+        except (ClientGone, TimeoutError):
+            pass  # left unfinished, which is all that such a client can be told
+        finally:
+            await self._events.aclose()
+
+    async def _send(self, send: Send, message: Any) -> None:
+        async with asyncio.timeout(self._timeout):
+            await send(message)
