@@ -1,0 +1,281 @@
+"""Watching a model: its output untouched, the measures right, the memory flat."""
+
+from __future__ import annotations
+
+import gc
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import st3
+from st3.analysis import GROUPS, Collector, Watch, analyse
+from st3.analysis.collect import LENGTHS, ByLength
+from st3.engine.families import FAMILIES as SUPPORTED_FAMILIES
+from st3.engine.families import parts_of
+from tests.zoo import FAMILIES, I, T, build
+
+SUPPORTED = {family.model_type for family in SUPPORTED_FAMILIES}
+WATCHED = [name for name, f in FAMILIES.items() if (f.model_type or name) in SUPPORTED]
+
+
+class Notes:
+    """Keeps everything it hears."""
+
+    def __init__(self) -> None:
+        self.prompts: list[Any] = []
+        self.heard: list[dict[int, tuple[Tensor, Tensor]]] = [{}]
+        self.steps: list[int] = []
+
+    def prompt(self, prompt: Any) -> None:
+        self.prompts.append(prompt)
+
+    def layer(self, layer: int, attention: Tensor, columns: Tensor) -> None:
+        self.heard[-1][layer] = (attention, columns)
+
+    def done(self, step: int) -> None:
+        self.steps.append(step)
+        self.heard.append({})
+
+
+def generate(model: Any, batch: Any, tokens: int) -> Tensor:
+    with torch.no_grad():
+        out = model.generate(
+            **batch, max_new_tokens=tokens, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+    return torch.stack(out.logits, 1)
+
+
+def one(name: str) -> tuple[Any, Any]:
+    family, model = build(name)
+    return model, family.inputs(model, [[T(5), I(), T(4)]])
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_every_family_is_watched_without_a_change(name: str) -> None:
+    model, batch = one(name)
+    bare = generate(model, batch, 3)
+    notes = Notes()
+    with Watch(model, notes):
+        watched = generate(model, batch, 3)
+    assert torch.equal(watched, bare)
+    assert notes.steps == [0, 1, 2]
+    layers = len(parts_of(model).layers)
+    for heard in notes.heard[:-1]:
+        assert sorted(heard) == list(range(layers))
+        for attention, columns in heard.values():
+            assert attention.shape == columns.shape
+            assert float(attention.sum()) == pytest.approx(1, abs=1e-5)
+    assert torch.equal(generate(model, batch, 3), bare)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "paligemma2"])
+def test_attention_is_the_models_own(name: str) -> None:
+    """Against output_attentions of the eager kernel, sliding windows included."""
+    model, batch = one(name)
+    notes = Notes()
+    with Watch(model, notes):
+        generate(model, batch, 3)
+    parts_of(model).text.config._attn_implementation = "eager"
+    with torch.no_grad():
+        out = model.generate(
+            **batch, max_new_tokens=3, do_sample=False, output_attentions=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+    width = batch["input_ids"].shape[1]
+    for step, (heard, layers) in enumerate(zip(notes.heard, out.attentions, strict=False)):
+        for layer, weights in enumerate(layers):
+            attention, columns = heard[layer]
+            mine = torch.zeros(width + step).index_add_(0, columns, attention)
+            full = weights[0, :, -1].mean(0)
+            theirs = torch.zeros(width + step)
+            theirs[width + step - len(full) :] = full
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+
+
+def test_a_trimmed_model_is_heard_on_what_it_still_sees() -> None:
+    model, batch = one("llava")
+    policy = st3.ST3(stride=2, anneal=st3.Anneal("linear", tau=6, floor=0))
+    with st3.trim(model, policy) as trimmer:
+        plain = generate(model, batch, 8)
+        notes = Notes()
+        with Watch(model, notes) as watch:
+            watched = generate(model, batch, 8)
+            report = trimmer.report
+            visual = notes.prompts[0].visual
+            orders = [watch.stored(layer) for layer in range(8)]
+        assert torch.equal(watched, plain)
+        assert torch.equal(generate(model, batch, 8), plain)
+    assert torch.equal(generate(model, batch, 3), generate(model, batch, 3))
+    for step, heard in enumerate(notes.heard[:-1]):
+        for layer, (_, columns) in heard.items():
+            there = columns[torch.isin(columns, visual)]
+            order = orders[layer]
+            assert order is not None
+            assert len(there) == trimmer.schedule.visible(layer, len(visual), step)
+            if step == 0:
+                kept = visual[report.kept_positions(layer)]
+                assert torch.equal(there.sort().values, kept)
+            else:  # what is left is the tail of the cache's order
+                ranked = order[torch.isin(order, visual)]
+                assert torch.equal(there, ranked[len(ranked) - len(there) :])
+    assert len(set(notes.heard[7][7][1].tolist()) & set(visual.tolist())) == 0
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_nothing_is_left_behind(trimmed: bool) -> None:
+    model, batch = one("llava_next")
+
+    def state() -> list[Any]:
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+        attributes = [sorted(m.__dict__) for m in model.modules()]
+        return [hooks, attributes, parts_of(model).text.config._attn_implementation]
+
+    before = state()
+    with st3.trim(model, "st3" if trimmed else "none"):
+        inside = state()
+        with Watch(model, Notes()):
+            generate(model, batch, 2)
+        assert state() == inside
+        generate(model, batch, 2)
+        with pytest.raises(RuntimeError, match="stop"), Watch(model, Notes()):
+            raise RuntimeError("stop")
+        assert state() == inside
+    assert state() == before
+
+
+def test_two_rows_two_watchers_and_compiled_runs_are_refused() -> None:
+    family, model = build("llava")
+    two = family.inputs(model, [[T(3), I(), T(2)]] * 2)
+    with pytest.raises(st3.TrimStateError, match="one prompt"), Watch(model, Notes()):
+        generate(model, two, 2)
+    with (
+        pytest.raises(st3.TrimStateError, match="already"),
+        Watch(model, Notes()),
+        Watch(model, Notes()),
+    ):
+        pass
+    with (
+        pytest.raises(st3.TrimStateError, match="rerank_every"),
+        st3.trim(model, "st3", rerank_every=2),
+        Watch(model, Notes()),
+    ):
+        pass
+
+
+# Measures ---------------------------------------------------------------------------------------
+
+
+def test_measures_of_a_small_example_by_hand() -> None:
+    """Two layers, 2 text + 4 visual + 1 text tokens, one decode step."""
+    from st3.analysis.result import finish
+
+    collector = Collector(2, keep=0.25)
+    collector.prompt(st3.analysis.Prompt(7, torch.tensor([2, 3, 4, 5])))
+    columns = torch.arange(7)
+    collector.layer(0, torch.tensor([0.1, 0.1, 0.4, 0.0, 0.0, 0.0, 0.4]), columns)
+    collector.layer(1, torch.tensor([0.1, 0.1, 0.2, 0.2, 0.0, 0.0, 0.4]), columns)
+    collector.done(0)
+    columns = torch.arange(8)
+    collector.layer(0, torch.tensor([0.0, 0.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.5]), columns)
+    collector.layer(1, torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.3, 0.5]), columns)
+    collector.done(1)
+    got = finish(collector)
+    assert GROUPS == ("visual", "system", "question", "generated")
+    assert got.prefill.shares[0] == pytest.approx([0.4, 0.2, 0.4, 0.0])
+    assert got.decode is not None
+    assert got.decode.shares[1] == pytest.approx([0.2, 0.0, 0.3, 0.5])
+    assert got.prefill.previous_cosine[1] == pytest.approx(math.sqrt(0.5))
+    # p = (1, 0), q = (1/2, 1/2): entropy of (3/4, 1/4) minus 1/2 bit
+    wanted = 1 - (0.75 * math.log2(4 / 3) + 0.25 * 2 - 0.5)
+    assert got.prefill.previous_js[1] == pytest.approx(wanted, abs=1e-6)
+    assert got.prefill.high == [1, 2]
+    assert got.decode.high == [0, 1]
+    assert got.prefill.holding == [1, 2]
+    assert got.decode.holding == [4, 1]
+    assert got.prefill.overlap == [[1, 1], [1, 1]]
+    assert got.same_as_first[0][1] == 0
+    assert got.lengths == [1]
+    assert got.visual_tokens == 4
+    assert not got.placed
+    # Order of four tokens in twelfths: layer 0 looks at the first fourth in the prefill and
+    # everywhere in the step.
+    assert got.rows[0] == pytest.approx([2.5] * 3 + [0.5] * 9, abs=1e-5)
+
+
+def test_bins_along_the_answer_double_their_width() -> None:
+    bins = ByLength((1,), torch.device("cpu"))
+    for step in range(1, 301):
+        bins.add(step, torch.tensor([float(step)]))
+    lengths, means = bins.means()
+    assert bins.width == 8
+    assert len(lengths) == math.ceil(300 / 8) <= LENGTHS
+    assert lengths[0] == 4.5
+    assert means[:, 0].tolist()[:-1] == pytest.approx(lengths[:-1])
+    assert float(bins.counts.sum()) == 300
+
+
+def test_position_bias_counts_tokens_by_their_places() -> None:
+    from st3.grid import Place
+
+    collector = Collector(1)
+    collector.place([Place(0, (0, 0, 1, 0.5)), Place(0, (0, 0.5, 1, 1)), Place(0, None)])
+    collector.prompt(st3.analysis.Prompt(4, torch.tensor([0, 1, 2])))
+    collector.layer(0, torch.tensor([0.6, 0.2, 0.0, 0.2]), torch.arange(4))
+    collector.done(0)
+    rows = collector.rows[0].tolist()
+    assert rows[0] / rows[-1] == pytest.approx(3)
+    assert collector.columns[0].std() == pytest.approx(0, abs=1e-6)
+
+
+def test_memory_does_not_grow_with_the_answer() -> None:
+    """Bytes of all live tensors but the model's own KV cache, early and late in an answer."""
+    model, batch = one("llava")
+    batch = {key: value for key, value in batch.items() if key != "attention_mask"}
+    counts: dict[int, tuple[int, int]] = {}
+
+    class Counting(Collector):
+        def done(self, step: int) -> None:
+            super().done(step)
+            if step in (40, 240):
+                gc.collect()
+                held = {
+                    id(t): t.untyped_storage().nbytes()
+                    for t in gc.get_objects()
+                    if issubclass(type(t), Tensor) and not _grows(t, model)
+                }
+                counts[step] = (len(held), sum(held.values()))
+
+    collector = Counting(8)
+    with Watch(model, collector), torch.no_grad():
+        model.generate(**batch, max_new_tokens=242, do_sample=False)
+    assert counts[240][0] <= counts[40][0]
+    # What is left to grow is generate()'s own: the ids so far and the positions of a step.
+    assert counts[240][1] - counts[40][1] < 8 * 4 * 242
+    assert collector.shares_by_length.width == 4
+
+
+def _grows(tensor: Tensor, model: Any) -> bool:
+    """Keys and values of the cache."""
+    heads = parts_of(model).text.config.num_key_value_heads
+    return tensor.dim() == 4 and tensor.shape[1] == heads
+
+
+def test_analyse_reads_the_suggestion_off_its_curves() -> None:
+    from st3.analysis import lazy_layers, suggest
+
+    model, batch = one("llava")
+    analysis = analyse(model, [(batch, None)] * 2, max_new_tokens=6)
+    assert analysis.prompts == 2
+    assert analysis.decode_steps == 10
+    assert analysis.num_layers == 8
+    found = suggest(analysis)
+    policy = st3.policies.parse(found.policy)
+    assert policy.schedule(8).drops
+    assert len(found.reasons) == 4
+    assert all(1 <= layer < 8 for layer in lazy_layers(analysis))
+    with pytest.raises(ValueError, match="nothing was analysed"):
+        analyse(model, [])
