@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import st3
-from st3.scores import KeyNorm, LastRowAttention
-from tests.reference import ReferenceResult, Score, reference_generate, reference_prefill
+from tests.reference import ReferenceResult, reference_generate, reference_prefill
+from tests.reference_scores import reference_score
 from tests.zoo import Family, I, T, V, build
 
 ANNEAL = st3.Anneal(tau=12, floor=0.1)
@@ -35,6 +34,38 @@ POLICIES: dict[str, st3.Policy] = {
     "uniform": st3.ST3(score="uniform", stride=2, anneal=ANNEAL),
     "random": st3.Random(like=st3.ST3(first_layer=2, stride=2, anneal=ANNEAL), seed=3),
     "none": st3.NoTrim(),
+    "sparsevlm": st3.SparseVLM(layers=(1, 3, 5), keep=(0.6, 0.4, 0.2)),
+    "dart": st3.DART(layers=(2,), keep=(0.4,)),
+    "v2drop": st3.V2Drop(layers=(2, 4, 6), keep=(0.6, 0.3, 0.0)),
+    "feather": st3.FEATHER(layers=(2, 4), keep=(0.6, 0.2)),
+    "keynorm": st3.KeyNormPruning(layers=(2, 4), keep=(0.5, 0.2)),
+    "divprune": st3.DivPrune(keep=0.4),
+    "cdpruner": st3.CDPruner(keep=0.4),
+    "visionzip": st3.VisionZip(keep=0.4),
+    "grid": st3.UniformGrid(keep=0.4),
+    "dycoke": st3.DyCoke(layer=2, keep=0.3, every=3),
+}
+# Those that meet every family; the others meet a few.
+BASE = list(POLICIES)[: list(POLICIES).index("none") + 1]
+# Scores that no policy has by itself, on ST3's schedule, annealed where the whole order counts.
+SCORED = {
+    f"st3-{score}": st3.ST3(stride=2, score=score, anneal=ANNEAL)
+    for score in (
+        "text-rows",
+        "text-rows-max",
+        "attention-visual-heads",
+        "attention-no-rope",
+        "attention-debiased",
+        "attention-detrended-max",
+        "attention-lazy2",
+        "text-raters",
+        "hidden-change",
+        "dart",
+        "feather",
+        "divprune",
+        "visionzip",
+        "grid",
+    )
 }
 ST3 = POLICIES["st3"]
 
@@ -44,19 +75,6 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     models by a fifth of that: bare sdpa and bare eager attention differ by as much."""
     largest = float(expected.abs().max().clamp_min(1))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * largest)
-
-
-def score_of(policy: st3.Policy, visual: Tensor) -> Score | None:
-    """What the reference ranks by, in place of attention."""
-    scorer = policy.scorer()
-    if isinstance(scorer, LastRowAttention):
-        return None
-    if isinstance(scorer, KeyNorm):
-        return lambda layer, query, key, attention: -key.norm(dim=-1).mean(1)
-    # The others know nothing but a token's place among its row's visual tokens.
-    ordinal = visual.long().cumsum(1) - 1
-    fixed = scorer(SimpleNamespace(ordinal=ordinal))  # type: ignore[arg-type]
-    return lambda layer, query, key, attention: fixed
 
 
 def rows_for(family: Family) -> list[list[T | I | V]]:
@@ -133,7 +151,7 @@ class Case:
             self.batch,
             self.schedule(policy),
             self.visual,
-            score=score_of(policy, self.visual),
+            score=reference_score(policy.scorer(), self.family, self.model, self.batch),
             **options,
         )
 
@@ -146,7 +164,8 @@ class Case:
             self.schedule(policy),
             self.visual,
             tokens,
-            score=score_of(policy, self.visual),
+            score=reference_score(policy.scorer(), self.family, self.model, self.batch),
+            recall=policy.rerank if policy.recalls else None,
             **options,
         )
 

@@ -27,9 +27,39 @@ from transformers.modeling_utils import AttentionInterface
 
 NAME = "slow_reference"
 Spans = list[list[tuple[int, int]]]
-# (layer, query [B, H, T, D], key [B, H, T, D], attention [B, T]) -> [B, T]: what to rank by, in
-# place of the last prompt row's attention. Query and key have passed RoPE; KV heads are repeated.
-Score = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Seen:
+    """What a score may look at, in or at the input of a layer. All tokens are there; ``kept`` says
+    which of them the layer still has (at its input: the layer before)."""
+
+    layer: int
+    inputs: dict[int, Tensor]  # [B, T, D], by layer
+    kept: Tensor  # bool [B, T]
+    visual: Tensor  # bool [B, T], all of the prompt's
+    valid: Tensor  # bool [B, T], False at padding
+    spans: Spans | None  # where each image has a budget of its own
+    scores: dict[int, Tensor]  # [B, T], of earlier layers
+    keys: dict[int, Tensor]  # [B, KV heads, T, D] after RoPE, of earlier layers
+    plain: dict[tuple[int, str], Tensor]  # "q" and "k" [B, T, ..] as projected, before RoPE
+    scaling: float = 1.0
+    query: Tensor = field(default_factory=Tensor)  # [B, H, T, D], after RoPE
+    key: Tensor = field(default_factory=Tensor)  # [B, H, T, D], after RoPE; KV heads repeated
+    attention: Tensor = field(default_factory=Tensor)  # [B, T], of the last row, mean over heads
+
+    @property
+    def last(self) -> list[int]:
+        return [int(row.nonzero().max()) for row in self.valid]
+
+
+@dataclass
+class Score:
+    """What to rank by, in place of the last prompt row's attention: [B, T] of a ``Seen``, taken in
+    a layer's attention ("attention"), at a layer's input ("input") or at layer 0's ("embeds")."""
+
+    of: Callable[[Seen], Tensor]
+    stage: str = "attention"
 
 
 class Schedule(Protocol):
@@ -77,9 +107,29 @@ class _Pass:
     spans: Spans | None
     score: Score | None
     rank: str
+    recall: int | None = None  # decode steps between choices among all kept tokens
     kept: dict[int, Tensor] = field(default_factory=dict)
     scores: dict[int, Tensor] = field(default_factory=dict)
     rank_scores: dict[int, Tensor] = field(default_factory=dict)
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    plain: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    def seen(self, layer: int, kept: Tensor, **more: Any) -> Seen:
+        return Seen(
+            layer, self.inputs, kept, self.visual, self.valid, self.spans, self.scores, self.keys,
+            self.plain, **more,
+        )  # fmt: skip
+
+    def early(self, layer: int, below: int | None) -> None:
+        """Take the score of a layer's input."""
+        if self.score is None or self.score.stage == "attention":
+            return
+        if below is None or self.score.stage == "input":
+            kept = self.valid if below is None else self.kept[below]
+            self.scores[layer] = self.score.of(self.seen(layer, kept))
+        else:
+            self.scores[layer] = self.scores[below]
 
     def groups(self, row: int) -> list[Tensor]:
         """The sets of positions that share a budget: all of a row, or each image."""
@@ -105,17 +155,21 @@ class _Pass:
 
     def prefill(self, layer: int, below: int | None) -> Tensor:
         """Who is there in ``layer``, given the layer before it."""
-        if below is None:
+        self.early(layer, below)
+        source = below if layer not in self.scores else layer
+        if source is None:
             self.kept[layer] = self.valid.clone()
             return self.kept[layer]
-        before = self.kept[below]
+        before = self.valid if below is None else self.kept[below]
         visual = before & self.visual
-        chosen = self.choose(visual, self.scores[below], lambda n: self.schedule.kept(layer, n))
+        chosen = self.choose(visual, self.scores[source], lambda n: self.schedule.kept(layer, n))
         fewer = bool((chosen != visual).any())
         self.kept[layer] = (before & ~self.visual) | chosen
         # The scores of the latest decision, for rank="decision".
         self.rank_scores[layer] = (
-            self.scores[below] if fewer else self.rank_scores.get(below, self.scores[below])
+            self.scores[source]
+            if fewer or below is None
+            else self.rank_scores.get(below, self.scores[source])
         )
         return self.kept[layer]
 
@@ -158,6 +212,8 @@ def _attention(
     output = eager(module, query, key, value, mask, **kwargs)
     if prefill:
         _measure(now, layer, query, key, kwargs)
+    elif now.recall and q_len == 1 and (k_len - prompt) % now.recall == 0:
+        _recall(now, layer, query, key, kwargs)
     return output
 
 
@@ -166,6 +222,7 @@ def _measure(now: _Pass, layer: int, query: Tensor, key: Tensor, kwargs: dict[st
     """The last valid prompt row's softmax attention, mean over all query heads; over the keys
     that are there, without any sliding window or chunk."""
     rows = torch.arange(len(query))
+    now.keys[layer] = key
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     positions = torch.arange(now.valid.shape[1])
     last = (now.valid * positions).argmax(-1)
@@ -174,7 +231,24 @@ def _measure(now: _Pass, layer: int, query: Tensor, key: Tensor, kwargs: dict[st
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.masked_fill(~now.kept[layer][:, None], -torch.inf)
     attention = logits.float().softmax(-1).mean(1)
-    now.scores[layer] = attention if now.score is None else now.score(layer, query, key, attention)
+    if now.score is None:
+        now.scores[layer] = attention
+    elif now.score.stage == "attention":
+        seen = now.seen(layer, now.kept[layer], scaling=kwargs["scaling"])
+        seen.query, seen.key, seen.attention = query, key, attention
+        now.scores[layer] = now.score.of(seen)
+
+
+def _recall(now: _Pass, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+    """From the next step on a layer shows, of all tokens that it kept, those that the current one
+    attends to most; hidden ones are looked at, too."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = torch.einsum("bhd,bhtd->bht", query[:, :, 0], key) * kwargs["scaling"]
+    prompt = now.valid.shape[1]
+    gone = torch.zeros(len(query), key.shape[2], dtype=torch.bool)
+    gone[:, :prompt] = ~now.kept[layer]
+    attention = logits.masked_fill(gone[:, None], -torch.inf).float().softmax(-1).mean(1)
+    now.scores[layer] = attention[:, :prompt]
 
 
 AttentionInterface.register(NAME, _attention)
@@ -187,10 +261,44 @@ def _running(model: PreTrainedModel, now: _Pass) -> Iterator[None]:
     config = model.config.get_text_config(decoder=True)
     before, _current = config._attn_implementation, now
     config._attn_implementation = NAME
+    hooks = list(_watch(model, now)) if now.score is not None else []
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         config._attn_implementation, _current = before, None
+
+
+def _watch(model: PreTrainedModel, now: _Pass) -> Iterator[Any]:
+    """Note the inputs of the decoder layers, and queries and keys as they are projected."""
+    inner = model.model
+    text = getattr(inner, "language_model", None) or inner.text_model
+
+    def note_input(layer: int) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if hidden.shape[1] == now.valid.shape[1]:
+                now.inputs[layer] = hidden
+
+        return hook
+
+    def note_plain(layer: int, name: str) -> Any:
+        def hook(module: Any, args: Any, output: Tensor) -> None:
+            if output.dim() == 4 and output.shape[2] == now.valid.shape[1]:
+                output = output.transpose(1, 2)  # some norms stand behind the transposition
+            if output.shape[1] == now.valid.shape[1]:
+                now.plain[layer, name] = output
+
+        return hook
+
+    for i, layer in enumerate(text.layers):
+        yield layer.register_forward_pre_hook(note_input(i), with_kwargs=True)
+        for name in ("q", "k"):
+            norm = getattr(layer.self_attn, f"{name}_norm", None)
+            last = norm or getattr(layer.self_attn, f"{name}_proj", None)
+            if last is not None:
+                yield last.register_forward_hook(note_plain(i, name))
 
 
 def _new_pass(
@@ -201,6 +309,7 @@ def _new_pass(
     score: Score | None,
     rank: str = "own",
     repeat: int = 1,
+    recall: int | None = None,
 ) -> _Pass:
     valid = batch["attention_mask"].bool()
     if repeat > 1:
@@ -208,7 +317,7 @@ def _new_pass(
         visual_mask = visual_mask.repeat_interleave(repeat, 0)
         if per_image_spans is not None:
             per_image_spans = [row for row in per_image_spans for _ in range(repeat)]
-    return _Pass(schedule, visual_mask, valid, per_image_spans, score, rank)
+    return _Pass(schedule, visual_mask, valid, per_image_spans, score, rank, recall)
 
 
 def reference_prefill(
@@ -251,20 +360,22 @@ def reference_generate(
     per_image_spans: Spans | None = None,
     score: Score | None = None,
     rank: str = "own",
+    recall: int | None = None,
     **generate: Any,
 ) -> tuple[Tensor, Tensor]:
     """Tokens [B, new] and logits [B, new, V] of greedy decoding (``generate`` may ask for more:
     beams, sampling). The step of the forward that is fed the s-th generated token is s.
 
     ``rank="own"``: annealing orders a layer's tokens by the attention measured in that layer;
-    ``"decision"``: by the scores of the latest decision at or before it.
+    ``"decision"``: by the scores of the latest decision at or before it. ``recall`` is the number
+    of steps between new choices among all that a layer kept.
     """
     repeat = (
         generate.get("num_beams", 1)
         if generate.get("num_beams", 1) > 1
         else generate.get("num_return_sequences", 1)
     )
-    now = _new_pass(batch, schedule, visual_mask, per_image_spans, score, rank, repeat)
+    now = _new_pass(batch, schedule, visual_mask, per_image_spans, score, rank, repeat, recall)
     options = {"do_sample": False, **generate}
     with _running(model, now), torch.no_grad():
         out = model.generate(

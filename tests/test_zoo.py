@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tests import reference
-from tests.reference import FakeSchedule, reference_generate, reference_prefill
+from tests.reference import FakeSchedule, Score, reference_generate, reference_prefill
 from tests.zoo import FAMILIES, REFUSED, UNTRIED, Family, I, T, V
 
 ALL = pytest.mark.parametrize("name", list(FAMILIES))
@@ -262,7 +262,11 @@ def test_own_score() -> None:
     batch = family.inputs(model, rows_for(family), only=0)
     visual = family.visual_mask(model, batch)
     result = reference_prefill(
-        model, batch, FakeSchedule(((2, 0.5),)), visual, score=lambda *a: torch.zeros_like(a[3])
+        model,
+        batch,
+        FakeSchedule(((2, 0.5),)),
+        visual,
+        score=Score(lambda seen: torch.zeros_like(seen.attention)),
     )
     places = visual[0].nonzero().flatten()
     assert result.kept[2][0, places].tolist() == [True] * 8 + [False] * 8

@@ -14,8 +14,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from st3 import policies
     from st3.bundled import bundled_model, sample_images
+    from st3.calibrate import calibrate_vtw
     from st3.engine import Trimmer, TrimStateError, UnsupportedModelError, trim
-    from st3.policies import ST3, VTW, FastV, NoTrim, Policy, PyramidDrop, Random
+    from st3.policies import (
+        DART,
+        FEATHER,
+        ST3,
+        VTW,
+        CDPruner,
+        DivPrune,
+        DyCoke,
+        FastV,
+        KeyNormPruning,
+        NoTrim,
+        Policy,
+        PyramidDrop,
+        Random,
+        SparseVLM,
+        UniformGrid,
+        V2Drop,
+        VisionZip,
+    )
     from st3.report import Report
     from st3.schedule import Anneal, Schedule
 
@@ -25,7 +44,26 @@ __version__ = "0.1.0"
 _HOMES = {
     "st3.bundled": ["bundled_model", "sample_images"],
     "st3.engine": ["TrimStateError", "Trimmer", "UnsupportedModelError", "trim"],
-    "st3.policies": ["ST3", "VTW", "FastV", "NoTrim", "Policy", "PyramidDrop", "Random"],
+    "st3.calibrate": ["calibrate_vtw"],
+    "st3.policies": [
+        "DART",
+        "FEATHER",
+        "ST3",
+        "VTW",
+        "CDPruner",
+        "DivPrune",
+        "DyCoke",
+        "FastV",
+        "KeyNormPruning",
+        "NoTrim",
+        "Policy",
+        "PyramidDrop",
+        "Random",
+        "SparseVLM",
+        "UniformGrid",
+        "V2Drop",
+        "VisionZip",
+    ],
     "st3.report": ["Report"],
     "st3.schedule": ["Anneal", "Schedule"],
 }
@@ -33,20 +71,31 @@ _MODULES = ("bench", "cost", "engine", "policies", "report", "schedule", "scores
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "DART",
+    "FEATHER",
     "ST3",
     "VTW",
     "Anneal",
+    "CDPruner",
+    "DivPrune",
+    "DyCoke",
     "FastV",
+    "KeyNormPruning",
     "NoTrim",
     "Policy",
     "PyramidDrop",
     "Random",
     "Report",
     "Schedule",
+    "SparseVLM",
     "TrimStateError",
     "Trimmer",
+    "UniformGrid",
     "UnsupportedModelError",
+    "V2Drop",
+    "VisionZip",
     "bundled_model",
+    "calibrate_vtw",
     "policies",
     "sample_images",
     "trim",

@@ -95,6 +95,7 @@ class Schedule:
         shares: for each decoder layer (0-based) the share of the original visual tokens that
             enters it; never rises with depth.
         anneal: how decode steps shrink what a layer shows.
+        anneal_from: first decoder layer that is annealed.
 
     Raises:
         ValueError: no layers, a share outside [0, 1], or shares that rise with depth.
@@ -102,6 +103,7 @@ class Schedule:
 
     shares: tuple[Fraction, ...]
     anneal: Anneal = NO_ANNEAL
+    anneal_from: int = 0
 
     def __post_init__(self) -> None:
         if not self.shares:
@@ -132,7 +134,7 @@ class Schedule:
 
     @property
     def anneals(self) -> bool:
-        return self.anneal.curve != "none" and any(self.shares)
+        return self.anneal.curve != "none" and any(self.shares[self.anneal_from :])
 
     @property
     def drops(self) -> bool:
@@ -151,7 +153,7 @@ class Schedule:
         """Visual KV entries of ``layer`` that decode step ``step`` sees (step 0 is the prefill;
         the first generated token that is fed back is step 1). Never rises with ``step``."""
         kept = self.kept(layer, n_visual)
-        if not self.anneals or step <= 0:
+        if not self.anneals or step <= 0 or layer < self.anneal_from:
             return kept
         curve = math.floor(kept * self.anneal.factor(step) + 0.5)
         floor = round_share(exact(self.anneal.floor), n_visual)

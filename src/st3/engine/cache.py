@@ -33,6 +33,8 @@ class TrimmedLayer(CacheLayerMixin):
         schedule: the counts.
         clock: shared by the layers of a cache.
         window: sliding window of the layer in tokens, or None.
+        recalls: whether a new ranking covers what annealing has hidden, so that none of it is given
+            up.
     """
 
     is_compileable = False
@@ -46,12 +48,14 @@ class TrimmedLayer(CacheLayerMixin):
         schedule: Schedule,
         clock: Clock,
         window: int | None = None,
+        recalls: bool = False,
     ) -> None:
         # No super().__init__(): it assigns `keys` and `values`, which are views here.
         self.layer = layer
         self.schedule = schedule
         self.clock = clock
         self.window = window
+        self.recalls = recalls
         self.reset()
 
     def reset(self) -> None:
@@ -125,6 +129,16 @@ class TrimmedLayer(CacheLayerMixin):
 
     def first_live(self) -> int:
         return max(self.base, min(self.row_starts(self.step)))
+
+    def ranked(self) -> tuple[int, tuple[int, ...]]:
+        """What a new ranking covers: the first column, and each row's first visual entry."""
+        if self.recalls:
+            return max(self.base, min(self.pad)), self.pad
+        return self.first_live(), self.row_starts(self.step)
+
+    def keys_from(self, first: int) -> Tensor:
+        """The keys of the columns from ``first`` on, [B, KV heads, columns, head size]."""
+        return self._view(self.buffer, first)
 
     def positions(self, first: int) -> Tensor:
         """Original columns of the entries from ``first`` on, [B, columns]; sliding layers only."""
@@ -200,7 +214,7 @@ class TrimmedLayer(CacheLayerMixin):
             raise TrimStateError(f"layer {self.layer} of the cache is empty: no prompt was stored")
         new = key_states.shape[2]
         first = min(self.row_starts(self.clock.step(self.clock.start)))
-        self._reserve(new, first)
+        self._reserve(new, min(first, *self.pad) if self.recalls else first)
         place = slice(self.end - self.base, self.end - self.base + new)
         self._keys[:, :, place] = key_states
         self._values[:, :, place] = value_states
@@ -273,20 +287,19 @@ class TrimmedLayer(CacheLayerMixin):
     def compact(self) -> None:
         """Free what annealing has released; a later crop cannot bring it back."""
         if self._keys is not None:
-            first = self.first_live()
+            first = self.ranked()[0]
             if first > self.base or self._keys.shape[2] > self.end - self.base:
                 self._move(first, self.end - first)
 
     def reorder_visible(self, scores: Tensor) -> None:
-        """Sort the visible visual entries of each row anew.
+        """Sort the visible visual entries of each row anew; all stored ones if the layer recalls.
 
         Args:
-            scores: [B, columns] for the live columns from :meth:`first_live` on, higher is better.
+            scores: [B, columns] for the columns that :meth:`ranked` tells, higher is better.
         """
         if self._keys is None or self._values is None:
             return
-        first = self.first_live()
-        starts = self.row_starts(self.step)
+        first, starts = self.ranked()
         width = self.end - first
         place = torch.arange(width, device=scores.device)
         lo = torch.tensor([start - first for start in starts], device=scores.device)[:, None]

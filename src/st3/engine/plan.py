@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -12,9 +13,10 @@ from st3.engine.columns import Rows
 from st3.engine.families import Family, Parts
 from st3.engine.masks import Kind
 from st3.schedule import Schedule
-from st3.scores import Score
+from st3.scores import Score, Stage, TokenView, needs_of, stage_of
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
+Unrotate = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,11 @@ class Plan:
     """A policy laid out on a model.
 
     Attributes:
-        schedule, score, rerank: the policy's.
+        schedule, score, rerank, recalls: the policy's.
         kind: the form of masks that the model's attention takes.
         windows: sliding window of each decoder layer, or None.
         per_image: whether each image has a budget of its own.
+        unrotate: takes RoPE off queries and keys; None unless the score needs it.
         ranks: the processes that share the model's heads, or None.
     """
 
@@ -35,7 +38,31 @@ class Plan:
     kind: Kind
     windows: tuple[int | None, ...]
     per_image: bool
+    recalls: bool = False
+    unrotate: Unrotate | None = None
     ranks: Any = None
+
+    @cached_property
+    def stage(self) -> Stage:
+        """When the score is taken."""
+        return stage_of(self.score)
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """What the score asks for."""
+        return needs_of(self.score)
+
+    @cached_property
+    def prepare(self) -> Callable[[TokenView], Tensor] | None:
+        """What the score does once, in layer 0."""
+        return getattr(self.score, "prepare", None)
+
+    @cached_property
+    def sources(self) -> tuple[int, ...]:
+        """For each decoder layer the one whose score it uses: its own, or an earlier one's."""
+        layers = range(self.schedule.num_layers)
+        source = getattr(self.score, "source", None)
+        return tuple(layers) if source is None else tuple(source(layer) for layer in layers)
 
     def anneals(self, layer: int, rows: Rows) -> bool:
         """Whether ``layer`` will ever show less than it stores of these rows."""

@@ -16,8 +16,10 @@ from st3.engine.families import family_of, parts_of
 from st3.engine.masks import kind_of
 from st3.engine.parallel import head_group
 from st3.engine.plan import Plan, Setup
+from st3.engine.rotary import inverse_rotation
 from st3.policies import Policy, parse
 from st3.report import Report
+from st3.scores import needs_of, stage_of
 
 MODEL_ATTRIBUTE = "_st3_trimmer"
 
@@ -58,10 +60,12 @@ class Trimmer:
                 "the images' own budgets"
             )
         self.schedule = self.policy.schedule(len(self.parts.layers))
-        if self.schedule.prunes(0):
+        score = self.policy.scorer()
+        if self.schedule.prunes(0) and stage_of(score) != "embeds":
             raise ValueError(
                 f"policy {self.policy} drops tokens before decoder layer 0, where nothing has "
-                "ranked them yet: let its schedule keep all of them in layer 0"
+                "ranked them yet: let its schedule keep all of them in layer 0, or rank by a score "
+                "of the embeddings, such as divprune"
             )
         self.touches = self.schedule.drops or own_cache
         self._director = Director(
@@ -159,10 +163,14 @@ class Trimmer:
     def _hook(self) -> None:
         text, inner, director = self.parts.text, self.parts.inner, self._director
         attention = self._attention()
+        score = self.policy.scorer()
+        rotary = self.touches and "rotary" in needs_of(score)
         director.plan = Plan(
             schedule=self.schedule,
-            score=self.policy.scorer(),
+            score=score,
             rerank=self.policy.rerank,
+            recalls=self.policy.recalls,
+            unrotate=inverse_rotation(self.parts.attentions) if rotary else None,
             kind=kind_of(attention),
             windows=self.parts.windows,
             per_image=self.per_image,
@@ -177,7 +185,7 @@ class Trimmer:
         ):
             self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self._hooks.append(text.register_forward_hook(director.after_text, with_kwargs=True))
-        director.visual.attach()
+        director.listen()
 
     def _hook_layers(self, attention: str) -> None:
         text, director = self.parts.text, self._director

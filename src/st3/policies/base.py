@@ -8,11 +8,13 @@ import re
 import types
 import typing
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, ClassVar, Self, TypeVar
 
-from st3.schedule import Anneal, Schedule
-from st3.scores import LastRowAttention, Score
+from st3.schedule import Anneal, Schedule, check_share, exact
+from st3.scores import Attention, Score, score_named
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,30 @@ class Policy(ABC):
 
     def scorer(self) -> Score:
         """By what the visual tokens are ranked."""
-        return LastRowAttention()
+        return Attention()
 
     @property
     def rerank(self) -> int | None:
-        """Decode steps after which the visible visual tokens are ranked anew, or None."""
+        """Decode steps after which the visual tokens are ranked anew by the current token's
+        attention, or None."""
         return None
+
+    @property
+    def recalls(self) -> bool:
+        """Whether that ranking is of all stored visual tokens, hidden ones included, and not only
+        of those that are still visible. Nothing that annealing hides is freed then."""
+        return False
+
+    def with_budget(self, num_layers: int, mean_keep: float) -> Policy:
+        """This policy with its counts scaled so that the visual share, averaged over the layers,
+        is ``mean_keep``; its other arguments stay.
+
+        Raises:
+            ValueError: a budget that the policy cannot have on so many layers.
+        """
+        raise ValueError(
+            f"policy {self.name!r} has no way to a mean budget: give it a with_budget() method"
+        )
 
     def __str__(self) -> str:
         """The shortest string that :func:`parse` turns back into this policy."""
@@ -52,6 +72,155 @@ class Policy(ABC):
             if getattr(self, field.name) != _default(field)
         )
         return f"{self.name}:{options}" if options else self.name
+
+
+@dataclass(frozen=True)
+class Scored(Policy):
+    """A method whose score is an argument of its own.
+
+    Args:
+        score: by what tokens are ranked, see :func:`st3.scores.score_named`.
+    """
+
+    score: str = field(default="attention", kw_only=True)
+
+    def __post_init__(self) -> None:
+        score_named(self.score)
+
+    def scorer(self) -> Score:
+        return score_named(self.score)
+
+
+@dataclass(frozen=True)
+class Staged(Policy):
+    """A method that drops at a few given layers.
+
+    Args:
+        layers: first decoder layers (0-based) that see fewer visual tokens, written "3/7/16"; None
+            has those of the paper's 32 layers at the same depth.
+        keep: share of the original visual tokens left at each of them, written "0.5/0.25".
+    """
+
+    layers: tuple[int, ...] | None = None
+    keep: tuple[float, ...] = ()
+
+    paper_layers: ClassVar[tuple[int, ...]] = ()
+
+    def __post_init__(self) -> None:
+        layers = self.paper_layers if self.layers is None else self.layers
+        if not isinstance(layers, tuple) or not isinstance(self.keep, tuple):
+            raise ValueError(
+                "layers and keep must be tuples, such as layers=(3, 7), keep=(0.5, 0.2)"
+            )
+        if len(layers) != len(self.keep) or not layers:
+            raise ValueError(
+                f"{self.name!r} has {len(layers)} layers and {len(self.keep)} shares: give one "
+                "share for each layer"
+            )
+        for layer in layers:
+            check_layer("layers", layer)
+        if layers[0] < 1 or list(layers) != sorted(set(layers)):
+            raise ValueError(f"layers must rise and start at 1 or later, got {format_list(layers)}")
+        for share in self.keep:
+            check_share("keep", share)
+        if list(self.keep) != sorted(self.keep, reverse=True):
+            raise ValueError(f"keep must fall with depth, got {format_list(self.keep)}")
+
+    def layers_for(self, num_layers: int) -> tuple[int, ...]:
+        """The layers of the drops on a model of ``num_layers`` layers.
+
+        Raises:
+            ValueError: a model with too few layers.
+        """
+        if self.layers is not None:
+            for layer in self.layers:
+                check_layer("layers", layer, num_layers)
+            return self.layers
+        scaled: list[int] = []
+        for layer in self.paper_layers:
+            least = scaled[-1] + 1 if scaled else 1
+            scaled.append(max(least, round(layer * num_layers / PAPER_LAYERS)))
+        if scaled[-1] >= num_layers:
+            raise ValueError(
+                f"{len(scaled)} drops do not fit {num_layers} decoder layers: give layers and keep"
+            )
+        return tuple(scaled)
+
+    def schedule(self, num_layers: int) -> Schedule:
+        return stage_schedule(num_layers, self.layers_for(num_layers), self.keep)
+
+    def with_budget(self, num_layers: int, mean_keep: float) -> Self:
+        def scaled(factor: float) -> tuple[float, ...]:
+            return tuple(min(1.0, round(factor * share, 12)) for share in self.keep)
+
+        layers = self.layers_for(num_layers)
+        check_within(mean_keep, num_layers, layers[0], "layers")
+        first = next((share for share in reversed(self.keep) if share), None)
+        if first is None:
+            raise ValueError(f"keep={format_list(self.keep)} keeps nothing that could be scaled")
+        factor = solve(
+            lambda f: stage_schedule(num_layers, layers, scaled(f)).mean_share, mean_keep, 1 / first
+        )
+        return dataclasses.replace(self, keep=scaled(factor))
+
+
+@dataclass(frozen=True)
+class BeforeDecoder(Policy):
+    """A method that drops tokens before the decoder's first layer.
+
+    Args:
+        keep: share of the visual tokens kept.
+    """
+
+    keep: float = 1 / 3
+
+    def __post_init__(self) -> None:
+        check_share("keep", self.keep)
+
+    def schedule(self, num_layers: int) -> Schedule:
+        return Schedule((exact(self.keep),) * num_layers)
+
+    def with_budget(self, num_layers: int, mean_keep: float) -> Self:
+        check_share("mean_keep", mean_keep)
+        return dataclasses.replace(self, keep=mean_keep)
+
+
+PAPER_LAYERS = 32  # of LLaVA-1.5-7B, on which the papers state their layers
+
+
+def stage_schedule(
+    num_layers: int, layers: Sequence[int], keep: Sequence[float | Fraction]
+) -> Schedule:
+    """All tokens, then ``keep[i]`` of them from ``layers[i]`` on."""
+    shares = [Fraction(1)] * num_layers
+    for layer, share in zip(layers, keep, strict=True):
+        shares[layer:] = [exact(share)] * (num_layers - layer)
+    return Schedule(tuple(shares))
+
+
+def check_within(mean_keep: float, num_layers: int, first: int, name: str) -> None:
+    """Raise ``ValueError`` for a budget that the layers before ``first`` alone exceed."""
+    check_share("mean_keep", mean_keep)
+    if exact(mean_keep) * num_layers < first:
+        raise ValueError(
+            f"a mean share of {mean_keep:.1%} cannot be had: the first {first} of {num_layers} "
+            f"layers alone are {first / num_layers:.1%}. Use a smaller {name}"
+        )
+
+
+def solve(mean_share: Callable[[float], float], wanted: float, high: float) -> float:
+    """The largest argument in [0, high], by bisection, at which the rising ``mean_share`` does not
+    exceed ``wanted``."""
+    low = 0.0
+    if mean_share(high) <= wanted + 1e-12:
+        return high
+    for _ in range(60):
+        middle = (low + high) / 2
+        if mean_share(middle) <= wanted + 1e-12:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 P = TypeVar("P", bound=type[Policy])
@@ -138,6 +307,10 @@ def _convert(cls: type[Policy], key: str, hint: Any, raw: str) -> Any:
         return None
     if Anneal in kinds:
         return Anneal(curve=typing.cast(Any, raw))
+    listed = next((kind for kind in kinds if typing.get_origin(kind) is tuple), None)
+    if listed is not None:
+        item = typing.get_args(listed)[0]
+        return tuple(_convert(cls, key, item, part.strip()) for part in raw.split("/"))
     if Policy in kinds:
         return parse(raw[1:-1] if raw.startswith("(") and raw.endswith(")") else raw)
     if int in kinds or float in kinds:
@@ -180,7 +353,14 @@ def _format_option(name: str, value: Any) -> str:
         return f"curve={value.curve},tau={value.tau},floor={value.floor}"
     if isinstance(value, Policy):
         return f"{name}=({value})"
+    if isinstance(value, tuple):
+        return f"{name}={format_list(value)}"
     return f"{name}={'none' if value is None else value}"
+
+
+def format_list(values: Sequence[Any]) -> str:
+    """The way lists are written in strings, "3/7/16"."""
+    return "/".join(map(str, values))
 
 
 def check_layer(name: str, layer: int | None, num_layers: int | None = None) -> None:

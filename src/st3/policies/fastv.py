@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from st3.policies.base import Policy, check_layer, register
+from st3.policies.base import Scored, check_layer, check_within, register, stage_schedule
 from st3.schedule import Schedule, check_share, exact
 
 
 @register
 @dataclass(frozen=True)
-class FastV(Policy):
+class FastV(Scored):
     """FastV: drop a share of the visual tokens once, by the attention of the layer before.
 
     Args:
         layer: first decoder layer that sees fewer visual tokens (the paper's K, at least 1).
         drop: share dropped (the paper's R).
+        score: by what tokens are ranked; the paper's is the last token's attention.
 
     Source: arXiv 2403.06764. The scores come from the last row alone, not from a full attention
     map; the choice of tokens is the same.
@@ -30,6 +30,7 @@ class FastV(Policy):
     paper: ClassVar[str] = "arXiv 2403.06764 (ECCV 2024)"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_layer("layer", self.layer)
         if self.layer < 1:
             raise ValueError(
@@ -39,5 +40,10 @@ class FastV(Policy):
 
     def schedule(self, num_layers: int) -> Schedule:
         check_layer("layer", self.layer, num_layers)
-        left = 1 - exact(self.drop)
-        return Schedule((Fraction(1),) * self.layer + (left,) * (num_layers - self.layer))
+        return stage_schedule(num_layers, [self.layer], [1 - exact(self.drop)])
+
+    def with_budget(self, num_layers: int, mean_keep: float) -> FastV:
+        check_layer("layer", self.layer, num_layers)
+        check_within(mean_keep, num_layers, self.layer, "layer")
+        left = (exact(mean_keep) * num_layers - self.layer) / (num_layers - self.layer)
+        return replace(self, drop=round(float(1 - left), 12))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from st3.policies.base import Policy, register
@@ -40,3 +40,6 @@ class Random(Policy):
 
     def schedule(self, num_layers: int) -> Schedule:
         return self.like.schedule(num_layers)
+
+    def with_budget(self, num_layers: int, mean_keep: float) -> Random:
+        return replace(self, like=self.like.with_budget(num_layers, mean_keep))

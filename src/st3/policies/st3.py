@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import ClassVar
 
@@ -38,6 +38,8 @@ class ST3(Policy):
         anneal: the temporal rule.
         rerank_every: decode steps after which the visible visual tokens are ranked anew by the
             current token's attention; None keeps the ranking of the prefill.
+        recall_every: the same over all stored visual tokens: what annealing had hidden may come
+            back, and nothing is freed. Not together with ``rerank_every``.
         score: by what tokens are ranked, a name of :data:`st3.scores.SCORES`; the paper's is the
             attention of the prompt's last token.
 
@@ -55,6 +57,7 @@ class ST3(Policy):
     ratio: float | None = None
     anneal: Anneal = field(default_factory=Anneal)
     rerank_every: int | None = None
+    recall_every: int | None = None
     score: str = "attention"
 
     name: ClassVar[str] = "st3"
@@ -70,11 +73,14 @@ class ST3(Policy):
         check_share("final_keep", self.final_keep)
         if self.ratio is not None:
             check_share("ratio", self.ratio)
-        for name, value in (("stride", self.stride), ("rerank_every", self.rerank_every)):
-            if name == "rerank_every" and value is None:
+        for name in ("stride", "rerank_every", "recall_every"):
+            value = getattr(self, name)
+            if name != "stride" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.rerank_every and self.recall_every:
+            raise ValueError("rerank_every and recall_every exclude each other: give one of them")
         score_named(self.score)
         if not isinstance(self.anneal, Anneal):
             raise ValueError(f"anneal must be an st3.Anneal, got {self.anneal!r}")
@@ -89,7 +95,11 @@ class ST3(Policy):
 
     @property
     def rerank(self) -> int | None:
-        return self.rerank_every
+        return self.rerank_every or self.recall_every
+
+    @property
+    def recalls(self) -> bool:
+        return self.recall_every is not None
 
     def drops_after_first(self, num_layers: int) -> int:
         """Eq. 9's count ``floor((L - first_layer) / S)`` of drops after the first."""
@@ -124,6 +134,13 @@ class ST3(Policy):
                 f"layer would keep {float(shares[-1]):.0%}. Use a smaller ratio or a larger stride"
             )
         return Schedule(tuple(shares), self.anneal)
+
+    def with_budget(self, num_layers: int, mean_keep: float) -> ST3:
+        """This policy with the drops of :meth:`for_budget`, at its own layers."""
+        shaped = ST3.for_budget(
+            num_layers, mean_keep, first_layer=self.first_layer, stride=self.stride
+        )
+        return replace(self, first_drop=shaped.first_drop, final_keep=shaped.final_keep, ratio=None)
 
     @classmethod
     def for_budget(

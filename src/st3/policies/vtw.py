@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
-from st3.policies.base import Policy, check_layer, register
-from st3.schedule import Schedule
+from st3.policies.base import Policy, check_layer, check_within, register
+from st3.schedule import Schedule, exact
 
 
 @register
@@ -17,7 +17,8 @@ class VTW(Policy):
 
     Args:
         layer: first decoder layer without visual tokens (the paper's K); None is half of the
-            layers, the proportion of the paper's 15 or 16 of 32.
+            layers, the proportion of the paper's 15 or 16 of 32. The paper calibrates it by a KL
+            divergence: :func:`st3.calibrate_vtw`.
 
     Source: arXiv 2405.05803 (AAAI 2025).
     """
@@ -38,3 +39,8 @@ class VTW(Policy):
         layer = num_layers // 2 if self.layer is None else self.layer
         check_layer("layer", layer, num_layers)
         return Schedule((Fraction(1),) * layer + (Fraction(0),) * (num_layers - layer))
+
+    def with_budget(self, num_layers: int, mean_keep: float) -> VTW:
+        """The deepest layer whose mean share does not exceed ``mean_keep``."""
+        check_within(mean_keep, num_layers, 1, "number of layers without visual tokens")
+        return replace(self, layer=min(int(exact(mean_keep) * num_layers), num_layers - 1))

@@ -1,37 +1,71 @@
 """By what visual tokens are ranked: one score per file, found by name."""
 
-from st3.scores.attention import LastRowAttention
-from st3.scores.base import LayerView, Score
+from st3.scores.attention import WORDS, Attention, attention_named
+from st3.scores.base import LayerView, Score, Stage, TokenView, needs_of, stage_of
+from st3.scores.class_attention import ClassAttention
+from st3.scores.dart import Dart
+from st3.scores.feather import Feather
+from st3.scores.greedy import ConditionalDPP, MaxMin
+from st3.scores.grid import Grid
+from st3.scores.hidden_change import HiddenChange
 from st3.scores.key_norm import KeyNorm
 from st3.scores.random import RandomScore
+from st3.scores.text_raters import TextRaters
 from st3.scores.uniform import Uniform
 
 SCORES: dict[str, Score] = {
-    "attention": LastRowAttention(),
+    "attention": Attention(),
+    "text-rows": Attention(rows="text"),
+    "text-raters": TextRaters(),
     "key_norm": KeyNorm(),
-    "random": RandomScore(),
+    "hidden-change": HiddenChange(),
+    "dart": Dart(),
+    "feather": Feather(),
+    "divprune": MaxMin(),
+    "cdpruner": ConditionalDPP(),
+    "visionzip": ClassAttention(),
+    "grid": Grid(),
     "uniform": Uniform(),
+    "random": RandomScore(),
 }
 
 
 def score_named(name: str) -> Score:
-    """The score called ``name``.
+    """The score called ``name``: one of :data:`SCORES`, or "attention" with options behind it, such
+    as "attention-max", "text-rows-visual-heads" or "attention-debiased-lazy4".
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or options that exclude each other.
     """
-    if name not in SCORES:
-        raise ValueError(f"unknown score {name!r}: use one of {', '.join(SCORES)}")
-    return SCORES[name]
+    score = SCORES.get(name) or attention_named(name)
+    if score is None:
+        words = [word for word in WORDS if not word.startswith("lazy")]
+        raise ValueError(
+            f"unknown score {name!r}: use one of {', '.join(SCORES)}, or attention with options, "
+            f"joined by hyphens: {', '.join(words)}, lazy2 to lazy32"
+        )
+    return score
 
 
 __all__ = [
     "SCORES",
+    "Attention",
+    "ClassAttention",
+    "ConditionalDPP",
+    "Dart",
+    "Feather",
+    "Grid",
+    "HiddenChange",
     "KeyNorm",
-    "LastRowAttention",
     "LayerView",
+    "MaxMin",
     "RandomScore",
     "Score",
+    "Stage",
+    "TextRaters",
+    "TokenView",
     "Uniform",
+    "needs_of",
     "score_named",
+    "stage_of",
 ]

@@ -2,44 +2,94 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+Stage = Literal["embeds", "input", "attention"]
 
-@dataclass
-class LayerView:
-    """What one decoder layer shows of a prompt during prefill.
 
-    ``B`` rows, ``N`` columns still present in this layer (text, kept visual tokens, padding),
-    ``K >= N`` keys (more than ``N`` only when an earlier turn is in the cache: the new columns are
-    the last ``N``).
+@dataclass(kw_only=True)
+class TokenView:
+    """What a prompt shows at the input of a decoder layer during prefill.
+
+    ``B`` rows, ``N`` columns still present (text, kept visual tokens, padding).
 
     Attributes:
         layer: decoder layer, 0-based.
-        query: [B, query heads, N, head size], after RoPE.
-        key: [B, KV heads, K, head size], after RoPE.
-        scaling: factor on ``query @ key``.
-        softcap: tanh cap on the scaled logits (Gemma 2), or None.
-        hidden: [B, N, hidden size], the layer's input; None before the first layer has run.
+        hidden: [B, N, hidden size], the layer's input; in layer 0 the embeddings, of visual tokens
+            the projected ones.
         visual: [B, N] bool, the visual tokens still present.
         ordinal: [B, N] int, a visual token's place among its row's original visual tokens.
         last: [B] int, column of the prompt's last token.
-        key_valid: [B, K] bool, keys that are neither padding nor dropped; None when all are.
+        valid: [B, N] bool, columns that are not padding; None when all are.
+        group: [B, N] int, the image whose budget a visual token draws on; None when a row has one
+            budget for all.
+        images: for each row the original visual tokens of each image; empty if unknown.
+        complete: whether no visual token has been dropped so far.
+        wanted: the most visual tokens that any row will keep of those it ranks; None for all, where
+            the whole order counts.
+        before: [B, N, hidden size], the input of the layer before; None in layer 0.
+        keys: [B, KV heads, N, head size], the keys of the layer before; for those that need "keys".
+        tower: [B, N], what the vision tower's class token attends to; for those that need "tower".
+        prepared: [B, N], what the score's ``prepare`` returned in layer 0.
     """
 
     layer: int
-    query: Tensor
-    key: Tensor
-    scaling: float
-    softcap: float | None
     hidden: Tensor | None
     visual: Tensor
     ordinal: Tensor
     last: Tensor
+    valid: Tensor | None = None
+    group: Tensor | None = None
+    images: tuple[tuple[int, ...], ...] = ()
+    complete: bool = True
+    wanted: int | None = None
+    before: Tensor | None = None
+    keys: Tensor | None = None
+    tower: Tensor | None = None
+    prepared: Tensor | None = None
+
+    @property
+    def text(self) -> Tensor:
+        """The prompt's other tokens, up to its last one, [B, N] bool."""
+        place = torch.arange(self.visual.shape[1], device=self.visual.device)
+        text = ~self.visual & (place <= self.last[:, None])
+        return text if self.valid is None else text & self.valid
+
+    @property
+    def question(self) -> Tensor:
+        """The text behind the last visual token, [B, N] bool; all text in rows without one."""
+        place = torch.arange(self.visual.shape[1], device=self.visual.device)
+        return self.text & (place > (place * self.visual).amax(1, keepdim=True))
+
+
+@dataclass(kw_only=True)
+class LayerView(TokenView):
+    """What one decoder layer's attention shows of a prompt during prefill.
+
+    There are ``K >= N`` keys (more than ``N`` only when an earlier turn is in the cache: the new
+    columns are the last ``N``).
+
+    Attributes:
+        query: [B, query heads, N, head size], after RoPE.
+        key: [B, KV heads, K, head size], after RoPE.
+        scaling: factor on ``query @ key``.
+        softcap: tanh cap on the scaled logits (Gemma 2), or None.
+        key_valid: [B, K] bool, keys that are neither padding nor dropped; None when all are.
+        unrotate: gives the new columns' queries and keys without RoPE, [B, query or KV heads, N,
+            head size], for scores that need "rotary".
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    softcap: float | None
     key_valid: Tensor | None
+    unrotate: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     @property
     def first_column(self) -> int:
@@ -47,34 +97,88 @@ class LayerView:
         return self.key.shape[-2] - self.visual.shape[-1]
 
     def last_row_logits(self) -> Tensor:
-        """Scaled attention logits of the prompt's last token over the keys, [B, heads, K], fp32.
+        """Scaled attention logits of the prompt's last token over the keys, [B, heads, K], fp32;
+        see :meth:`row_logits`."""
+        return self.row_logits(self.last[:, None])[:, :, 0]
 
-        Keys after the last token (candidates of assisted decoding, right padding), padding and
-        dropped keys are -inf. Sliding windows are left out on purpose: beyond a window the
-        attention is exactly 0, which ranks nothing.
+    def row_logits(self, rows: Tensor) -> Tensor:
+        """Scaled attention logits of the columns ``rows`` [B, R] over the keys, [B, heads, R, K],
+        fp32.
+
+        Keys after a row (candidates of assisted decoding, right padding), padding and dropped keys
+        are -inf: causal, whatever the family's mask. Sliding windows are left out on purpose:
+        beyond a window the attention is exactly 0, which ranks nothing.
         """
-        batch, heads, columns, size = self.query.shape
-        kv_heads, keys = self.key.shape[1], self.key.shape[2]
-        row = self.query[torch.arange(batch, device=self.last.device), :, self.last]
-        row = row.view(batch, kv_heads, heads // kv_heads, size)
-        # Long operand first: on CPUs `key @ row` is up to 40 times faster than `row @ key^T`.
-        logits = torch.matmul(self.key, row.transpose(-1, -2)).transpose(-1, -2)
-        logits = logits.reshape(batch, heads, keys).float() * self.scaling
+        keys, columns = self.key.shape[2], self.query.shape[2]
+        logits = _products(self.query, self.key, rows) * self.scaling
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         past = keys - columns
-        seen = torch.arange(keys, device=self.last.device) <= (self.last + past)[:, None]
+        seen = torch.arange(keys, device=rows.device) <= (rows + past)[..., None]
         if self.key_valid is not None:
-            seen = seen & self.key_valid
+            seen = seen & self.key_valid[:, None]
         return logits.masked_fill(~seen[:, None], float("-inf"))
+
+    def unrotated_logits(self) -> Tensor:
+        """Scaled products of the last token's query with the new columns' keys, both without RoPE,
+        [B, heads, N], fp32."""
+        if self.unrotate is None:
+            raise ValueError("a score that removes RoPE must list 'rotary' in its needs")
+        query, key = self.unrotate()
+        return _products(query, key, self.last[:, None])[:, :, 0] * self.scaling
+
+
+def _products(query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
+    """``query`` at columns ``rows`` [B, R] times all ``key``: [B, heads, R, K], fp32."""
+    batch, heads, _, size = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    picked = query[torch.arange(batch, device=rows.device)[:, None], :, rows].transpose(1, 2)
+    picked = picked.reshape(batch, kv_heads, -1, size)
+    # Long operand first: on CPUs `key @ row` is up to 40 times faster than `row @ key^T`.
+    products = torch.matmul(key, picked.transpose(-1, -2)).transpose(-1, -2)
+    return products.reshape(batch, heads, rows.shape[1], keys).float()
 
 
 class Score(Protocol):
-    """Ranks the visual tokens of a prompt: the higher, the longer a token is kept."""
+    """Ranks the visual tokens of a prompt: the higher, the longer a token is kept.
+
+    Optional attributes, read with a default:
+        stage: when it is taken. "attention" (the default): in a layer's attention, for that layer's
+            cache and the drop behind it. "input": at the input of a layer, for that layer's cache
+            and the drop before it. "embeds": once, at the input of layer 0, for all layers; only
+            such a score can drop tokens before layer 0.
+        needs: what it asks for beyond the view's own fields: "keys", "rotary", "tower".
+        prepare: a function of the :class:`TokenView` of layer 0, whose result [B, N] later views
+            carry as ``prepared``.
+        source: a function that maps a layer to the layer, at or before it, whose score it uses.
+    """
 
     @property
     def name(self) -> str: ...
 
-    def __call__(self, view: LayerView) -> Tensor:
-        """Scores of all columns, [B, N] float; only visual columns are read."""
+    def __call__(self, view: Any) -> Tensor:
+        """Scores of all columns, [B, N] float; only visual columns are read.
+
+        Args:
+            view: a :class:`LayerView` at the stage "attention", else a :class:`TokenView`.
+        """
         ...
+
+
+def stage_of(score: Score) -> Stage:
+    """When a score is taken."""
+    stage: Stage = getattr(score, "stage", "attention")
+    return stage
+
+
+def needs_of(score: Score) -> frozenset[str]:
+    """What a score asks for beyond the view's own fields."""
+    return frozenset(getattr(score, "needs", ()))
+
+
+def ranks(score: Tensor, among: Tensor) -> Tensor:
+    """Place of each column of ``among`` [B, N] bool, 0 the best; others stand behind. On equal
+    scores the earlier column is the better."""
+    order = score.masked_fill(~among, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place)

@@ -13,8 +13,8 @@ from st3.scores.base import LayerView
 class KeyNorm:
     """L2 norm of the keys, mean over the KV heads: the SMALLER the norm, the longer it is kept.
 
-    Source: arXiv 2406.11430, which finds that keys of a low norm draw high attention; ViTCoP ranks
-    visual tokens by the norm of their keys as well. RoPE does not change a norm.
+    Source: arXiv 2406.11430, which finds that keys of a low norm draw high attention; ViTCoP (arXiv
+    2601.17818) ranks visual tokens by it inside of the decoder. RoPE does not change a norm.
     """
 
     name: str = "key_norm"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from st3.scores.base import LayerView
+from st3.scores.base import Stage, TokenView
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class RandomScore:
 
     seed: int = 0
     name: str = "random"
+    stage: Stage = "embeds"
 
-    def __call__(self, view: LayerView) -> Tensor:
+    def __call__(self, view: TokenView) -> Tensor:
         return _uniform_hash(view.ordinal, self.seed)
 
 

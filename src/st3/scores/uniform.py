@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from st3.scores.base import LayerView
+from st3.scores.base import Stage, TokenView
 
 _GOLDEN = 0.6180339887498949
 
@@ -23,6 +23,12 @@ class Uniform:
     """
 
     name: str = "uniform"
+    stage: Stage = "embeds"
 
-    def __call__(self, view: LayerView) -> Tensor:
-        return (view.ordinal.double() * _GOLDEN).frac().float()
+    def __call__(self, view: TokenView) -> Tensor:
+        return even_spread(view.ordinal)
+
+
+def even_spread(ordinal: Tensor) -> Tensor:
+    """A number in [0, 1) per token, of its place alone: any threshold picks an even spread."""
+    return (ordinal.double() * _GOLDEN).frac().float()
