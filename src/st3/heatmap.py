@@ -1,83 +1,25 @@
-"""Pictures of what was kept: the image, and beside it the patches that some layers still see.
-
-A visual token is mapped to the rectangle of the image that it stands for. The mapping is known for
-models whose visual tokens are one square grid over each image (`GRID_MODELS`).
-"""
+"""Pictures of what was kept: the image, and beside it the patches that some layers still see; and
+an animation of annealing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageEnhance, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
-Box = tuple[float, float, float, float]
+from st3.grid import Box, Place
 
-GRID_MODELS = ("llava", "paligemma", "gemma3")
-"""`config.model_type` of the models whose visual tokens are one square grid over each image."""
+if TYPE_CHECKING:
+    from st3.analysis.record import Run
 
 PANEL = 300  # longest side of a panel, pixels
 GAP = 16
 CAPTION = 26
 EDGE = (230, 159, 0)  # Okabe and Ito's orange, which colour-blind readers tell from any grey
 INK = (20, 20, 20)
-
-
-def check_supported(model_type: str) -> None:
-    """Raise ValueError when the places of this model type's visual tokens are not known."""
-    if model_type not in GRID_MODELS:
-        raise ValueError(
-            f"no heat map for {model_type!r} models: how their visual tokens map to places in the "
-            f"image is not known to st3 (known: {', '.join(GRID_MODELS)}). Leave the heat map out."
-        )
-
-
-def grid_side(n_visual: int) -> int:
-    """Side of the square grid that an image's `n_visual` tokens form.
-
-    Raises ValueError when they form none, as with tiled images or extra separator tokens.
-    """
-    side = math.isqrt(n_visual)
-    if n_visual < 1 or side * side != n_visual:
-        raise ValueError(
-            f"no heat map: the image has {n_visual} visual tokens, which is not a square grid"
-        )
-    return side
-
-
-def split_evenly(n_visual: int, images: int) -> list[int]:
-    """Visual tokens of each image of a prompt; in models of `GRID_MODELS` all have the same number.
-
-    Raises ValueError when they cannot have.
-    """
-    if images < 1 or n_visual % images:
-        raise ValueError(f"no heat map: {n_visual} visual tokens do not split over {images} images")
-    return [n_visual // images] * images
-
-
-def seen_box(size: tuple[int, int], image_processor: Any) -> Box:
-    """The part of an image that the model sees, as (left, top, right, bottom) in its own pixels.
-
-    size: (width, height) of the image. image_processor: the transformers image processor, of which
-    `do_resize`, `size`, `do_center_crop` and `crop_size` are read. With a centre crop the margins
-    are never seen; padding is not handled, because no model of `GRID_MODELS` pads.
-    """
-    width, height = size
-    if not getattr(image_processor, "do_center_crop", False):
-        return (0.0, 0.0, float(width), float(height))
-    crop = _as_dict(image_processor.crop_size)
-    scale_x = scale_y = 1.0
-    if getattr(image_processor, "do_resize", True):
-        target = _as_dict(image_processor.size)
-        if target.get("shortest_edge"):
-            scale_x = scale_y = target["shortest_edge"] / min(width, height)
-        else:
-            scale_x, scale_y = target["width"] / width, target["height"] / height
-    seen_width = min(width, crop["width"] / scale_x)
-    seen_height = min(height, crop["height"] / scale_y)
-    left, top = (width - seen_width) / 2, (height - seen_height) / 2
-    return (left, top, left + seen_width, top + seen_height)
 
 
 def choose_layers(kept: Sequence[int], count: int = 4) -> list[int]:
@@ -101,85 +43,141 @@ def choose_layers(kept: Sequence[int], count: int = 4) -> list[int]:
 
 def draw(
     images: Sequence[Image.Image],
-    boxes: Sequence[Box],
-    visual_per_image: Sequence[int],
+    places: Sequence[Place],
     kept_positions: Mapping[int, Sequence[int]],
     title: str = "",
 ) -> Image.Image:
     """A row for each image: the image, then a panel for each layer with dropped patches dimmed.
 
-    images: as given to the model, in the prompt's order. boxes: their `seen_box`.
-    visual_per_image: visual tokens of each image. kept_positions: for each layer to draw (counted
-    from 0) the kept tokens, as indices into the row's visual tokens (all images one after another).
-    Raises ValueError when the lengths disagree or an image's tokens are not a square grid.
+    images: as given to the model, in the prompt's order. places: where each visual token lies in
+    them. kept_positions: for each layer to draw (counted from 0) the kept tokens, as indices into
+    the row's visual tokens (all images one after another).
+    Raises ValueError when places or positions speak of images or tokens that are not there.
     """
-    if not len(images) == len(boxes) == len(visual_per_image):
+    if any(place.picture >= len(images) for place in places):
         raise ValueError(
-            f"no heat map: {len(images)} images, {len(boxes)} boxes and visual token counts for "
-            f"{len(visual_per_image)} images do not belong together"
+            f"no heat map: {len(images)} images, but visual tokens that lie in image "
+            f"{max(place.picture for place in places) + 1}"
         )
+    if any(p >= len(places) for positions in kept_positions.values() for p in positions):
+        raise ValueError(f"no heat map: places of {len(places)} visual tokens, but more were kept")
     rows = []
-    start = 0
-    for number, (image, box, n_visual) in enumerate(
-        zip(images, boxes, visual_per_image, strict=True)
-    ):
-        side = grid_side(n_visual)
+    for number, image in enumerate(images):
+        own = {i for i, place in enumerate(places) if place.picture == number}
         name = "image" if len(images) == 1 else f"image {number + 1}"
-        panel, box = _fit(image.convert("RGB"), box)
-        panels = [_captioned(panel, f"{name}: {n_visual} visual tokens")]
+        panel = _fit(image.convert("RGB"))
+        panels = [_captioned(panel, f"{name}: {len(own)} visual tokens")]
         for layer, positions in kept_positions.items():
-            own = {p - start for p in positions if start <= p < start + n_visual}
-            caption = f"layer {layer}: {len(own)}/{n_visual} kept"
-            panels.append(_captioned(_dimmed(panel, box, side, own), caption))
+            kept = own.intersection(positions)
+            boxes = [box for i in sorted(kept) if (box := places[i].box) is not None]
+            caption = f"layer {layer}: {len(kept)}/{len(own)} kept"
+            panels.append(_captioned(_dimmed(panel, boxes), caption))
         rows.append(_beside(panels))
-        start += n_visual
     return _stacked(rows, title)
 
 
-def _as_dict(size: Any) -> dict[str, float]:
-    return {k: v for k, v in dict(size).items() if v}
+def animate(run: Run, frames: int = 60, picture: int = 0) -> list[Image.Image]:
+    """Annealing as a sequence of pictures: what the decoder layers still see of one image while the
+    answer grows. A patch is as bright as the share of the layers that see it.
+
+    run: a recorded run. frames: the most to draw; longer answers are sampled evenly. picture: which
+    image. Raises ValueError when the places of the visual tokens are not known, or there is no such
+    picture.
+    """
+    if run.places is None:
+        raise ValueError(f"no animation: {run.unplaced}")
+    if not 0 <= picture < len(run.pictures):
+        raise ValueError(f"no animation: there are {len(run.pictures)} images, counted from 0")
+    steps = len(run.visible)
+    count = min(frames, steps)
+    chosen = [round(i * (steps - 1) / max(count - 1, 1)) for i in range(count)]
+    panel = _fit(run.pictures[picture])
+    whole = run.n_visual * run.layers
+    drawn = []
+    for step in chosen:
+        share = [0.0] * run.n_visual
+        for order, visible in zip(run.order, run.visible[step], strict=True):
+            for token in order[:visible]:
+                share[token] += 1 / run.layers
+        lit = [
+            (place.box, share[i])
+            for i, place in enumerate(run.places)
+            if place.picture == picture and place.box is not None
+        ]
+        seen = sum(run.visible[step]) / whole
+        body = _captioned(_lit(panel, lit), f"after {step} tokens: {seen:.0%} visible")
+        drawn.append(_stacked([body, _tail("".join(run.tokens[: step + 1]), body.width)], ""))
+    high = max(frame.height for frame in drawn)
+    return [_padded(frame, high) for frame in drawn]
 
 
-def _fit(image: Image.Image, box: Box) -> tuple[Image.Image, Box]:
+def save_gif(path: Path, frames: Sequence[Image.Image], seconds: float = 8.0) -> None:
+    """Write frames as an endless GIF of about `seconds`; the last frame stays for two more."""
+    each = max(40, round(1000 * seconds / len(frames)))
+    small = [frame.quantize(96, dither=Image.Dither.NONE) for frame in frames]
+    durations = [each] * (len(frames) - 1) + [each + 2000]
+    small[0].save(path, save_all=True, append_images=small[1:], duration=durations, loop=0)
+
+
+def _fit(image: Image.Image) -> Image.Image:
     scale = PANEL / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     resample = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
-    left, top, right, bottom = (value * scale for value in box)
-    return image.resize(size, resample), (left, top, right, bottom)
+    return image.resize(size, resample)
 
 
-def _dimmed(panel: Image.Image, box: Box, side: int, kept: set[int]) -> Image.Image:
+def _pixels(size: tuple[int, int], box: Box) -> tuple[int, int, int, int]:
+    """Corners of a box within a panel, the last row and column included."""
     left, top, right, bottom = box
+    x0, y0 = round(left * size[0]), round(top * size[1])
+    return (
+        x0, y0, max(x0, round(right * size[0]) - 1), max(y0, round(bottom * size[1]) - 1)
+    )  # fmt: skip
 
-    def corner(row: int, column: int) -> tuple[int, int]:
-        x, y = left + (right - left) * column / side, top + (bottom - top) * row / side
-        return round(x), round(y)
 
+def _shade(panel: Image.Image) -> Image.Image:
+    grey = ImageEnhance.Color(panel).enhance(0.15)
+    return Image.blend(grey, Image.new("RGB", panel.size, (60, 60, 60)), 0.75)
+
+
+def _dimmed(panel: Image.Image, kept: Iterable[Box]) -> Image.Image:
     mask = Image.new("L", panel.size, 0)
     fill = ImageDraw.Draw(mask)
-    for index in kept:
-        (x0, y0), (x1, y1) = (
-            corner(*divmod(index, side)),
-            corner(index // side + 1, index % side + 1),
-        )
-        fill.rectangle((x0, y0, x1 - 1, y1 - 1), fill=255)
-    grey = ImageEnhance.Color(panel).enhance(0.15)
-    out = Image.composite(
-        panel, Image.blend(grey, Image.new("RGB", panel.size, (60, 60, 60)), 0.75), mask
-    )
+    for box in kept:
+        fill.rectangle(_pixels(panel.size, box), fill=255)
+    out = Image.composite(panel, _shade(panel), mask)
+    # The outline shows kept patches even where the image itself is dark.
+    framed = Image.new("L", (panel.width + 4, panel.height + 4), 0)
+    framed.paste(mask, (2, 2))
+    inner = framed.filter(ImageFilter.MinFilter(5)).crop((2, 2, panel.width + 2, panel.height + 2))
+    out.paste(EDGE, (0, 0), ImageChops.subtract(mask, inner))
+    return out
 
-    line = ImageDraw.Draw(out)
-    for index in kept:  # the outline shows kept patches even where the image itself is dark
-        row, column = divmod(index, side)
-        sides = [
-            (row > 0 and index - side in kept, (row, column), (row, column + 1)),
-            (row + 1 < side and index + side in kept, (row + 1, column), (row + 1, column + 1)),
-            (column > 0 and index - 1 in kept, (row, column), (row + 1, column)),
-            (column + 1 < side and index + 1 in kept, (row, column + 1), (row + 1, column + 1)),
-        ]
-        for neighbour_kept, a, b in sides:
-            if not neighbour_kept:
-                line.line([corner(*a), corner(*b)], fill=EDGE, width=2)
+
+def _lit(panel: Image.Image, patches: Iterable[tuple[Box, float]]) -> Image.Image:
+    """The panel, each patch as bright as its share; where patches overlap, as the brightest."""
+    mask = Image.new("L", panel.size, 0)
+    fill = ImageDraw.Draw(mask)
+    for box, share in sorted(patches, key=lambda patch: patch[1]):
+        fill.rectangle(_pixels(panel.size, box), fill=round(255 * min(share, 1.0)))
+    return Image.composite(panel, _shade(panel), mask)
+
+
+def _tail(text: str, width: int, lines: int = 3) -> Image.Image:
+    """The end of a text in a few lines."""
+    font = ImageFont.load_default(size=14)
+    rows = [""]
+    for word in text.split():
+        longer = f"{rows[-1]} {word}".strip()
+        if font.getlength(longer) > width and rows[-1]:
+            rows.append(word)
+        else:
+            rows[-1] = longer
+    rows = rows[-lines:]
+    out = Image.new("RGB", (width, 20 * lines), "white")
+    pen = ImageDraw.Draw(out)
+    for place, row in enumerate(rows):
+        pen.text((0, 20 * place), row, fill=INK, font=font)
     return out
 
 
@@ -214,4 +212,10 @@ def _stacked(rows: Sequence[Image.Image], title: str) -> Image.Image:
     for row in rows:
         out.paste(row, (GAP, y))
         y += row.height + GAP
+    return out
+
+
+def _padded(frame: Image.Image, height: int) -> Image.Image:
+    out = Image.new("RGB", (frame.width, height), "white")
+    out.paste(frame, (0, 0))
     return out

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from st3.cli._loading import Loaded
+    from st3.grid import Place
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -55,6 +56,10 @@ def generate(
         str | None,
         typer.Option(metavar="I,J,...", help="Layers to draw, from 0. Default: four that differ."),
     ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Record the run in this folder, for `st3 report RUN`."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 200,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
@@ -75,6 +80,8 @@ def generate(
 
     st3 generate a.jpg b.jpg -p "compare the two." -m ./llava-1.5-7b-hf --policy fastv:drop=0.75
 
+    st3 generate photo.png -p "describe the image." --save run && st3 report run
+
     st3 generate photo.png -p "describe the image." --json --compare | jq .report.mean_share
     """
     if not prompt.strip():
@@ -84,12 +91,14 @@ def generate(
     elif layers is not None:
         raise CliError("--layers chooses what --heatmap draws: give --heatmap FILE.png as well", 2)
     wanted = None if layers is None else _layer_list(layers)
+    if save is not None and save.exists() and not save.is_dir():
+        raise CliError(f"--save {save}: that is a file, name a folder", 2)
 
     console = stderr()
     with console.status("importing torch and transformers"):
         import st3
-        from st3.cli import _loading
-        from st3.heatmap import check_supported
+        from st3.cli import _loading, _seeing
+        from st3.tiles import check_known
     chosen = _policy(policy)
     pictures = _loading.load_images(images)
     with console.status(f"loading {model or 'the bundled model'}"):
@@ -103,7 +112,7 @@ def generate(
     }
     with _failures_in_one_line():
         if heatmap is not None:
-            check_supported(loaded.model.config.model_type)
+            check_known(loaded.model.config.model_type)
         trimmer = st3.trim(loaded.model, chosen)
         inputs = _loading.prepare(loaded, pictures, prompt)
     if compare:
@@ -112,10 +121,18 @@ def generate(
         result |= _answered(loaded, inputs, trimmer, max_new_tokens, as_json)
     result["report"] = trimmer.report.to_dict()
     if heatmap is not None:
-        _draw(heatmap, loaded, pictures, trimmer.report, wanted, policy)
+        with _failures_in_one_line():
+            places = _seeing.places(loaded, inputs, pictures, prompt)
+        _draw(heatmap, places, pictures, trimmer.report, wanted, policy)
         result["heatmap"] = str(heatmap)
         if not as_json:
             console.print(f"kept patches drawn in {heatmap}", soft_wrap=True)
+    if save is not None:
+        with _failures_in_one_line(), console.status("recording the run"):
+            _seeing.save_run(save, loaded, trimmer, inputs, pictures, max_new_tokens, result)
+        result["run"] = str(save)
+        if not as_json:
+            console.print(f"run recorded in {save}: st3 report {save}", soft_wrap=True)
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
 
@@ -201,7 +218,7 @@ def _layer_list(text: str) -> list[int]:
 
 def _draw(
     path: Path,
-    loaded: Loaded,
+    places: list[Place],
     pictures: list[Image],
     report: Any,
     wanted: list[int] | None,
@@ -216,11 +233,9 @@ def _draw(
             f"--layers: there is no layer {bad[0]}, the model has 0 to {len(kept) - 1}", 2
         )
     try:
-        # Not visual_per_image: images that follow each other directly are one run of tokens there.
         picture = heatmap.draw(
             pictures,
-            [heatmap.seen_box(p.size, loaded.processor.image_processor) for p in pictures],
-            heatmap.split_evenly(report.n_visual[0], len(pictures)),
+            places,
             {layer: report.kept_positions(layer).tolist() for layer in layers},
             title=f"{policy}: patches kept at prefill; {len(kept)} layers, counted from 0",
         )
