@@ -9,6 +9,7 @@ from st3.scores.greedy import ConditionalDPP, MaxMin
 from st3.scores.grid import Grid
 from st3.scores.hidden_change import HiddenChange
 from st3.scores.key_norm import KeyNorm
+from st3.scores.mixed import Mixed
 from st3.scores.random import RandomScore
 from st3.scores.text_raters import TextRaters
 from st3.scores.uniform import Uniform
@@ -25,6 +26,7 @@ SCORES: dict[str, Score] = {
     "cdpruner": ConditionalDPP(),
     "visionzip": ClassAttention(),
     "grid": Grid(),
+    "mixed": Mixed(),
     "uniform": Uniform(),
     "random": RandomScore(),
 }
@@ -59,6 +61,7 @@ __all__ = [
     "KeyNorm",
     "LayerView",
     "MaxMin",
+    "Mixed",
     "RandomScore",
     "Score",
     "Stage",
