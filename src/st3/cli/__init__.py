@@ -14,11 +14,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from st3.cli.analyze import analyze
 from st3.cli.bench import bench
 from st3.cli.cost import cost
+from st3.cli.eval import evaluate
 from st3.cli.generate import generate
 from st3.cli.models import models
 from st3.cli.policies import policies
+from st3.cli.report import report
+from st3.cli.serve import serve
 
 
 class OneLineErrors(TyperGroup):
@@ -77,10 +81,14 @@ def main(
         print(context.get_help())
 
 
+app.command()(analyze)
 app.command()(bench)
 app.command()(cost)
+app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(models)
 app.command()(policies)
+app.command()(report)
+app.command()(serve)
 
 __all__ = ["app"]
