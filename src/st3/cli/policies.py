@@ -57,5 +57,7 @@ def arguments(policy: type[Policy]) -> Iterator[tuple[str, str]]:
                 yield part.name, str(getattr(default, part.name))
         elif default is dataclasses.MISSING:
             yield field.name, "(required)"
+        elif isinstance(default, tuple):
+            yield field.name, "/".join(map(str, default))
         else:
             yield field.name, "none" if default is None else str(default)

@@ -9,12 +9,12 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Self, TypeVar
 
 from st3.schedule import Anneal, Schedule, check_share, exact
-from st3.scores import Attention, Score, score_named
+from st3.scores import Attention, Score
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Policy(ABC):
         of those that are still visible. Nothing that annealing hides is freed then."""
         return False
 
-    def with_budget(self, num_layers: int, mean_keep: float) -> Policy:
+    def at_budget(self, num_layers: int, mean_keep: float) -> Policy:
         """This policy with its counts scaled so that the visual share, averaged over the layers,
         is ``mean_keep``; its other arguments stay.
 
@@ -61,7 +61,7 @@ class Policy(ABC):
             ValueError: a budget that the policy cannot have on so many layers.
         """
         raise ValueError(
-            f"policy {self.name!r} has no way to a mean budget: give it a with_budget() method"
+            f"policy {self.name!r} has no way to a mean budget: give it a at_budget() method"
         )
 
     def __str__(self) -> str:
@@ -72,23 +72,6 @@ class Policy(ABC):
             if getattr(self, field.name) != _default(field)
         )
         return f"{self.name}:{options}" if options else self.name
-
-
-@dataclass(frozen=True)
-class Scored(Policy):
-    """A method whose score is an argument of its own.
-
-    Args:
-        score: by what tokens are ranked, see :func:`st3.scores.score_named`.
-    """
-
-    score: str = field(default="attention", kw_only=True)
-
-    def __post_init__(self) -> None:
-        score_named(self.score)
-
-    def scorer(self) -> Score:
-        return score_named(self.score)
 
 
 @dataclass(frozen=True)
@@ -149,7 +132,7 @@ class Staged(Policy):
     def schedule(self, num_layers: int) -> Schedule:
         return stage_schedule(num_layers, self.layers_for(num_layers), self.keep)
 
-    def with_budget(self, num_layers: int, mean_keep: float) -> Self:
+    def at_budget(self, num_layers: int, mean_keep: float) -> Self:
         def scaled(factor: float) -> tuple[float, ...]:
             return tuple(min(1.0, round(factor * share, 12)) for share in self.keep)
 
@@ -172,7 +155,7 @@ class BeforeDecoder(Policy):
         keep: share of the visual tokens kept.
     """
 
-    keep: float = 1 / 3
+    keep: float = 0.333
 
     def __post_init__(self) -> None:
         check_share("keep", self.keep)
@@ -180,7 +163,7 @@ class BeforeDecoder(Policy):
     def schedule(self, num_layers: int) -> Schedule:
         return Schedule((exact(self.keep),) * num_layers)
 
-    def with_budget(self, num_layers: int, mean_keep: float) -> Self:
+    def at_budget(self, num_layers: int, mean_keep: float) -> Self:
         check_share("mean_keep", mean_keep)
         return dataclasses.replace(self, keep=mean_keep)
 

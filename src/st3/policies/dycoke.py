@@ -54,7 +54,7 @@ class DyCoke(Policy):
         shown = Anneal("linear", tau=1, floor=self.keep)
         return Schedule((Fraction(1),) * num_layers, shown, anneal_from=self.layer)
 
-    def with_budget(self, num_layers: int, mean_keep: float) -> DyCoke:
+    def at_budget(self, num_layers: int, mean_keep: float) -> DyCoke:
         """The budget of a decode step: in prefill every layer sees every token."""
         check_layer("layer", self.layer, num_layers)
         check_within(mean_keep, num_layers, self.layer, "layer")

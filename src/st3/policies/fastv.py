@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from st3.policies.base import Scored, check_layer, check_within, register, stage_schedule
+from st3.policies.base import Policy, check_layer, check_within, register, stage_schedule
 from st3.schedule import Schedule, check_share, exact
+from st3.scores import Score, score_named
 
 
 @register
 @dataclass(frozen=True)
-class FastV(Scored):
+class FastV(Policy):
     """FastV: drop a share of the visual tokens once, by the attention of the layer before.
 
     Args:
@@ -25,12 +26,13 @@ class FastV(Scored):
 
     layer: int = 2
     drop: float = 0.5
+    score: str = "attention"
 
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "arXiv 2403.06764 (ECCV 2024)"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        score_named(self.score)
         check_layer("layer", self.layer)
         if self.layer < 1:
             raise ValueError(
@@ -38,11 +40,14 @@ class FastV(Scored):
             )
         check_share("drop", self.drop)
 
+    def scorer(self) -> Score:
+        return score_named(self.score)
+
     def schedule(self, num_layers: int) -> Schedule:
         check_layer("layer", self.layer, num_layers)
         return stage_schedule(num_layers, [self.layer], [1 - exact(self.drop)])
 
-    def with_budget(self, num_layers: int, mean_keep: float) -> FastV:
+    def at_budget(self, num_layers: int, mean_keep: float) -> FastV:
         check_layer("layer", self.layer, num_layers)
         check_within(mean_keep, num_layers, self.layer, "layer")
         left = (exact(mean_keep) * num_layers - self.layer) / (num_layers - self.layer)

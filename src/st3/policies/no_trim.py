@@ -21,7 +21,7 @@ class NoTrim(Policy):
     def schedule(self, num_layers: int) -> Schedule:
         return Schedule((Fraction(1),) * num_layers)
 
-    def with_budget(self, num_layers: int, mean_keep: float) -> NoTrim:
+    def at_budget(self, num_layers: int, mean_keep: float) -> NoTrim:
         if mean_keep != 1:
             raise ValueError("policy 'none' keeps everything: its mean budget is always 100 %")
         return self

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
-from st3.policies.base import Scored, check_within, register, solve
+from st3.policies.base import Policy, check_within, register, solve
 from st3.schedule import Schedule, check_share, exact
+from st3.scores import Score, score_named
 
 
 @register
 @dataclass(frozen=True)
-class PyramidDrop(Scored):
+class PyramidDrop(Policy):
     """PyramidDrop: cut the depth into equal stages and keep a share of what is left after each.
 
     Args:
@@ -26,15 +27,19 @@ class PyramidDrop(Scored):
 
     stages: int = 4
     keep: float = 0.5
+    score: str = "attention"
 
     name: ClassVar[str] = "pyramiddrop"
     paper: ClassVar[str] = "arXiv 2410.17247 (CVPR 2025)"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        score_named(self.score)
         if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 2:
             raise ValueError(f"stages must be a whole number of at least 2, got {self.stages!r}")
         check_share("keep", self.keep)
+
+    def scorer(self) -> Score:
+        return score_named(self.score)
 
     def schedule(self, num_layers: int) -> Schedule:
         if self.stages > num_layers:
@@ -46,7 +51,7 @@ class PyramidDrop(Scored):
             shares.append(exact(self.keep) ** (layer * self.stages // num_layers))
         return Schedule(tuple(shares))
 
-    def with_budget(self, num_layers: int, mean_keep: float) -> PyramidDrop:
+    def at_budget(self, num_layers: int, mean_keep: float) -> PyramidDrop:
         check_within(
             mean_keep, num_layers, -(-num_layers // self.stages), "first stage: more stages"
         )

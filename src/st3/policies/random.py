@@ -41,5 +41,5 @@ class Random(Policy):
     def schedule(self, num_layers: int) -> Schedule:
         return self.like.schedule(num_layers)
 
-    def with_budget(self, num_layers: int, mean_keep: float) -> Random:
-        return replace(self, like=self.like.with_budget(num_layers, mean_keep))
+    def at_budget(self, num_layers: int, mean_keep: float) -> Random:
+        return replace(self, like=self.like.at_budget(num_layers, mean_keep))

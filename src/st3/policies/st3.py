@@ -135,7 +135,7 @@ class ST3(Policy):
             )
         return Schedule(tuple(shares), self.anneal)
 
-    def with_budget(self, num_layers: int, mean_keep: float) -> ST3:
+    def at_budget(self, num_layers: int, mean_keep: float) -> ST3:
         """This policy with the drops of :meth:`for_budget`, at its own layers."""
         shaped = ST3.for_budget(
             num_layers, mean_keep, first_layer=self.first_layer, stride=self.stride

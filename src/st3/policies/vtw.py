@@ -40,7 +40,7 @@ class VTW(Policy):
         check_layer("layer", layer, num_layers)
         return Schedule((Fraction(1),) * layer + (Fraction(0),) * (num_layers - layer))
 
-    def with_budget(self, num_layers: int, mean_keep: float) -> VTW:
-        """The deepest layer whose mean share does not exceed ``mean_keep``."""
+    def at_budget(self, num_layers: int, mean_keep: float) -> VTW:
+        """VTW at the layer whose mean share is nearest to ``mean_keep``."""
         check_within(mean_keep, num_layers, 1, "number of layers without visual tokens")
-        return replace(self, layer=min(int(exact(mean_keep) * num_layers), num_layers - 1))
+        return replace(self, layer=min(round(exact(mean_keep) * num_layers), num_layers - 1))
