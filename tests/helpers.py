@@ -17,7 +17,7 @@ from tests.zoo import Family, I, T, V, build
 ANNEAL = st3.Anneal(tau=12, floor=0.1)
 TEXT_ONLY = [[T(6)], [T(3)]]
 
-# A new method is one row here. The models have 8 decoder layers.
+# A new method is one row here or in METHODS. The models have 8 decoder layers.
 POLICIES: dict[str, st3.Policy] = {
     "st3": st3.ST3(first_drop=0.4, final_keep=0.1, stride=2, anneal=ANNEAL),
     # From layer 1 on: before the last of DeepStack's injections.
@@ -34,6 +34,9 @@ POLICIES: dict[str, st3.Policy] = {
     "uniform": st3.ST3(score="uniform", stride=2, anneal=ANNEAL),
     "random": st3.Random(like=st3.ST3(first_layer=2, stride=2, anneal=ANNEAL), seed=3),
     "none": st3.NoTrim(),
+}
+# Those of other papers, which meet a few families.
+METHODS: dict[str, st3.Policy] = {
     "sparsevlm": st3.SparseVLM(layers=(1, 3, 5), keep=(0.6, 0.4, 0.2)),
     "dart": st3.DART(layers=(2,), keep=(0.4,)),
     "v2drop": st3.V2Drop(layers=(2, 4, 6), keep=(0.6, 0.3, 0.0)),
@@ -45,11 +48,9 @@ POLICIES: dict[str, st3.Policy] = {
     "grid": st3.UniformGrid(keep=0.4),
     "dycoke": st3.DyCoke(layer=2, keep=0.3, every=3),
 }
-# Those that meet every family; the others meet a few.
-BASE = list(POLICIES)[: list(POLICIES).index("none") + 1]
-# Scores that no policy has by itself, on ST3's schedule, annealed where the whole order counts.
-SCORED = {
-    f"st3-{score}": st3.ST3(stride=2, score=score, anneal=ANNEAL)
+# Scores on ST3's schedule, annealed, so that the whole order counts.
+SCORED: dict[str, st3.Policy] = {
+    score: st3.ST3(stride=2, score=score, anneal=ANNEAL)
     for score in (
         "text-rows",
         "text-rows-max",
@@ -65,6 +66,7 @@ SCORED = {
         "divprune",
         "visionzip",
         "grid",
+        "mixed",
     )
 }
 ST3 = POLICIES["st3"]

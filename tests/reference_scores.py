@@ -261,6 +261,20 @@ def grid(seen: Seen, row: int, scorer: Any) -> Tensor:
     return score.float()
 
 
+def mixed(seen: Seen, row: int, scorer: Any) -> Tensor:
+    there = visuals(seen, row)
+    attended = attention(seen, row, scorer.attention)
+    cover = grid(seen, row, scorer.cover)
+    queues = [sorted(there, key=lambda i: -float(by[i])) for by in (attended, cover)]
+    taken: list[int] = []
+    for pair in zip(*queues, strict=True):
+        taken += [token for token in dict.fromkeys(pair) if token not in taken]
+    score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
+    for place, token in enumerate(taken):
+        score[token] = -place
+    return score
+
+
 def visionzip(seen: Seen, row: int, scorer: Any, weights: Tensor) -> Tensor:
     there = visuals(seen, row)
     by_class = sorted(there, key=lambda i: -float(weights[row, i]))
@@ -325,4 +339,5 @@ TABLE: dict[type, tuple[Callable[..., Tensor], str]] = {
     scores.MaxMin: (divprune, "embeds"),
     scores.ConditionalDPP: (cdpruner, "embeds"),
     scores.Grid: (grid, "embeds"),
+    scores.Mixed: (mixed, "attention"),
 }

@@ -15,20 +15,19 @@ from st3.policies import available, parse, presets, register
 from st3.policies.base import _POLICIES
 from st3.schedule import Schedule
 from st3.scores import SCORES, score_named
-from tests.helpers import POLICIES, Case
+from tests.helpers import METHODS, POLICIES, SCORED, Case
 
 
 def test_every_method_and_score_is_in_the_matrix() -> None:
     own = {cls for cls in available().values() if cls.__module__.startswith("st3.")}
-    assert {type(policy) for policy in POLICIES.values()} == own
-    assert {type(policy.scorer()) for policy in POLICIES.values()} == set(
-        map(type, SCORES.values())
-    )
+    rows = {**POLICIES, **METHODS, **SCORED}.values()
+    assert {type(policy) for policy in rows} == own
+    assert {type(policy.scorer()) for policy in rows} == set(map(type, SCORES.values()))
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [*POLICIES, *METHODS])
 def test_strings_read_back(name: str) -> None:
-    policy = POLICIES[name]
+    policy = {**POLICIES, **METHODS}[name]
     assert parse(str(policy)) == policy
     assert parse(policy) is policy
 
@@ -150,8 +149,8 @@ def test_random_choices_of_neighbouring_seeds_share_no_more_than_chance(seed: in
     [
         ("st4", "unknown policy 'st4': use one of"),
         ("", "unknown policy '': use one of"),
-        ("fastv:layers=2", "has no argument 'layers': it takes layer, drop"),
-        ("fastv:tau=2", "has no argument 'tau': it takes layer, drop"),
+        ("fastv:layers=2", "has no argument 'layers': it takes layer, drop, score"),
+        ("fastv:tau=2", "has no argument 'tau': it takes layer, drop, score"),
         ("none:keep=1", "it takes none"),
         ("fastv:layer", "write name=value"),
         ("fastv:layer=", "write name=value"),

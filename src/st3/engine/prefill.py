@@ -7,8 +7,8 @@ place of the layer's attention function, scores the visual tokens and files keys
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import InitVar, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +28,8 @@ from st3.engine.columns import (
 )
 from st3.engine.errors import TrimStateError
 from st3.engine.masks import as_bool, causal, finish, gather_mask, is_plain, prefill_mask
-from st3.engine.parallel import mean_over_ranks
 from st3.engine.plan import Attend, Plan
-from st3.scores import LayerView, TokenView
+from st3.engine.scoring import Scoring
 
 # Keyword arguments of decoder layers that Prefill.enter gathers in their own way.
 _HANDLED = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}
@@ -48,6 +47,7 @@ class Prefill:
         extends: whether an earlier turn is in the cache (its visual tokens keep their annealing;
             those of this chunk are pruned, but not annealed).
         tower: [B, T], what the vision tower's class token attends to; None unless the score asks.
+        scoring: the scores taken so far.
     """
 
     plan: Plan
@@ -57,19 +57,22 @@ class Prefill:
     cache: list[TrimmedLayer] | None
     clock: Clock
     extends: bool = False
-    tower: Tensor | None = None
+    tower: InitVar[Tensor | None] = None
     blocks: dict[int, Block] = field(default_factory=dict)
     columns: dict[int, Tensor] = field(default_factory=dict)
-    scores: dict[int, Tensor] = field(default_factory=dict)
     stored: set[int] = field(default_factory=set)
     hidden: Tensor | None = None
-    # Of the block's columns, where the score asks for it: see scores.base.
-    _carried: Tensor | None = None
-    _prepared: Tensor | None = None
-    _keys: Tensor | None = None
-    _tables: Any = None
+    scoring: Scoring = field(init=False)
     _gathered: dict[int, Memo] = field(default_factory=dict)
     _plain: Memo = field(default_factory=dict)
+
+    def __post_init__(self, tower: Tensor | None) -> None:
+        self.scoring = Scoring(self, tower)
+
+    @property
+    def scores(self) -> dict[int, Tensor]:
+        """The score that each layer ranks its cache by, [B, N] of its columns."""
+        return self.scoring.by_layer
 
     def enter(
         self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -77,8 +80,7 @@ class Prefill:
         """Drop what ``layer`` no longer sees from its inputs: the hidden states [B, N, D], further
         positional arguments and, in place, the keyword arguments."""
         if layer not in self.blocks:
-            if self.plan.stage != "attention" or self.plan.prepare is not None:
-                self._score_input(layer, hidden)
+            self.scoring.at_input(layer, hidden)
             if self.plan.schedule.prunes(layer):
                 self._prune(layer)
             self.blocks[layer] = self.block
@@ -87,8 +89,8 @@ class Prefill:
         if layer in self.columns:
             hidden = gather_columns(hidden, self.columns[layer])
         self.hidden = hidden
+        self.scoring.tables = kwargs.get("position_embeddings")
         if self.block.index is None and not self.extends:
-            self._tables = kwargs.get("position_embeddings")
             return (hidden, *args)
         index = self.block.source_columns()
         mask = kwargs.get("attention_mask")
@@ -103,7 +105,7 @@ class Prefill:
             kwargs["position_embeddings"] = memoised(
                 self._memo(), tables, lambda: _gather_tables(tables, index)
             )
-        self._tables = kwargs.get("position_embeddings")
+            self.scoring.tables = kwargs["position_embeddings"]
         for name, value in kwargs.items():
             if name not in _HANDLED:
                 kwargs[name] = self._per_token(value)
@@ -120,63 +122,12 @@ class Prefill:
         flat = gather_columns(value.reshape(*value.shape[:2], -1), index)
         return flat.view(*index.shape, *value.shape[2:])
 
-    def _score_input(self, layer: int, hidden: Tensor) -> None:
-        """Take the scores that are taken at the input of a layer."""
-        plan, score = self.plan, cast(Any, self.plan.score)
-        self.block = self.block.to(hidden.device)
-        with torch.no_grad():
-            if plan.prepare is not None and layer == 0:
-                self._prepared = plan.prepare(self._token_view(layer, hidden))
-            if (plan.stage == "embeds" and layer == 0) or (
-                plan.stage == "input" and (plan.schedule.prunes(layer) or self._annealed(layer))
-            ):
-                self._carried = mean_over_ranks(
-                    score(self._token_view(layer, hidden)), self.plan.ranks
-                )
-
-    def _annealed(self, layer: int) -> bool:
+    def ranks(self, layer: int) -> bool:
         """Whether the cache will want an order of the layer's visual tokens."""
         return self.cache is not None and not self.extends and self.plan.anneals(layer, self.rows)
 
-    def _token_view(self, layer: int, hidden: Tensor) -> TokenView:
-        return TokenView(
-            layer=layer,
-            hidden=hidden,
-            before=None if self.hidden is None else self.hidden.to(hidden.device),
-            keys=None if self._keys is None else self._keys.to(hidden.device),
-            tower=self.tower,
-            wanted=self._wanted(layer),
-            **self._columns(),
-        )
-
-    def _columns(self) -> dict[str, Any]:
-        """What every view says of the block's columns."""
-        block = self.block
-        return {
-            "visual": block.visual,
-            "ordinal": block.ordinal,
-            "last": block.last,
-            "valid": block.valid,
-            "group": block.group,
-            "images": self.rows.images,
-            "complete": block.index is None,
-            "prepared": None if self._prepared is None else self._prepared.to(block.visual.device),
-        }
-
-    def _wanted(self, layer: int) -> int | None:
-        """The most visual tokens of a row that the next drop keeps; None if the whole order counts:
-        for annealing, or for budgets per image."""
-        schedule = self.plan.schedule
-        if self.block.group is not None or schedule.anneals:
-            return None
-        drop = next((i for i in range(layer, schedule.num_layers) if schedule.prunes(i)), None)
-        if drop is None:
-            return None
-        return max(schedule.kept(drop, n) for n in self.rows.n_visual)
-
     def _prune(self, layer: int) -> None:
-        early = self.plan.stage != "attention"
-        score = self._carried if early else self.scores.get(layer - 1)
+        score = self.scoring.before_drop(layer)
         if score is None:
             raise TrimStateError(
                 f"decoder layer {layer - 1} ran without a score: its attention was not called "
@@ -186,11 +137,8 @@ class Prefill:
         kept = [[schedule.kept(layer, n) for n in row] for row in self.plan.budgets(self.rows)]
         with torch.no_grad():
             self.block, columns = select(self.block.to(score.device), score, kept)
-        self.columns[layer] = columns
-        if self._carried is not None:
-            self._carried = self._carried.gather(1, columns.to(self._carried.device))
-        if self._prepared is not None:
-            self._prepared = self._prepared.gather(1, columns.to(self._prepared.device))
+            self.columns[layer] = columns
+            self.scoring.dropped(columns)
         if self.extends and len(set(self.block.counts)) > 1:
             raise TrimStateError(
                 "a new image in a continued batch needs rows of equal length: continue the "
@@ -252,10 +200,8 @@ class Prefill:
         """Run the attention ``base``, score the visual tokens, file keys and values."""
         self.block = self.block.to(query.device)  # layers may be spread over devices
         store = self.cache is not None and not self.extends and layer not in self.stored
-        ranks = store and self._annealed(layer)
-        if layer not in self.scores:
-            with torch.no_grad():
-                self._score(layer, query, key, kwargs)
+        ranks = store and self.ranks(layer)
+        self.scoring.in_attention(layer, query, key, kwargs)
         # Flash attention takes no mask per query: there candidates see what the prompt sees.
         if self.rows.tail and ranks and self.plan.kind != "flash":
             mask = self._tail_mask(layer, query, mask)
@@ -279,60 +225,20 @@ class Prefill:
             self.cache[layer].note_positions(self.clock.start + self.block.source_columns())
         return output
 
-    def _score(self, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
-        """File the score that ``layer`` ranks by, and by which the layer behind it drops."""
-        if "keys" in self.plan.needs:
-            self._keys = key[:, :, key.shape[2] - query.shape[2] :]
-        source = self.plan.sources[layer]
-        if self.plan.stage == "attention" and source == layer:
-            lazy = range(layer, self.plan.schedule.num_layers)
-            if not any(self.plan.sources[i] == layer and self._read(i) for i in lazy):
-                return
-            score = mean_over_ranks(
-                self.plan.score(self._view(layer, query, key, kwargs)), self.plan.ranks
-            )
-            if any(self.plan.sources[i] == layer for i in lazy[1:]):
-                self._carried = score
-        elif self._read(layer) and self._carried is not None:
-            score = self._carried.to(query.device)
-        else:
-            return
-        self.scores[layer] = score
-
-    def _read(self, layer: int) -> bool:
-        """Whether a score is wanted in ``layer``: for its cache, or for the drop behind it."""
-        last = layer + 1 == self.plan.schedule.num_layers
-        return (not last and self.plan.schedule.prunes(layer + 1)) or self._annealed(layer)
-
-    def _view(self, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> LayerView:
-        block = self.block
-        valid = block.valid
-        if self.extends:
-            past = self._cache_layer(layer)
-            starts = past.row_starts(self.clock.step(self.clock.start))
-            place = torch.arange(min(starts), past.end, device=key.device)
-            old = (
-                place[: key.shape[2] - query.shape[2]]
-                >= torch.tensor(starts, device=key.device)[:, None]
-            )
-            new = valid if valid is not None else old.new_ones(query.shape[0], query.shape[2])
-            valid = torch.cat([old, new], dim=1)
-        scaling = kwargs.get("scaling")
-        unrotate, tables = self.plan.unrotate, self._tables
-        new_keys = key.shape[2] - query.shape[2]
-        return LayerView(
-            layer=layer,
-            **self._columns(),
-            unrotate=None
-            if unrotate is None
-            else lambda: unrotate(query, key[:, :, new_keys:], tables),
-            query=query,
-            key=key,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=kwargs.get("softcap"),
-            hidden=self.hidden,
-            key_valid=valid,
+    def valid_keys(self, layer: int, query: Tensor, key: Tensor) -> Tensor | None:
+        """[B, K] bool, keys that are neither padding nor dropped; None when all are."""
+        valid = self.block.valid
+        if not self.extends:
+            return valid
+        past = self._cache_layer(layer)
+        starts = past.row_starts(self.clock.step(self.clock.start))
+        place = torch.arange(min(starts), past.end, device=key.device)
+        old = (
+            place[: key.shape[2] - query.shape[2]]
+            >= torch.tensor(starts, device=key.device)[:, None]
         )
+        new = valid if valid is not None else old.new_ones(query.shape[0], query.shape[2])
+        return torch.cat([old, new], dim=1)
 
     def _tail_mask(self, layer: int, query: Tensor, mask: Tensor | None) -> Tensor | None:
         """Candidates of assisted decoding see what their decode step would see."""
@@ -352,6 +258,7 @@ class Prefill:
         """Back to the prompt's own columns [B, T, D]: zeros where visual tokens were dropped, so
         that logits_to_keep and labels mean what they mean on the bare model."""
         self.hidden = None
+        self.scoring.release()
         self.block = self.block.to(hidden.device)
         index = self.block.index
         if index is None:

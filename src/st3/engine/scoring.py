@@ -1,0 +1,154 @@
+"""When a prefill takes its plan's score, of what, and what it keeps for that between layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from st3.engine.parallel import mean_over_ranks
+from st3.scores import LayerView, TokenView
+
+if TYPE_CHECKING:
+    from st3.engine.prefill import Prefill
+
+
+class Scoring:
+    """The scores of one prefill.
+
+    Attributes:
+        by_layer: the score that a layer ranks its cache by, of the columns of its block.
+        tables: the position tables given to the layer under way.
+        carried: of the present columns, the score that later layers use: one taken before the
+            decoder, at the input of the layer under way, or in an earlier layer.
+    """
+
+    def __init__(self, prefill: Prefill, tower: Tensor | None) -> None:
+        self.prefill = prefill
+        self.tower = tower
+        self.by_layer: dict[int, Tensor] = {}
+        self.tables: Any = None
+        self.carried: Tensor | None = None
+        self._prepared: Tensor | None = None
+        self._keys: Tensor | None = None
+
+    def at_input(self, layer: int, hidden: Tensor) -> None:
+        """Take the score that is taken at the input of ``layer``, from its columns before any is
+        dropped there, if the plan's score is of that kind."""
+        plan = self.prefill.plan
+        if plan.stage == "attention" and plan.prepare is None:
+            return
+        with torch.no_grad():
+            if layer == 0 and plan.prepare is not None:
+                self._prepared = plan.prepare(self._token_view(layer, hidden))
+            if (plan.stage == "embeds" and layer == 0) or (
+                plan.stage == "input" and (plan.schedule.prunes(layer) or self.prefill.ranks(layer))
+            ):
+                score = cast(Any, plan.score)(self._token_view(layer, hidden))
+                self.carried = mean_over_ranks(score, plan.ranks)
+
+    def in_attention(self, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+        """File the score that ``layer`` ranks by, and by which the layer behind it drops."""
+        plan = self.prefill.plan
+        if layer in self.by_layer:
+            return  # gradient checkpointing runs it again
+        if "keys" in plan.needs:
+            self._keys = key[:, :, key.shape[2] - query.shape[2] :].detach()
+        if plan.stage != "attention" or plan.sources[layer] != layer:
+            if self._wanted(layer) and self.carried is not None:
+                self.by_layer[layer] = self.carried.to(query.device)
+            return
+        users = [i for i, source in enumerate(plan.sources) if source == layer]
+        if not any(map(self._wanted, users)):
+            return
+        with torch.no_grad():
+            score = plan.score(self._layer_view(layer, query, key, kwargs))
+            self.by_layer[layer] = mean_over_ranks(score, plan.ranks)
+        if len(users) > 1:
+            self.carried = self.by_layer[layer]
+
+    def before_drop(self, layer: int) -> Tensor | None:
+        """The score by which ``layer`` drops tokens; None if it was not taken."""
+        early = self.prefill.plan.stage != "attention"
+        return self.carried if early else self.by_layer.get(layer - 1)
+
+    def dropped(self, columns: Tensor) -> None:
+        """Only ``columns`` [B, N'] are left."""
+        if self.carried is not None:
+            self.carried = self.carried.gather(1, columns.to(self.carried.device))
+        if self._prepared is not None:
+            self._prepared = self._prepared.gather(1, columns.to(self._prepared.device))
+
+    def release(self) -> None:
+        """Let go of what only the layers needed."""
+        self.tables = self._keys = self.tower = None
+
+    def _wanted(self, layer: int) -> bool:
+        """Whether a score is wanted in ``layer``: for its cache, or for the drop behind it."""
+        schedule = self.prefill.plan.schedule
+        drops = layer + 1 < schedule.num_layers and schedule.prunes(layer + 1)
+        return drops or self.prefill.ranks(layer)
+
+    def _most_kept(self, layer: int) -> int | None:
+        """The most visual tokens of a row that the next drop keeps; None if the whole order counts:
+        for annealing, or for budgets per image."""
+        schedule = self.prefill.plan.schedule
+        if self.prefill.block.group is not None or schedule.anneals:
+            return None
+        drop = next((i for i in range(layer, schedule.num_layers) if schedule.prunes(i)), None)
+        if drop is None:
+            return None
+        return max(schedule.kept(drop, n) for n in self.prefill.rows.n_visual)
+
+    # Views ------------------------------------------------------------------------------------
+
+    def _columns(self, device: torch.device) -> dict[str, Any]:
+        """What every view says of the block's columns."""
+        block = self.prefill.block.to(device)
+        return {
+            "visual": block.visual,
+            "ordinal": block.ordinal,
+            "last": block.last,
+            "valid": block.valid,
+            "group": block.group,
+            "images": self.prefill.rows.images,
+            "complete": block.index is None,
+            "prepared": _to(self._prepared, device),
+        }
+
+    def _token_view(self, layer: int, hidden: Tensor) -> TokenView:
+        return TokenView(
+            layer=layer,
+            hidden=hidden,
+            before=_to(self.prefill.hidden, hidden.device),
+            keys=_to(self._keys, hidden.device),
+            tower=_to(self.tower, hidden.device),
+            wanted=self._most_kept(layer),
+            **self._columns(hidden.device),
+        )
+
+    def _layer_view(
+        self, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+    ) -> LayerView:
+        columns = self._columns(query.device)
+        scaling = kwargs.get("scaling")
+        unrotate, tables = self.prefill.plan.unrotate, self.tables
+        first_new = key.shape[2] - query.shape[2]
+        return LayerView(
+            layer=layer,
+            hidden=self.prefill.hidden,
+            query=query,
+            key=key,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=kwargs.get("softcap"),
+            key_valid=self.prefill.valid_keys(layer, query, key),
+            unrotate=None
+            if unrotate is None
+            else lambda: unrotate(query, key[:, :, first_new:], tables),
+            **columns,
+        )
+
+
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
