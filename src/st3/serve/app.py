@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -37,6 +38,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(engine.close, settings.shutdown_timeout)
+        server.workers.shutdown(wait=False)
 
     # No pages of its own: they would load scripts from elsewhere.
     app = FastAPI(title="st3", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
@@ -61,6 +63,8 @@ class Server:
         self.engine, self.settings = engine, settings
         self.metrics = Metrics(engine)
         self._preparing = 0
+        # Few, because each may hold a request's decoded images.
+        self.workers = ThreadPoolExecutor(2, thread_name_prefix="st3-prepare")
 
     # Routes -------------------------------------------------------------------------------------
 
@@ -75,7 +79,8 @@ class Server:
         self._preparing += 1
         try:
             body = await self._body(http)
-            asked, prompt = await asyncio.to_thread(self._prepare, body)
+            loop = asyncio.get_running_loop()
+            asked, prompt = await loop.run_in_executor(self.workers, self._prepare, body)
         finally:
             self._preparing -= 1
         answer = Answer(self.engine, prompt, self.settings.model_name, self._ended)
@@ -144,10 +149,12 @@ class Server:
         """Everything before the queue; in a thread, because images are decoded."""
         asked = schema.read(body)
         self._check_model(asked.model)
+        wanted = self._max_tokens(asked)
         prompt = self.engine.prepare(
             self._messages(asked),
             policy=asked.st3.policy if asked.st3 else None,
-            max_tokens=self._max_tokens(asked),
+            max_tokens=wanted or min(self.settings.default_max_tokens, self.settings.max_tokens),
+            shorten=wanted is None,
             sampling=Sampling(asked.temperature, asked.top_p, asked.seed),
             stop=asked.stops,
             timeout=self.settings.request_timeout,
@@ -161,6 +168,7 @@ class Server:
         count = sum(isinstance(part, schema.ImagePart) for m in asked.messages for part in m.parts)
         if count > settings.max_images:
             raise refused(f"this server takes {settings.max_images} images", "messages")
+        pixels = 0
         messages = []
         for message in asked.messages:
             content: list[dict[str, Any]] = []
@@ -168,20 +176,19 @@ class Server:
                 if isinstance(part, schema.TextPart):
                     content.append({"type": "text", "text": part.text})
                 else:
-                    image = images.load(part.image_url.url, settings)
+                    image = images.load(part.image_url.url, settings, pixels)
+                    pixels += image.width * image.height
                     content.append({"type": "image", "image": image})
             role = "system" if message.role == "developer" else message.role
             messages.append({"role": role, "content": content})
         return messages
 
-    def _max_tokens(self, asked: schema.ChatRequest) -> int:
+    def _max_tokens(self, asked: schema.ChatRequest) -> int | None:
         both = {asked.max_tokens, asked.max_completion_tokens} - {None}
         if len(both) > 1:
             raise refused("max_tokens and max_completion_tokens differ: send one", "max_tokens")
         wanted = both.pop() if both else None
-        if wanted is None:
-            return min(self.settings.default_max_tokens, self.settings.max_tokens)
-        if wanted > self.settings.max_tokens:
+        if wanted is not None and wanted > self.settings.max_tokens:
             raise refused(
                 f"max_tokens is {wanted}; this server gives {self.settings.max_tokens} at most",
                 "max_tokens",

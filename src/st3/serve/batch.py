@@ -96,7 +96,7 @@ class JoinedBatch:
 
     @property
     def layers(self) -> list[JoinedLayer]:
-        return self.cache.layers  # type: ignore[no-any-return]
+        return self.cache.layers
 
     @property
     def allocated_bytes(self) -> int:

@@ -22,7 +22,7 @@ from st3.serve.batch import JoinedBatch, Prefilled, prefill
 from st3.serve.budget import Budget, columns_at_peak, entry_bytes, widest
 from st3.serve.errors import ServeError, overloaded, refused, unavailable
 from st3.serve.prompt import Prompts
-from st3.serve.sampling import Sampler, Sampling, check_generation_config, choose
+from st3.serve.sampling import Sampler, Sampling, check_generation_config
 from st3.serve.text import TextStream
 from st3.serve.ticket import Event, Failed, Finished, Listener, Request, Ticket
 
@@ -161,6 +161,8 @@ class Engine:
             found = self._trimmers.pop(name, None)
             if found is None:
                 found = Trimmer(self.model, name)
+                if found.policy.recalls:
+                    raise ValueError("recall_every is not served: use rerank_every, or neither")
                 found = found if found.touches else self._decoder
             self._trimmers[name] = found
             while len(self._trimmers) > 32:
@@ -173,6 +175,7 @@ class Engine:
         *,
         policy: str | None = None,
         max_tokens: int = 256,
+        shorten: bool = False,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         timeout: float | None = None,
@@ -182,6 +185,7 @@ class Engine:
         Args:
             messages: turns with ``role`` and ``content``, a list of ``{"type": "text", "text"}``
                 and ``{"type": "image", "image": PIL image}``.
+            shorten: whether ``max_tokens`` may be less, so that it fits the model's positions.
 
         Raises:
             ServeError: for a conversation that this model or this budget can never answer.
@@ -193,6 +197,7 @@ class Engine:
         except (ValueError, TypeError) as error:
             raise refused(f"policy {name!r}: {error}", "st3.policy") from error
         inputs, tokens, visual = self.prompts.tokenise(messages)
+        max_tokens = self.prompts.room(tokens, max_tokens) if shorten else max_tokens
         self.prompts.check_length(tokens, max_tokens)
         counts = visible_counts(trimmer.schedule, (visual,) if visual else ())
         columns = columns_at_peak(counts, tokens - visual, max_tokens)
@@ -354,7 +359,7 @@ class Engine:
 
     def _admit(self) -> list[tuple[Ticket, Lane]]:
         """Take from the queue what the budget holds, first come, first served."""
-        admitted = []
+        admitted: list[tuple[Ticket, Lane]] = []
         with self._wake:
             lanes = [lane.columns() for lane in self._lanes]
             while self._waiting and len(admitted) < self.max_prefills:
@@ -377,6 +382,8 @@ class Engine:
         request = ticket.request
         try:
             prompt = self._prefill(request)
+            self._open(ticket, prompt)
+            token = self._choose(ticket, prompt.logits)
         except torch.OutOfMemoryError as error:
             log.warning("out of memory in a prefill: %s", error)
             ticket.fail(ServeError(503, "out_of_memory", "no memory for this prompt: try again"))
@@ -388,16 +395,24 @@ class Engine:
             log.exception("a prefill failed")
             ticket.fail(ServeError(500, "internal_error", "the model failed on this prompt"))
             return
-        ticket.row, ticket.visual = prompt.row, prompt.visual
-        ids = request.inputs["input_ids"][0].tolist()
-        config = self.model.generation_config
-        ticket.sampler = Sampler(request.sampling, config, ids)
-        ticket.text = TextStream(self._tokenizer, request.stop)
-        text = prompt.row.prompt - prompt.visual
-        ticket.columns = columns_at_peak(prompt.row.counts, text, request.max_tokens)
-        (token,) = choose([ticket.sampler], prompt.logits[None])
         if not self._took(ticket, token):
             lane.new.append((ticket, prompt))
+
+    def _open(self, ticket: Ticket, prompt: Prefilled) -> None:
+        """What a ticket needs to take tokens."""
+        request, row = ticket.request, prompt.row
+        ticket.row, ticket.visual = row, prompt.visual
+        ids = request.inputs["input_ids"][0].tolist()
+        ticket.sampler = Sampler(request.sampling, self.model.generation_config, ids)
+        ticket.text = TextStream(self._tokenizer, request.stop)
+        text = row.prompt - prompt.visual
+        ticket.columns = columns_at_peak(row.counts, text, request.max_tokens)
+
+    def _choose(self, ticket: Ticket, logits: torch.Tensor) -> int:
+        """The next token, of its logits [V]."""
+        if ticket.sampler is None:
+            raise RuntimeError("a ticket samples only behind its prefill")
+        return ticket.sampler.choose(logits)
 
     def _prefill(self, request: Request) -> Prefilled:
         inputs = {
@@ -437,8 +452,7 @@ class Engine:
                 running = sum(len(other.columns()) for other in self._lanes)
                 self._most_running = max(self._most_running, running)
             logits = lane.batch.step([ticket.tokens[-1] for ticket in lane.tickets])
-            samplers = [ticket.sampler for ticket in lane.tickets if ticket.sampler is not None]
-            tokens = choose(samplers, logits)
+            best = logits.argmax(dim=-1).tolist()
         except Exception as error:
             log.exception("a decode step failed; the requests of its batch are given up")
             memory = isinstance(error, torch.OutOfMemoryError)
@@ -449,8 +463,15 @@ class Engine:
             lane.batch = JoinedBatch(self.model, self._decoder.parts.windows)
             return
         self._steps += 1
-        for place, (ticket, token) in enumerate(zip(lane.tickets, tokens, strict=True)):
-            if self._took(ticket, token):
+        for place, (ticket, token) in enumerate(zip(lane.tickets, best, strict=True)):
+            try:
+                plain = ticket.sampler is not None and ticket.sampler.plain
+                done = self._took(ticket, token if plain else self._choose(ticket, logits[place]))
+            except Exception:  # logits that are not finite, say: this row's own trouble
+                log.exception("a token could not be drawn")
+                ticket.fail(ServeError(500, "internal_error", "no token could be drawn"))
+                done = True
+            if done:
                 lane.leaving.add(place)
 
 

@@ -11,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from st3.serve.errors import ServeError, refused
 from st3.serve.fetch import fetch
@@ -23,13 +23,16 @@ _DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.=+-]+)*),", re.ASCII)
 PARAM = "messages.image_url"
 
 
-def load(url: str, settings: Settings) -> Image.Image:
+def load(url: str, settings: Settings, pixels: int = 0) -> Image.Image:
     """The image behind a URL, as RGB and turned as its EXIF data says.
+
+    Args:
+        pixels: of the request's earlier images.
 
     Raises:
         ServeError: 400 with the reason.
     """
-    return decode(_bytes(url, settings), settings)
+    return decode(_bytes(url, settings), settings, pixels)
 
 
 def _bytes(url: str, settings: Settings) -> bytes:
@@ -93,7 +96,7 @@ def _file(url: str, settings: Settings) -> bytes:
         raise refused("this file cannot be read", PARAM) from error
 
 
-def decode(data: bytes, settings: Settings) -> Image.Image:
+def decode(data: bytes, settings: Settings, pixels: int = 0) -> Image.Image:
     """Encoded bytes as an RGB image, within the limits."""
     if not data:
         raise refused("the image is empty", PARAM)
@@ -103,11 +106,11 @@ def decode(data: bytes, settings: Settings) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its own, higher limit, and of odd metadata
             with Image.open(BytesIO(data), formats=FORMATS) as image:
-                _check_size(image.size, settings)
+                _check_size(image.size, settings, pixels)
                 rgb = ImageOps.exif_transpose(image).convert("RGB")
     except ServeError:
         raise
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         known = ", ".join(FORMATS)
         raise refused(f"this is not an image of a known format ({known})", PARAM) from error
     except Exception as error:  # Pillow's readers raise all kinds of them on broken files
@@ -117,7 +120,7 @@ def decode(data: bytes, settings: Settings) -> Image.Image:
     return rgb
 
 
-def _check_size(size: tuple[int, int], settings: Settings) -> None:
+def _check_size(size: tuple[int, int], settings: Settings, before: int) -> None:
     width, height = size
     if width < 1 or height < 1:
         raise refused("the image has no pixels", PARAM)
@@ -125,6 +128,13 @@ def _check_size(size: tuple[int, int], settings: Settings) -> None:
         raise refused(
             f"the image has {width} x {height} pixels; this server takes {settings.max_pixels} "
             "in all: send a smaller one",
+            PARAM,
+            "image_too_large",
+        )
+    if before + width * height > settings.max_total_pixels:
+        raise refused(
+            f"the request's images have more than {settings.max_total_pixels} pixels together: "
+            "send fewer or smaller ones",
             PARAM,
             "image_too_large",
         )

@@ -31,8 +31,8 @@ class Prompts:
         names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
         ids = (getattr(model.config, name, None) for name in names)
         self._visual = sorted({token for token in ids if isinstance(token, int)})
-        names = (getattr(processor, name, None) for name in _PLACEHOLDERS)
-        self._placeholders = tuple(n for n in names if isinstance(n, str) and n)
+        marks = (getattr(processor, name, None) for name in _PLACEHOLDERS)
+        self._placeholders = tuple(mark for mark in marks if isinstance(mark, str) and mark)
         # Fast tokenizers are not to be called by two threads at once.
         self._lock = threading.Lock()
 
@@ -70,6 +70,11 @@ class Prompts:
                     "as image_url parts",
                     "messages",
                 )
+
+    def room(self, tokens: int, max_tokens: int) -> int:
+        """``max_tokens``, or fewer where the model has not so many positions left."""
+        left = max_tokens if self.positions is None else self.positions - tokens
+        return max(1, min(max_tokens, left))
 
     def check_length(self, tokens: int, max_tokens: int) -> None:
         """Raise ServeError for a prompt, or prompt and answer, that are too long."""

@@ -120,12 +120,3 @@ class Sampler:
         if self._ids:
             self._ids.append(token)
         return token
-
-
-def choose(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
-    """The next token of each row, of its logits [rows, V]."""
-    best = logits.argmax(dim=-1).tolist()
-    return [
-        token if sampler.plain else sampler.choose(row)
-        for sampler, token, row in zip(samplers, best, logits, strict=True)
-    ]

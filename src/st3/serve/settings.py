@@ -20,7 +20,8 @@ class Settings:
         max_body_bytes: of a request.
         max_images: of a conversation.
         max_image_bytes: of an encoded image.
-        max_pixels: of a decoded image, checked before it is decoded.
+        max_pixels: of an image, checked before it is decoded.
+        max_total_pixels: of a request's images together.
         max_messages: of a conversation.
         max_tokens: of an answer, at most.
         default_max_tokens: of an answer whose request says nothing.
@@ -39,6 +40,7 @@ class Settings:
     max_images: int = 16
     max_image_bytes: int = 10 << 20
     max_pixels: int = 16_000_000
+    max_total_pixels: int = 64_000_000
     max_messages: int = 64
     max_tokens: int = 4096
     default_max_tokens: int = 256
