@@ -80,10 +80,24 @@ _CAPTIONS: list[Column] = [
 ]
 
 
-def columns(kind: str, rows: Sequence[Row]) -> list[Column]:
+# What a terminal has room for, and what it shows without its interval.
+_BRIEF = ("policy", "mean share", "time", "right", "objects named", "to untrimmed", "made up",
+          "CIDEr-D", "loyal", "loyal tokens", "KL")  # fmt: skip
+_SHORT = ("right", "objects named")
+
+
+def columns(kind: str, rows: Sequence[Row], brief: bool) -> list[Column]:
     """The columns of a kind, without those that no row has anything in."""
     found = _CAPTIONS if kind == CAPTION else _ANSWERS
-    return [(name, cell) for name, cell in found if any(cell(row) not in ("-", "") for row in rows)]
+    shown: list[Column] = []
+    for name, cell in found:
+        if any(cell(row) != "-" for row in rows) and (not brief or name in _BRIEF):
+            shown.append((name, _without_interval(cell) if brief and name in _SHORT else cell))
+    return shown
+
+
+def _without_interval(cell: Callable[[Row], str]) -> Callable[[Row], str]:
+    return lambda row: cell(row).partition(" ")[0]
 
 
 def by_task(rows: Sequence[Row]) -> list[Column]:
