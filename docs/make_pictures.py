@@ -1,32 +1,44 @@
-"""Draw docs/img/schedule.png: python docs/make_pictures.py"""
+"""Draw the pictures of the documentation: python docs/make_pictures.py
+
+docs/img/schedule.png, and the gallery: docs/img/gallery-* and docs/pages/*, with the bundled model.
+`--schedule` draws the first alone. A few minutes on two cores.
+"""
 
 from __future__ import annotations
 
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 
 import st3
+from st3.cli import app
+from st3.palette import INK, PAPER, looks
 
 matplotlib.use("Agg")
-OUT = Path(__file__).parent / "img"
+HERE = Path(__file__).resolve().parent
+OUT, PAGES = HERE / "img", HERE / "pages"
 LAYERS, VISUAL = 32, 576
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-COLOURS = {"st3-7b": "#0072B2", "fastv": "#E69F00", "vtw": "#009E73", "none": "#888888"}
+POLICIES = ("st3-7b", "fastv", "vtw", "none")
+PROMPT = "describe the image in detail."
 
 
-def main() -> None:
+def schedule() -> None:
     """The paper's 7B setting beside its baselines: by depth, and over the answer."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), dpi=160)
-    for name, colour in COLOURS.items():
-        schedule = st3.policies.parse(name).schedule(LAYERS)
-        kept = [schedule.kept(layer, VISUAL) for layer in range(LAYERS)]
-        label = f"{name} (mean {schedule.mean_share:.0%})"
+    named = [name.replace("st3-7b", "st3") for name in POLICIES]
+    colours = [look[0] for look in looks(named).values()]
+    for name, colour in zip(POLICIES, colours, strict=True):
+        counts = st3.policies.parse(name).schedule(LAYERS)
+        kept = [counts.kept(layer, VISUAL) for layer in range(LAYERS)]
+        label = f"{name} (mean {counts.mean_share:.0%})"
         left.step(range(LAYERS), kept, where="mid", color=colour, label=label, lw=2)
         steps = range(0, 301, 2)
         shown = [
-            sum(schedule.visible(layer, VISUAL, step) for layer in range(LAYERS)) / LAYERS
+            sum(counts.visible(layer, VISUAL, step) for layer in range(LAYERS)) / LAYERS
             for step in steps
         ]
         right.plot(steps, shown, color=colour, lw=2)
@@ -34,15 +46,41 @@ def main() -> None:
     right.set(title="Decode: visual KV entries shown", xlabel="generated tokens")
     right.set_ylabel("mean over the layers")
     for axis in (left, right):
+        axis.set_facecolor(PAPER)
         axis.set_ylim(0, VISUAL * 1.05)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, fontsize=9, loc=(0.54, 0.6))
-    figure.suptitle(f"{LAYERS} layers, {VISUAL} visual tokens", fontsize=11)
+    figure.suptitle(f"{LAYERS} layers, {VISUAL} visual tokens", fontsize=11, color=INK)
     figure.tight_layout()
-    OUT.mkdir(exist_ok=True)
-    figure.savefig(OUT / "schedule.png", facecolor="white")
+    figure.savefig(OUT / "schedule.png", facecolor=PAPER)
+
+
+def gallery() -> None:
+    """A heat map, an animation, a run's page, the analysis and its figures, by the commands."""
+    image, folder = st3.sample_images()[0], st3.sample_images()[0].parent
+    with tempfile.TemporaryDirectory() as scratch:
+        run, seen = Path(scratch) / "run", Path(scratch) / "seen"
+        command("generate", image, "-p", PROMPT, "--heatmap", OUT / "gallery-kept.png",
+                "--save", run)  # fmt: skip
+        command("report", run, "--out", PAGES / "report.html",
+                "--gif", OUT / "gallery-annealing.gif")  # fmt: skip
+        command("analyze", "-i", folder, "-p", PROMPT, "-o", seen, "--max-new-tokens", 96)
+        shutil.copy(seen / "analysis.html", PAGES)
+        for figure in seen.glob("*.png"):
+            shutil.copy(figure, OUT / f"gallery-{figure.name}")
+
+
+def command(*words: object) -> None:
+    """One st3 command, in this process."""
+    code = app([str(word) for word in words], standalone_mode=False)
+    if code:
+        sys.exit(int(code))
 
 
 if __name__ == "__main__":
-    main()
+    OUT.mkdir(exist_ok=True)
+    PAGES.mkdir(exist_ok=True)
+    schedule()
+    if "--schedule" not in sys.argv[1:]:
+        gallery()

@@ -69,7 +69,7 @@ def figures(analysis: Analysis, suggestion: Suggestion) -> Iterator[Figure]:
             yield figure
 
 
-def _draw(draw: Draw, wide: float = 8.4, high: float = 3.9) -> dict[str, bytes]:
+def _draw(title: str, draw: Draw, wide: float = 8.4, high: float = 4.1) -> dict[str, bytes]:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -97,6 +97,7 @@ def _draw(draw: Draw, wide: float = 8.4, high: float = 3.9) -> dict[str, bytes]:
         with rc_context(look):
             figure = Canvas(figsize=(wide, high), facecolor=theme.paper, layout="constrained")
             FigureCanvasAgg(figure)
+            figure.suptitle(title, fontsize=13, color=theme.ink)
             draw(figure, theme)
             buffer = io.BytesIO()
             figure.savefig(buffer, dpi=110, facecolor=theme.paper, format="png")
@@ -154,13 +155,14 @@ def _shares(analysis: Analysis, suggestion: Suggestion) -> Figure:
         [str(layer), *(f"{v:.1%}" for _, phase in phases for v in phase.shares[layer])]
         for layer in range(count)
     ]
+    title = "Where attention goes, by layer"
     return Figure(
         "shares-by-layer",
-        "Where attention goes, by layer",
+        title,
         "Share of the last token's attention on visual tokens, the text before them, the rest of "
         "the prompt and generated text, mean over heads. The vertical line stands before the "
         "suggested first layer.",
-        _draw(draw),
+        _draw(title, draw),
         head,
         rows,
     )
@@ -183,11 +185,12 @@ def _by_length(analysis: Analysis, suggestion: Suggestion) -> Figure | None:
         [f"{length:g}", *(f"{v:.1%}" for v in shares)]
         for length, shares in zip(analysis.lengths, analysis.shares_by_length, strict=True)
     ]
+    title = "Where attention goes, by generated length"
     return Figure(
         "shares-by-length",
-        "Where attention goes, by generated length",
+        title,
         "The same shares, mean over the layers, as the answer grows.",
-        _draw(draw, high=3.6),
+        _draw(title, draw, high=3.8),
         ["generated tokens", *GROUP_NAMES],
         rows,
     )
@@ -213,12 +216,13 @@ def _lazy(analysis: Analysis, suggestion: Suggestion) -> Figure:
         figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
     words = ", ".join(map(str, lazy)) if lazy else "none"
+    title = "Similarity with the layer before; lazy layers"
     return Figure(
         "similarity-with-previous",
-        "Similarity with the layer before; lazy layers",
+        title,
         "Of the attention over the visual tokens. Jensen-Shannon similarity is 1 minus the "
         f"divergence in bits. Shaded: lazy layers, cosine {LAZY} or more: {words}.",
-        _draw(draw, high=3.6),
+        _draw(title, draw, high=3.8),
         ["layer", "cosine", "Jensen-Shannon"],
         [
             [str(i), f"{phase.previous_cosine[i]:.3f}", f"{phase.previous_js[i]:.3f}"]
@@ -255,12 +259,13 @@ def _pairs(analysis: Analysis, suggestion: Suggestion) -> Figure:
     if analysis.decode is not None:
         pairs.append(("decode steps", analysis.decode.cosine))
     head, rows = _table(pairs[-1][1])
+    title = "Similarity of all layer pairs"
     return Figure(
         "similarity-of-layers",
-        "Similarity of all layer pairs",
+        title,
         "Cosine similarity of two layers' attention over the visual tokens. The table is of the "
         f"{pairs[-1][0]}.",
-        _draw(_matrices(pairs, 0, "cosine, 1 is equal"), high=4.1),
+        _draw(title, _matrices(pairs, 0, "cosine, 1 is equal"), high=4.3),
         head,
         rows,
     )
@@ -281,13 +286,14 @@ def _high(analysis: Analysis, suggestion: Suggestion) -> Figure:
         _finish(axis, "decoder layer", f"tokens of {analysis.visual_tokens:.0f}")
         figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
+    title = "Visual tokens with high attention, by depth"
     return Figure(
         "high-attention-tokens",
-        "Visual tokens with high attention, by depth",
+        title,
         "How many visual tokens get more than an even share of the whole row's attention (1 over "
         "all keys), and the fewest that together hold nine tenths of the visual attention; means "
         "over passes.",
-        _draw(draw, high=3.6),
+        _draw(title, draw, high=3.8),
         ["layer", "above an even share", "hold 90 %"],
         [[str(i), f"{phase.high[i]:.1f}", f"{phase.holding[i]:.1f}"] for i in range(count)],
     )
@@ -299,13 +305,14 @@ def _overlap(analysis: Analysis, suggestion: Suggestion) -> Figure:
         pairs.append(("decode steps", analysis.decode.overlap))
     head, rows = _table(pairs[0][1])
     unit = f"shared part of the top {analysis.keep:.0%}"
+    title = "Overlap of kept sets between layers"
     return Figure(
         "kept-sets-by-layer",
-        "Overlap of kept sets between layers",
+        title,
         f"A layer's kept set is the {analysis.keep:.0%} of the visual tokens that it attends to "
         f"most; drawn is the part that two layers share. Chance gives {analysis.keep:.0%}. The "
         "table is of the prefill.",
-        _draw(_matrices(pairs, 0, unit), high=4.1),
+        _draw(title, _matrices(pairs, 0, unit), high=4.3),
         head,
         rows,
     )
@@ -331,12 +338,13 @@ def _kept_over_time(analysis: Analysis, suggestion: Suggestion) -> Figure | None
         _finish(axis, "generated tokens", "shared part of the kept set")
         figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
+    title = "Overlap of kept sets between steps"
     return Figure(
         "kept-sets-by-length",
-        "Overlap of kept sets between steps",
+        title,
         "Whether a step would keep the tokens that the prefill would keep, and those of the step "
         "before; mean over the layers.",
-        _draw(draw, high=3.6),
+        _draw(title, draw, high=3.8),
         ["generated tokens", "with the step before", "with the prefill"],
         [
             [f"{n:g}", f"{b:.1%}", f"{f:.1%}"]
@@ -358,10 +366,11 @@ def _places(analysis: Analysis, suggestion: Suggestion) -> Figure:
         for _, matrix in parts
     ]
     names = [f"layers {g[0]} to {g[-1]}" for g in groups]
+    top = max(v for lines in means for line in lines for v in line)
 
     def draw(figure: Any, theme: Theme) -> None:
         axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
-        for axis, (title, _), lines in zip(axes, parts, means, strict=True):
+        for axis, (name, _), lines in zip(axes, parts, means, strict=True):
             for place, values in enumerate(lines):
                 axis.plot(
                     range(1, PLACES + 1),
@@ -373,14 +382,14 @@ def _places(analysis: Analysis, suggestion: Suggestion) -> Figure:
                     label=names[place],
                 )
             axis.axhline(1, color=theme.ink, lw=1, ls=":")
-            axis.set_title(title)
-            axis.set_ylim(bottom=0)
+            axis.set_title(name)
+            axis.set_ylim(0, 1.08 * top)
             axis.set_xticks(range(1, PLACES + 1))
             _finish(axis, "twelfth of the image", "attention, 1 is even" if axis is axes[0] else "")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
 
-    head = ["twelfth", *(f"{title}, {name}" for title, _ in parts for name in names)]
+    head = ["twelfth", *(f"{part}, {name}" for part, _ in parts for name in names)]
     rows = [
         [str(p + 1), *(f"{line[p]:.2f}" for lines in means for line in lines)]
         for p in range(PLACES)
@@ -391,4 +400,5 @@ def _places(analysis: Analysis, suggestion: Suggestion) -> Figure:
     )
     if not analysis.placed:
         text += " Where this model's visual tokens lie in the image is not known: by their order."
-    return Figure("position-bias", "Visual position bias", text, _draw(draw), head, rows)
+    title = "Visual position bias"
+    return Figure("position-bias", title, text, _draw(title, draw), head, rows)

@@ -8,6 +8,8 @@ output is bitwise what it is without a watcher, on a bare model and on a trimmed
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -17,7 +19,6 @@ from torch import Tensor, nn
 
 from st3.engine.append import Append
 from st3.engine.attention import ATTRIBUTE, LayerHandle, base_attention, registered
-from st3.engine.columns import cache_order
 from st3.engine.errors import TrimStateError, UnsupportedModelError
 from st3.engine.families import VisualTokens, family_of, parts_of
 from st3.engine.masks import as_bool
@@ -107,7 +108,7 @@ class Watch:
         ):
             raise TrimStateError(
                 "a run that decodes compiled, or ranks tokens anew while it decodes, cannot be "
-                "watched: leave compile_decode and rerank_every out"
+                "watched: leave out compile_decode, and rerank_every, recall_every or dycoke"
             )
         text, inner = self.parts.text, self.parts.inner
         attention = text.config._attn_implementation or "eager"
@@ -237,16 +238,26 @@ class Watch:
             found = self._ranges[first] = torch.arange(first, end, device=key.device)
         return found
 
-    def note_order(self, handle: LayerHandle) -> None:
-        """After a trimmed layer's prefill: in which order its cache holds the prompt."""
+    @contextmanager
+    def noting_order(self, handle: LayerHandle) -> Iterator[None]:
+        """Note in which order a trimmed layer's cache is given the prompt."""
         inside = handle.current
-        if not self._listening or not isinstance(inside, Prefill):
+        if not self._listening or not isinstance(inside, Prefill) or inside.cache is None:
+            yield
             return
-        layer = handle.layer
-        source = inside.block.source_columns()
-        score = inside.scores.get(layer) if inside.plan.anneals(layer, inside.rows) else None
-        order = cache_order(inside.block, score, inside.plan.stays(layer, inside.rows))
-        self._stored[layer] = (source if order is None else source.gather(1, order))[0]
+        held = inside.cache[handle.layer]
+        store = held.store
+
+        def noted(order: Tensor | None, positions: Tensor, *rest: Any) -> None:
+            stored = positions if order is None else positions.gather(1, order)
+            self._stored[handle.layer] = stored[0]
+            store(order, positions, *rest)
+
+        held.__dict__["store"] = noted
+        try:
+            yield
+        finally:
+            del held.__dict__["store"]
 
     def stored(self, layer: int) -> Tensor | None:
         """[M] columns of the prompt as the cache of a trimmed layer holds them: its visual tokens
@@ -283,9 +294,8 @@ class _Spy:
         inside = self.handle.current
         if inside is None:
             return base(module, query, key, value, mask, **kwargs)
-        output = inside.attend(layer, base, module, query, key, value, mask, kwargs)
-        self.watch.note_order(self.handle)
-        return output
+        with self.watch.noting_order(self.handle):
+            return inside.attend(layer, base, module, query, key, value, mask, kwargs)
 
 
 def last_row(
