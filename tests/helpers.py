@@ -50,7 +50,7 @@ METHODS: dict[str, st3.Policy] = {
 }
 # Scores on ST3's schedule, annealed, so that the whole order counts.
 SCORED: dict[str, st3.Policy] = {
-    score: st3.ST3(stride=2, score=score, anneal=ANNEAL)
+    f"by-{score}": st3.ST3(stride=2, score=score, anneal=ANNEAL)
     for score in (
         "text-rows",
         "text-rows-max",

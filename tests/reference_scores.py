@@ -28,6 +28,11 @@ def reference_score(scorer: Any, family: Family, model: Any, batch: Any) -> Scor
     if isinstance(scorer, scores.ClassAttention):
         weights = tower_weights(model, batch, family)
         return Score(lambda seen: by_row(seen, visionzip, scorer, weights), "embeds")
+    if isinstance(scorer, scores.Feather | scores.Grid | scores.Mixed):
+        layout = image_rows(family, model, batch)
+        stage = "embeds" if isinstance(scorer, scores.Grid) else "attention"
+        of = LAID_OUT[type(scorer)]
+        return Score(lambda seen: by_row(seen, of, scorer, layout), stage)
     if isinstance(scorer, scores.RandomScore | scores.Uniform):
         return Score(lambda seen: scorer(SimpleNamespace(ordinal=ordinals(seen))), "embeds")
     of, stage = TABLE[type(scorer)]
@@ -36,6 +41,11 @@ def reference_score(scorer: Any, family: Family, model: Any, batch: Any) -> Scor
 
 def by_row(seen: Seen, of: Callable[..., Tensor], *more: Any) -> Tensor:
     return torch.stack([of(seen, row, *more) for row in range(len(seen.valid))])
+
+
+def row_of(per_row: Any, seen: Seen, row: int) -> Any:
+    """The entry of a row of the batch; beams and several answers repeat rows."""
+    return per_row[row * len(per_row) // len(seen.valid)]
 
 
 def ordinals(seen: Seen) -> Tensor:
@@ -161,11 +171,11 @@ def dart(seen: Seen, row: int, scorer: Any) -> Tensor:
     return score
 
 
-def feather(seen: Seen, row: int, scorer: Any) -> Tensor:
+def feather(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
     there = visuals(seen, row)
     score = without_rope(seen, row, there).mean(0)
     if len(there) == int(seen.visual[row].sum()) and whole(seen):
-        for image in images(seen, row):
+        for image in row_of(layout, seen, row):
             side = math.isqrt(len(image))
             for i, token in enumerate(image):
                 if side * side == len(image):
@@ -181,15 +191,21 @@ def whole(seen: Seen) -> bool:
     return not bool((seen.visual & ~seen.kept).any())
 
 
-def images(seen: Seen, row: int) -> list[list[int]]:
-    """Positions of each image's tokens: runs of visual tokens, as the engine sees them."""
-    found: list[list[int]] = []
-    for place in seen.visual[row].nonzero().flatten().tolist():
-        if found and found[-1][-1] == place - 1:
-            found[-1].append(place)
-        else:
-            found.append([place])
-    return found
+def image_rows(family: Family, model: Any, batch: Any) -> list[list[list[int]]]:
+    """For each row the positions of each image's tokens: runs of visual tokens, cut where two
+    images touch, as the engine sees them."""
+    rows = []
+    visual, spans = family.visual_mask(model, batch), family.visual_spans(model, batch)
+    for mask, row_spans in zip(visual, spans, strict=True):
+        starts = {start for start, _ in row_spans}
+        found: list[list[int]] = []
+        for place in mask.nonzero().flatten().tolist():
+            if found and found[-1][-1] == place - 1 and place not in starts:
+                found[-1].append(place)
+            else:
+                found.append([place])
+        rows.append(found)
+    return rows
 
 
 def groups(seen: Seen, row: int) -> list[list[int]]:
@@ -244,9 +260,9 @@ def cdpruner(seen: Seen, row: int, scorer: Any) -> Tensor:
     return ordered(seen, row, pick)
 
 
-def grid(seen: Seen, row: int, scorer: Any) -> Tensor:
+def grid(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
     score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
-    for image in images(seen, row):
+    for image in row_of(layout, seen, row):
         side = math.isqrt(len(image))
         if side * side == len(image):
             bayer = torch.zeros(1, 1)
@@ -261,10 +277,10 @@ def grid(seen: Seen, row: int, scorer: Any) -> Tensor:
     return score.float()
 
 
-def mixed(seen: Seen, row: int, scorer: Any) -> Tensor:
+def mixed(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
     there = visuals(seen, row)
     attended = attention(seen, row, scorer.attention)
-    cover = grid(seen, row, scorer.cover)
+    cover = grid(seen, row, scorer.cover, layout)
     queues = [sorted(there, key=lambda i: -float(by[i])) for by in (attended, cover)]
     taken: list[int] = []
     for pair in zip(*queues, strict=True):
@@ -277,7 +293,7 @@ def mixed(seen: Seen, row: int, scorer: Any) -> Tensor:
 
 def visionzip(seen: Seen, row: int, scorer: Any, weights: Tensor) -> Tensor:
     there = visuals(seen, row)
-    by_class = sorted(there, key=lambda i: -float(weights[row, i]))
+    by_class = sorted(there, key=lambda i: -float(row_of(weights, seen, row)[i]))
     even = spread(seen, row)
     by_spread = sorted(there, key=lambda i: -float(even[i]))
     score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
@@ -304,6 +320,8 @@ def tower_weights(model: Any, batch: Any, family: Family) -> Tensor:
         maps = tower(pixels, output_attentions=True).attentions
     tower.config._attn_implementation = before
     feature_layer = config.vision_feature_layer
+    if not isinstance(feature_layer, int):  # several layers, of which the last one counts
+        feature_layer = feature_layer[-1]
     index = feature_layer if feature_layer < 0 else feature_layer - 1
     patches = maps[index][:, :, 0, 1:].mean(1)
     if hasattr(inner, "pixel_shuffle"):
@@ -335,9 +353,11 @@ TABLE: dict[type, tuple[Callable[..., Tensor], str]] = {
     scores.KeyNorm: (key_norm, "attention"),
     scores.HiddenChange: (hidden_change, "input"),
     scores.Dart: (dart, "input"),
-    scores.Feather: (feather, "attention"),
     scores.MaxMin: (divprune, "embeds"),
     scores.ConditionalDPP: (cdpruner, "embeds"),
-    scores.Grid: (grid, "embeds"),
-    scores.Mixed: (mixed, "attention"),
+}
+LAID_OUT: dict[type, Callable[..., Tensor]] = {
+    scores.Feather: feather,
+    scores.Grid: grid,
+    scores.Mixed: mixed,
 }

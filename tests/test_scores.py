@@ -11,7 +11,8 @@ import torch
 import st3
 from st3.policies import available, parse
 from st3.scores import SCORES, Attention, TokenView, score_named, stage_of
-from tests.helpers import ANNEAL, METHODS, POLICIES, SCORED, Case, images, parts
+from tests.helpers import ANNEAL, METHODS, POLICIES, SCORED, Case, images
+from tests.test_forward import gradients
 from tests.zoo import I, T
 
 # A CLIP tower; InternViT and a pixel shuffle; DeepStack, 3D positions and normed queries; sliding
@@ -60,9 +61,15 @@ def test_a_budget_for_each_image(method: str) -> None:
     case.check_generate(METHODS[method], 4, spans=spans)
 
 
-@pytest.mark.parametrize("method", ["divprune", "dart", "dycoke", "visionzip"])
+@pytest.mark.parametrize("method", ["divprune", "dart", "feather", "visionzip"])
 def test_beam_search(method: str) -> None:
     Case.of("llava").check_generate(METHODS[method], 8, num_beams=3)
+
+
+@pytest.mark.parametrize("method", ["dycoke", "grid"])
+def test_several_answers_to_a_prompt(method: str) -> None:
+    options = {"do_sample": True, "num_return_sequences": 2, "seed": 0}
+    Case.of("llava").check_generate(METHODS[method], 8, **options)
 
 
 @pytest.mark.parametrize("method", NEW)
@@ -79,14 +86,11 @@ def test_random_choice_at_the_counts_of_each(method: str) -> None:
 @pytest.mark.parametrize("method", ["divprune", "v2drop", "dart"])
 def test_gradient_checkpointing(method: str) -> None:
     case = Case.of("llava")
-    text, _ = parts(case.model)
-    with st3.trim(case.model, METHODS[method]):
-        plain = case.model(**case.batch).logits
-        case.model.train()
-        text.gradient_checkpointing_enable({"use_reentrant": False})
-        again = case.model(**case.batch).logits
-        again.square().sum().backward()
-    torch.testing.assert_close(again, plain, rtol=0, atol=1e-5)
+    plain = gradients(case, METHODS[method], None)
+    again = gradients(case, METHODS[method], False)
+    assert plain.keys() == again.keys()
+    for key, gradient in plain.items():
+        torch.testing.assert_close(again[key], gradient, msg=key)
 
 
 def test_methods_take_nothing_that_they_do_not_need() -> None:

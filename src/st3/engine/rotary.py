@@ -31,7 +31,8 @@ def inverse_rotation(attentions: Sequence[nn.Module]) -> Unrotate:
     known = apply is not None and list(inspect.signature(apply).parameters)[:4] == [
         "q", "k", "cos", "sin",
     ]  # fmt: skip
-    if not known or kind.__name__.startswith(_PARTLY):
+    latent = hasattr(attentions[0], "kv_b_proj")  # multi-head latent attention rotates a part
+    if not known or latent or kind.__name__.startswith(_PARTLY):
         raise UnsupportedModelError(
             f"{kind.__name__} rotates queries and keys in a way of its own, which st3 cannot undo: "
             "rank by another score, such as score=attention"
