@@ -156,7 +156,7 @@ class Server:
             max_tokens=wanted or min(self.settings.default_max_tokens, self.settings.max_tokens),
             shorten=wanted is None,
             sampling=Sampling(asked.temperature, asked.top_p, asked.seed),
-            stop=asked.stops,
+            stop=asked.stop or (),
             timeout=self.settings.request_timeout,
         )
         return asked, prompt
@@ -165,14 +165,16 @@ class Server:
         settings = self.settings
         if len(asked.messages) > settings.max_messages:
             raise refused(f"this server takes {settings.max_messages} messages", "messages")
-        count = sum(isinstance(part, schema.ImagePart) for m in asked.messages for part in m.parts)
+        count = sum(
+            isinstance(part, schema.ImagePart) for m in asked.messages for part in m.content
+        )
         if count > settings.max_images:
             raise refused(f"this server takes {settings.max_images} images", "messages")
         pixels = 0
         messages = []
         for message in asked.messages:
             content: list[dict[str, Any]] = []
-            for part in message.parts:
+            for part in message.content:
                 if isinstance(part, schema.TextPart):
                     content.append({"type": "text", "text": part.text})
                 else:

@@ -162,7 +162,10 @@ class Engine:
             if found is None:
                 found = Trimmer(self.model, name)
                 if found.policy.recalls:
-                    raise ValueError("recall_every is not served: use rerank_every, or neither")
+                    raise ValueError(
+                        "it shows hidden tokens again, which a server gives up: use a policy that "
+                        "recalls nothing, such as st3 with rerank_every"
+                    )
                 found = found if found.touches else self._decoder
             self._trimmers[name] = found
             while len(self._trimmers) > 32:

@@ -50,13 +50,15 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 class Message(_Model):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    content: Annotated[list[Part], Field(min_length=1)]
 
-    @property
-    def parts(self) -> list[TextPart | ImagePart]:
-        if isinstance(self.content, str):
-            return [TextPart(type="text", text=self.content)]
-        return list(self.content)
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_alone(cls, value: Any) -> Any:
+        return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class StreamOptions(_Model):
@@ -77,22 +79,15 @@ class ChatRequest(_Model):
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     st3: Extension | None = None
 
-    @field_validator("stop")
+    @field_validator("stop", mode="before")
     @classmethod
-    def _check_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
-        several = [value] if isinstance(value, str) else value or []
-        if not all(0 < len(text) <= 200 for text in several):
-            raise ValueError("a stop string has 1 to 200 characters")
-        return value
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    def _one_stop(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 def read(body: bytes) -> ChatRequest:
@@ -104,7 +99,9 @@ def read(body: bytes) -> ChatRequest:
     try:
         data = json.loads(body, parse_constant=_no_constant)
     except RecursionError as error:
-        raise refused("the body is nested too deeply", code="invalid_json") from error
+        raise refused(
+            "the body is not valid JSON: nested too deeply", code="invalid_json"
+        ) from error
     except ValueError as error:  # malformed, not UTF-8, numbers of thousands of digits
         raise refused(f"the body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(data, dict):
