@@ -244,6 +244,8 @@ def _recall(now: _Pass, layer: int, query: Tensor, key: Tensor, kwargs: dict[str
     attends to most; hidden ones are looked at, too."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     logits = torch.einsum("bhd,bhtd->bht", query[:, :, 0], key) * kwargs["scaling"]
+    if (softcap := kwargs.get("softcap")) is not None:
+        logits = torch.tanh(logits / softcap) * softcap
     prompt = now.valid.shape[1]
     gone = torch.zeros(len(query), key.shape[2], dtype=torch.bool)
     gone[:, :prompt] = ~now.kept[layer]

@@ -58,11 +58,13 @@ class Plan:
         return getattr(self.score, "prepare", None)
 
     @cached_property
-    def sources(self) -> tuple[int, ...]:
-        """For each decoder layer the one whose score it uses: its own, or an earlier one's."""
-        layers = range(self.schedule.num_layers)
-        source = getattr(self.score, "source", None)
-        return tuple(layers) if source is None else tuple(source(layer) for layer in layers)
+    def users(self) -> dict[int, list[int]]:
+        """The decoder layers that use a layer's score: itself, and perhaps later ones."""
+        source = getattr(self.score, "source", lambda layer: layer)
+        users: dict[int, list[int]] = {}
+        for layer in range(self.schedule.num_layers):
+            users.setdefault(source(layer), []).append(layer)
+        return users
 
     def anneals(self, layer: int, rows: Rows) -> bool:
         """Whether ``layer`` will ever show less than it stores of these rows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from st3.engine.errors import UnsupportedModelError
 from st3.engine.plan import Unrotate
 
-# Attention modules that rotate in some layers only, or under a condition of their own.
-_PARTLY = ("Cohere2", "Exaone4", "SmolLM3", "Llama4")
+# Attention modules that rotate in some layers only, or norm queries and keys behind the rotation.
+_PARTLY = ("Cohere2", "Exaone4", "SmolLM3", "Llama4", "HunYuan")
 
 
 def inverse_rotation(attentions: Sequence[nn.Module]) -> Unrotate:
@@ -28,11 +28,8 @@ def inverse_rotation(attentions: Sequence[nn.Module]) -> Unrotate:
     """
     kind = type(attentions[0])
     apply = getattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", None)
-    known = apply is not None and list(inspect.signature(apply).parameters)[:4] == [
-        "q", "k", "cos", "sin",
-    ]  # fmt: skip
     latent = hasattr(attentions[0], "kv_b_proj")  # multi-head latent attention rotates a part
-    if not known or latent or kind.__name__.startswith(_PARTLY):
+    if apply is None or not _takes_tables(apply) or latent or kind.__name__.startswith(_PARTLY):
         raise UnsupportedModelError(
             f"{kind.__name__} rotates queries and keys in a way of its own, which st3 cannot undo: "
             "rank by another score, such as score=attention"
@@ -50,3 +47,7 @@ def inverse_rotation(attentions: Sequence[nn.Module]) -> Unrotate:
         return unrotated
 
     return unrotate
+
+
+def _takes_tables(apply: Callable[..., Any]) -> bool:
+    return list(inspect.signature(apply).parameters)[:4] == ["q", "k", "cos", "sin"]

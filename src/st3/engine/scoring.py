@@ -55,11 +55,11 @@ class Scoring:
             return  # gradient checkpointing runs it again
         if "keys" in plan.needs:
             self._keys = key[:, :, key.shape[2] - query.shape[2] :].detach()
-        if plan.stage != "attention" or plan.sources[layer] != layer:
+        if plan.stage != "attention" or layer not in plan.users:
             if self._wanted(layer) and self.carried is not None:
                 self.by_layer[layer] = self.carried.to(query.device)
             return
-        users = [i for i, source in enumerate(plan.sources) if source == layer]
+        users = plan.users[layer]
         if not any(map(self._wanted, users)):
             return
         with torch.no_grad():
