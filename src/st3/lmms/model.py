@@ -112,7 +112,7 @@ class TrimmedModel(lmms):  # type: ignore[misc]
         bar.close()
         if shares:
             mean = sum(shares) / len(shares)
-            logger.warning(f"st3 policy {self.policy}: mean visual share {mean:.1%}")
+            logger.info(f"st3 policy {self.policy}: mean visual share {mean:.1%}")
         return list(ordered.get_original(results))
 
     def _chat(

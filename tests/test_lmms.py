@@ -1,0 +1,92 @@
+"""The lmms-eval plug-in. What needs the harness is skipped where it is not installed (the extra
+``eval``: 53 packages, torchvision among them)."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from st3.eval import Evaluation, Store, bundled_scenes, entries, label_policies
+from st3.eval.text import is_right
+from st3.lmms.task import write_task
+
+
+@pytest.fixture
+def harness() -> Any:
+    return pytest.importorskip("lmms_eval", reason="pip install 'st3[eval]'")
+
+
+def test_a_task_of_a_local_set(tmp_path: Path) -> None:
+    count = write_task(bundled_scenes(), tmp_path, "mine", limit=2)
+    rows = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
+    assert len(rows) == count == 16  # seven tasks of one image, one of two
+    assert {len(row["images"]) for row in rows} == {1, 2}
+    assert all(Path(image).is_file() for row in rows for image in row["images"])
+    text = (tmp_path / "mine.yaml").read_text().replace("!function ", "")
+    task = yaml.safe_load(text)
+    assert task["task"] == "mine"
+    assert Path(task["dataset_kwargs"]["data_files"]["test"]) == tmp_path / "mine.jsonl"
+    functions: dict[str, Any] = {}
+    exec((tmp_path / "utils.py").read_text(), functions)
+    assert [image.size for image in functions["images"](rows[0])] == [(96, 96)]
+    right = rows[0]["answer"].upper() + "."
+    assert functions["score"](rows[0], [right]) == {"right": 1.0}
+    assert functions["score"](rows[0], ["no such thing"]) == {"right": 0.0}
+
+
+def test_a_set_without_questions_makes_no_task(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no single questions"):
+        write_task(bundled_scenes().only(["describe"]), tmp_path, "mine")
+
+
+def test_the_harness_finds_st3(harness: Any) -> None:
+    assert "st3" in {entry.name for entry in entry_points(group="lmms_eval.models")}
+    from lmms_eval.models import get_model
+
+    assert get_model("st3").__module__ == "st3.lmms.model"
+
+
+def test_policy_arguments_may_stand_by_themselves(harness: Any) -> None:
+    from st3.lmms.model import _policy_text
+    from st3.policies import parse
+
+    assert _policy_text("st3", {}) == "st3"
+    whole = parse("fastv:layer=3,drop=0.75")
+    assert parse(_policy_text("fastv", {"layer": 3, "drop": 0.75})) == whole
+    assert parse(_policy_text("fastv:layer=3", {"drop": 0.75})) == whole
+
+
+def test_the_harness_measures_what_st3_eval_measures(harness: Any, tmp_path: Path) -> None:
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    policy = "fastv:drop=0.75"
+    data = bundled_scenes().only(limit=2)
+    write_task(data, tmp_path, "st3_test")
+    found = simple_evaluate(
+        model="st3",
+        model_args=f"policy={policy},dtype=float32",
+        tasks=["st3_test"],
+        batch_size=4,
+        device="cpu",
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+    )
+    (value,) = (v for k, v in found["results"]["st3_test"].items() if k.startswith("right,"))
+    from st3.lmms.model import TrimmedModel
+
+    model = TrimmedModel(policy=policy, dtype="float32", device="cpu")
+    rows, _ = entries(label_policies([policy]), None, 16)
+    single = [item for item in data.items if len(item.turns) == 1 and not item.captions]
+    data = type(data)(data.path, tuple(single), data.vocabulary)
+    work = Evaluation(model.model, model.runner.processor, data, rows, Store(None, {}))
+    records = {record.key: record for record in work.run()}
+    right = [
+        is_right(records[(item.task, item.number, policy)].answers[0], item.turns[0].answers)
+        for item in single
+    ]
+    assert value == pytest.approx(sum(right) / len(right))
