@@ -28,8 +28,9 @@ def inverse_rotation(attentions: Sequence[nn.Module]) -> Unrotate:
     """
     kind = type(attentions[0])
     apply = getattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", None)
-    latent = hasattr(attentions[0], "kv_b_proj")  # multi-head latent attention rotates a part
-    if apply is None or not _takes_tables(apply) or latent or kind.__name__.startswith(_PARTLY):
+    # Multi-head latent attention, and those that count rotary dimensions, rotate a part of a head.
+    part = hasattr(attentions[0], "kv_b_proj") or hasattr(attentions[0], "rotary_ndims")
+    if apply is None or not _takes_tables(apply) or part or kind.__name__.startswith(_PARTLY):
         raise UnsupportedModelError(
             f"{kind.__name__} rotates queries and keys in a way of its own, which st3 cannot undo: "
             "rank by another score, such as score=attention"
