@@ -41,6 +41,7 @@ from st3.bench.bars import Bar
 from st3.bench.bars import as_markdown as bars_table
 from st3.bench.conditions import conditions
 from st3.bench.files import save
+from st3.bench.memory import keep_freed_memory
 from st3.bench.overhead import copying_share
 from st3.bench.prompts import build
 from st3.bench.ragged import RaggedRow, against_uniform
@@ -61,6 +62,7 @@ class Session:
     bars: list[Bar] = dataclasses.field(default_factory=list)
     subjects: dict[str, Subject] = dataclasses.field(default_factory=dict)
     bandwidth: float | None = None
+    keeps_memory: bool = False
 
     def subject(self, dtype: str) -> Subject:
         if dtype not in self.subjects:
@@ -109,6 +111,7 @@ class Session:
             name += "-" + "-".join(self.given.sections)
         where = conditions(CPU, dtype_of(self.given.dtypes[0]))
         where["dtype"] = " and ".join(self.given.dtypes)
+        where["freed_memory"] = "kept by the process" if self.keeps_memory else "the C library's way"
         page = save(self.results, where, self.given.out, name, plots=not self.given.no_plots)[1]
         page.write_text(
             page.read_text() + "\n## Goals\n\n" + bars_table(self.bars) + self._ragged()
@@ -250,7 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    session = Session(given, Console(stderr=True))
+    session = Session(given, Console(stderr=True), keeps_memory=keep_freed_memory())
     try:
         for name in given.sections:
             SECTIONS[name](session)

@@ -89,11 +89,13 @@ def run_decoder(
     features: torch.Tensor,
     position_ids: torch.Tensor,
     attend: torch.Tensor,
+    depths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """The decoder's last hidden states, what enters each layer, and the rotary cos and sin.
 
     ``features`` are the projected patches (V, patches, hidden) in the order of their tokens;
-    ``attend`` (B, 1, T, T) says which token sees which.  The same as the model's own forward,
+    ``attend`` (B, 1, T, T) says which token sees which; from layer ``depths`` (B,) on a row's text
+    no longer sees its visual tokens.  Without depths the same as the model's own forward,
     which gives the states between the layers only through hooks that compiled layers break on.
     """
     decoder = model.model.language_model
@@ -102,9 +104,13 @@ def run_decoder(
     hidden = hidden.masked_scatter(visual, features.to(hidden.dtype))
     rotary = decoder.rotary_emb(hidden, position_ids)
     entering = []
-    for layer in decoder.layers:
+    shown = visual[:, None] | ~visual[:, None].transpose(2, 3)
+    for number, layer in enumerate(decoder.layers):
         entering.append(hidden)
+        mask = attend
+        if depths is not None and bool((depths <= number).any()):
+            mask = attend & (shown | (depths > number)[:, None, None, None])
         hidden = layer(
-            hidden, attention_mask=attend, position_ids=position_ids, position_embeddings=rotary
+            hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary
         )
     return decoder.norm(hidden), entering, rotary

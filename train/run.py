@@ -49,6 +49,11 @@ class Recipe:
     tower_lr_share: float = 0.5  # of lr, in phase 2
     cells: float = 0.5  # weight of phase 1's loss in phase 2
     pointing: float = 1.0  # weight of the pointing loss, times that of the cells
+    # Share of the rows whose text sees the image only down to a random depth.  Left to itself the
+    # model reads the image in its last layers, too; large pretrained models hardly do
+    # (arXiv 2412.20105, Fig. 4a; arXiv 2405.05803).
+    shallow: float = 0.6
+    depths: tuple[int, int] = (4, 12)
     drills: int = 12  # scenes full of digits and letters a step, for the cells' loss alone
     warmup: int = 100
     decay: float = 0.25  # share of the steps, at the end, in which lr falls to 0 by a cosine
@@ -256,7 +261,12 @@ class Trainer:
             batch = self.packer.single(seeds)
         features = self._features(batch.scenes)
         last, entering, rotary = run_decoder(
-            self.model, batch.input_ids, features, batch.position_ids, batch.attend
+            self.model,
+            batch.input_ids,
+            features,
+            batch.position_ids,
+            batch.attend,
+            self._depths(seeds[0], len(batch.input_ids)),
         )
         cells, figures = self.tower.loss(features, batch.scenes)
         if recipe.drills:
@@ -285,6 +295,17 @@ class Trainer:
             .mean()
             .item(),
         }
+
+    def _depths(self, seed: int, rows: int) -> torch.Tensor:
+        """The layer from which each row's text no longer sees the image, (B,)."""
+        rng, recipe = random.Random(seed), self.recipe
+        layers = self.model.config.text_config.num_hidden_layers
+        return torch.tensor(
+            [
+                rng.randint(*recipe.depths) if rng.random() < recipe.shallow else layers
+                for _ in range(rows)
+            ]
+        )
 
     def _seeds(self, first: int, count: int) -> range:
         start = self.recipe.seed * 10**7 + first

@@ -45,6 +45,8 @@ def in_words(given: dict[str, Any]) -> str:
         f"torch {given['torch']}, transformers {given['transformers']}, Python {given['python']}",
         given["date"],
     ]
+    if "freed_memory" in given:
+        parts.append(f"freed memory: {given['freed_memory']}")
     if given["load_average"] is not None:
         parts.append(f"load average at the start {given['load_average']:.1f}")
     if given["commit"]:

@@ -223,6 +223,9 @@ def select(block: Block, score: Tensor, kept: Sequence[Sequence[int]]) -> tuple[
     ), columns
 
 
+_TEXT = 1e300  # above every score; scores are taken in double precision
+
+
 def cache_order(
     block: Block, score: Tensor | None, stays: Sequence[Sequence[int]]
 ) -> Tensor | None:
@@ -231,8 +234,17 @@ def cache_order(
     that the columns already stand so. ``stays[row][group]`` tokens are never annealed."""
     if score is None and block.valid is None:
         return None
-    batch, columns = block.visual.shape
-    key = torch.arange(columns, device=block.visual.device).expand(batch, columns) + columns + 1
+    columns = block.visual.shape[1]
+    place = torch.arange(columns, device=block.visual.device)
+    if score is not None and block.group is None:
+        # One sort, from the end of the cache to its start: text from the last on, visual tokens
+        # from the best on (the earlier of equals first), padding.
+        key = torch.where(block.visual, score.double(), _TEXT * (1 + place.double() / columns))
+        if block.valid is not None:
+            key = key.masked_fill(~block.valid, float("-inf"))
+        back = torch.argsort(key, dim=1, descending=True, stable=True)
+        return back[:, : max(block.counts)].flip(1)
+    key = (place + columns + 1).expand_as(block.visual)
     if score is not None:
         key = torch.where(block.visual, columns - _drop_rank(block, score, stays), key)
     if block.valid is not None:
@@ -241,11 +253,11 @@ def cache_order(
 
 
 def _drop_rank(block: Block, score: Tensor, stays: Sequence[Sequence[int]]) -> Tensor:
-    """Rank over a whole row: the highest is annealed first. With a budget per image, all images
-    lose the same share at the same time: that is what their own curves, rounded half up, do."""
-    rank = rank_visual(block, score)
+    """Rank over a whole row with a budget per image: the highest is annealed first. All images lose
+    the same share at the same time: that is what their own curves, rounded half up, do."""
     if block.group is None:
-        return rank
+        raise ValueError("rows with one budget need no ranks: sort by the score")
+    rank = rank_visual(block, score)
     width = max(len(row) for row in block.kept)
     size = _table(block.kept, width, rank.device).clamp_min(1).gather(1, block.group)
     share = (rank + 0.5) / size
