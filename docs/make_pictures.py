@@ -6,6 +6,7 @@ docs/img/schedule.png, and the gallery: docs/img/gallery-* and docs/pages/*, wit
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -58,14 +59,15 @@ def schedule() -> None:
 
 def gallery() -> None:
     """A heat map, an animation, a run's page, the analysis and its figures, by the commands."""
-    image, folder = st3.sample_images()[0], st3.sample_images()[0].parent
+    os.chdir(HERE.parent)  # the pages tell their commands: with paths from here
+    image = Path(os.path.relpath(st3.sample_images()[0]))
     with tempfile.TemporaryDirectory() as scratch:
         run, seen = Path(scratch) / "run", Path(scratch) / "seen"
         command("generate", image, "-p", PROMPT, "--heatmap", OUT / "gallery-kept.png",
                 "--save", run)  # fmt: skip
         command("report", run, "--out", PAGES / "report.html",
                 "--gif", OUT / "gallery-annealing.gif")  # fmt: skip
-        command("analyze", "-i", folder, "-p", PROMPT, "-o", seen, "--max-new-tokens", 96)
+        command("analyze", "-i", image.parent, "-p", PROMPT, "-o", seen, "--max-new-tokens", 96)
         shutil.copy(seen / "analysis.html", PAGES)
         for figure in seen.glob("*.png"):
             shutil.copy(figure, OUT / f"gallery-{figure.name}")

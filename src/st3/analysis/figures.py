@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from st3.analysis.collect import PLACES
 from st3.analysis.result import Analysis, Matrix
 from st3.analysis.suggest import LAZY, Suggestion, lazy_layers
@@ -99,9 +101,13 @@ def _draw(title: str, draw: Draw, wide: float = 8.4, high: float = 4.1) -> dict[
             FigureCanvasAgg(figure)
             figure.suptitle(title, fontsize=13, color=theme.ink)
             draw(figure, theme)
-            buffer = io.BytesIO()
+            buffer, small = io.BytesIO(), io.BytesIO()
             figure.savefig(buffer, dpi=110, facecolor=theme.paper, format="png")
-        pictures[theme.name] = buffer.getvalue()
+        # A palette is a third of the size, and lines and maps have few colours.
+        Image.open(buffer).convert("RGB").quantize(160, dither=Image.Dither.NONE).save(
+            small, "png", optimize=True
+        )
+        pictures[theme.name] = small.getvalue()
     return pictures
 
 

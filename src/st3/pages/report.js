@@ -146,9 +146,8 @@ function chart(home, { label, yLabel, xLabel, top, last, lines, mark }) {
     svg.append(make("text", { x: left - 6, y: y(top * part) + 4, "text-anchor": "end" },
       yLabel(top * part)));
   }
-  for (const part of [0, 0.5, 1]) {
-    svg.append(make("text", { x: x(last * part), y: high - low + 18, "text-anchor": "middle" },
-      Math.round(last * part)));
+  for (const value of new Set([0, Math.round(last / 2), last])) {
+    svg.append(make("text", { x: x(value), y: high - low + 18, "text-anchor": "middle" }, value));
   }
   svg.append(make("text", { x: (left + wide) / 2, y: high - 4, "text-anchor": "middle" }, xLabel));
   if (mark !== null) {
@@ -207,6 +206,7 @@ for (const { name, unit, untrimmed, trimmed } of data.costs) {
     make("td", {}, untrimmed && trimmed !== null ? percent(trimmed / untrimmed) : "")));
 }
 
+document.querySelector(".split").classList.toggle("many", panels.length > 2);
 const room = Math.min(560, document.body.clientWidth - 40);
 const narrow = panels.length > 2 ? 260 : panels.length > 1 ? 400 : 520;
 panels.forEach((panel) => {
