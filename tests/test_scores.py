@@ -138,7 +138,7 @@ def test_image_features_that_no_tower_made() -> None:
         case.model(inputs_embeds=embeds, attention_mask=case.batch["attention_mask"])
 
 
-@pytest.mark.parametrize("name", ["kimi_k25", "cohere2_vision", "fuyu", "hunyuan_vl"])
+@pytest.mark.parametrize("name", ["kimi_k25", "cohere2_vision", "fuyu", "hunyuan_vl", "muse_spark"])
 def test_rotations_that_cannot_be_undone(name: str) -> None:
     with (
         pytest.raises(st3.UnsupportedModelError, match="rank by another score"),

@@ -13,7 +13,7 @@ from st3.engine.errors import UnsupportedModelError
 from st3.engine.plan import Unrotate
 
 # Attention modules that rotate in some layers only, or norm queries and keys behind the rotation.
-_PARTLY = ("Cohere2", "Exaone4", "SmolLM3", "Llama4", "HunYuan")
+_PARTLY = ("Cohere2", "Exaone4", "SmolLM3", "Llama4", "HunYuan", "Muse")
 
 
 def inverse_rotation(attentions: Sequence[nn.Module]) -> Unrotate:
