@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from st3.cli.analyze import analyze
+from st3.cli.batch import batch
 from st3.cli.bench import bench
 from st3.cli.cost import cost
 from st3.cli.eval import evaluate
@@ -82,6 +83,7 @@ def main(
 
 
 app.command()(analyze)
+app.command()(batch)
 app.command()(bench)
 app.command()(cost)
 app.command("eval")(evaluate)
