@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from st3.cli._common import BUNDLED_MODEL, CliError, assets, first_line
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,23 +43,36 @@ class Loaded:
         return f"{where}, {str(self.model.dtype).removeprefix('torch.')}"
 
 
-def load(name: str | None, device: str, dtype: str, trust_remote_code: bool) -> Loaded:
-    """Load a folder or hub id (None: the bundled model). Raises CliError with the remedy."""
+def load(
+    name: str | None,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    device_map: str | None = None,
+    tensor_parallel: int | None = None,
+) -> Loaded:
+    """Load a folder or hub id (None: the bundled model). Raises CliError with the remedy.
+
+    Args:
+        device_map: how accelerate spreads the layers over devices, in place of ``device``.
+        tensor_parallel: processes that share each layer, in place of ``device``.
+    """
     source = str(_bundled() if name is None else _folder_or_id(name))
     shown = BUNDLED_MODEL if name is None else name
-    target = _device(device)
+    where = _where(device, device_map, tensor_parallel)
+    target = _device(device) if not where else None
     weights = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         with quiet():
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
             model = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=weights, trust_remote_code=trust_remote_code
+                source, dtype=weights, trust_remote_code=trust_remote_code, **where
             )
     except Exception as error:  # from_pretrained raises a dozen unrelated types
         raise CliError(_explain(shown, source, error)) from error
     if not hasattr(processor, "image_processor"):
         raise CliError(f"cannot use model {shown!r}: its processor takes no images")
-    return Loaded(shown, model.to(target).eval(), processor)
+    return Loaded(shown, (model if target is None else model.to(target)).eval(), processor)
 
 
 def load_images(paths: Sequence[str]) -> list[Image.Image]:
@@ -116,6 +132,27 @@ def _folder_or_id(name: str) -> Path | str:
     if not name.strip() or looks_like_path:
         raise CliError(f"no such model folder: {name!r}")
     return name
+
+
+def _where(device: str, device_map: str | None, tensor_parallel: int | None) -> dict[str, Any]:
+    """What from_pretrained is told about a model on several devices; nothing for one device."""
+    if device_map is None and tensor_parallel is None:
+        return {}
+    if device != "auto" or (device_map is not None and tensor_parallel is not None):
+        raise CliError("--device, --device-map and --tp exclude each other", 2)
+    if device_map is not None:
+        if device_map not in DEVICE_MAPS:
+            raise CliError(f"--device-map {device_map}: choose {', '.join(DEVICE_MAPS)}", 2)
+        return {"device_map": device_map}
+    if int(os.environ.get("WORLD_SIZE", "1")) != tensor_parallel:
+        raise CliError(
+            f"--tp {tensor_parallel} takes {tensor_parallel} processes: start it with torchrun "
+            f"--nproc-per-node {tensor_parallel} -m st3.cli ...",
+            2,
+        )
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(tp_size=tensor_parallel)}
 
 
 def _device(name: str) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
@@ -65,6 +66,13 @@ def generate(
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    device_map: Annotated[
+        str | None,
+        typer.Option(metavar="auto|balanced|...", help="Spread the layers (accelerate)."),
+    ] = None,
+    tp: Annotated[
+        int | None, typer.Option(min=2, help="Tensor parallel processes, started by torchrun.")
+    ] = None,
     dtype: Annotated[DType, typer.Option(help="auto: as the model was saved.")] = DType.auto,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the model's folder run its own code.")
@@ -83,7 +91,11 @@ def generate(
     st3 generate photo.png -p "describe the image." --save run && st3 report run
 
     st3 generate photo.png -p "describe the image." --json --compare | jq .report.mean_share
+
+    torchrun --nproc-per-node 2 -m st3.cli generate photo.png -p "describe it." -m MODEL --tp 2
     """
+    if tp is not None and not _leads():
+        heatmap, layers = None, None
     if not prompt.strip():
         raise CliError("the prompt is empty: say what to answer with -p", 2)
     if heatmap is not None:
@@ -102,7 +114,7 @@ def generate(
     chosen = _policy(policy)
     pictures = _loading.load_images(images)
     with console.status(f"loading {model or 'the bundled model'}"):
-        loaded = _loading.load(model, device, dtype.value, trust_remote_code)
+        loaded = _loading.load(model, device, dtype.value, trust_remote_code, device_map, tp)
     result: dict[str, Any] = {
         "model": loaded.name,
         "policy": policy,
@@ -135,6 +147,14 @@ def generate(
             console.print(f"run recorded in {save}: st3 report {save}", soft_wrap=True)
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
+
+
+def _leads() -> bool:
+    """Whether this is the one of torchrun's processes that prints; the others are silenced."""
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    return False
 
 
 def _policy(text: str) -> Any:
