@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import socket
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from st3.cli._common import CliError, first_line, stderr
+from st3.cli._common import BUNDLED_MODEL, CliError, first_line, stderr
 from st3.cli.generate import DType
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -65,6 +66,14 @@ def serve(
     allow_http_images: Annotated[
         bool, typer.Option("--allow-http-images", help="Fetch images of public http(s): URLs.")
     ] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Serve on Ray; `local` starts one here.")
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Models on Ray, at least.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Models on Ray, at most; between them it scales.")
+    ] = None,
+    gpus_per_replica: Annotated[float, typer.Option(min=0, help="GPUs of a model on Ray.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
     dtype: Annotated[DType, typer.Option(help="auto: as the model was saved.")] = DType.auto,
     trust_remote_code: Annotated[
@@ -78,6 +87,8 @@ def serve(
     st3 serve
 
     st3 serve -m ./llava-1.5-7b-hf --policy st3-7b --kv-budget 24G --host 0.0.0.0 --api-key-file key
+
+    st3 serve -m ./llava-1.5-7b-hf --ray auto --replicas 2 --max-replicas 8 --gpus-per-replica 1
     """
     _check_installed()
     budget = None if kv_budget is None else _size("--kv-budget", kv_budget)
@@ -85,11 +96,10 @@ def serve(
     with console.status("importing torch and transformers"):
         from st3.cli import _loading
         from st3.serve import Engine, Settings, create_app
-    with console.status(f"loading {model or 'the bundled model'}"):
-        loaded = _loading.load(model, device, dtype.value, trust_remote_code)
+    load = functools.partial(_loading.load, model, device, dtype.value, trust_remote_code)
     try:
         settings = Settings(
-            model_name=name or loaded.name,
+            model_name=name or model or BUNDLED_MODEL,
             api_key=None if api_key_file is None else _key(api_key_file),
             allowed_hosts=("127.0.0.1", "localhost", "[::1]") if host in _LOOPBACK else (),
             image_folder=image_folder,
@@ -101,21 +111,32 @@ def serve(
             request_timeout=timeout,
             shutdown_timeout=grace,
         )
-        listener = _listen(host, port)
-        engine = Engine(
-            loaded.model,
-            loaded.processor,
-            policy,
-            budget,
-            queue_limit=queue,
-            max_rows=max_running,
-            max_prefills_per_step=max_prefills,
-            max_prompt_tokens=max_prompt_tokens,
-        )
     except (ValueError, TypeError) as error:
         raise CliError(first_line(error), 2) from error
     if host not in _LOOPBACK and settings.api_key is None:
         console.print(f"warning: anyone who reaches {host} may ask: consider --api-key-file")
+    limits = {
+        "policy": policy,
+        "kv_budget_bytes": budget,
+        "queue_limit": queue,
+        "max_rows": max_running,
+        "max_prefills_per_step": max_prefills,
+        "max_prompt_tokens": max_prompt_tokens,
+    }
+    if ray is not None:
+        _run_on_ray(
+            ray, load, settings, limits, replicas, max_replicas, gpus_per_replica, host, port
+        )
+        return
+    if replicas > 1 or max_replicas is not None or gpus_per_replica:
+        raise CliError("--replicas, --max-replicas and --gpus-per-replica need --ray", 2)
+    with console.status(f"loading {settings.model_name}"):
+        loaded = load()
+    try:
+        listener = _listen(host, port)
+        engine = Engine(loaded.model, loaded.processor, **limits)
+    except (ValueError, TypeError) as error:
+        raise CliError(first_line(error), 2) from error
     url = _url(listener)
     console.print(
         f"{settings.model_name} ({loaded.conditions()}), policy {engine.policy}, KV budget "
@@ -149,6 +170,37 @@ def _run(app: Any, listener: socket.socket, grace: float) -> None:
         h11_max_incomplete_event_size=64 << 10,
     )
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _run_on_ray(
+    address: str, load: Any, settings: Any, limits: dict[str, Any], replicas: int,
+    max_replicas: int | None, gpus: float, host: str, port: int,
+) -> None:  # fmt: skip
+    import st3
+
+    if port == 0:
+        raise CliError("--port 0 is not for --ray: name a port", 2)
+    try:
+        import ray.serve  # noqa: F401
+    except ImportError as error:
+        raise CliError(f"--ray needs Ray ({error.name}): pip install 'st3[server,ray]'") from error
+    from st3.serve.ray import application, start, wait_and_stop
+
+    console = stderr()
+    try:
+        st3.policies.parse(limits["policy"])
+        app = application(
+            load, settings, limits, replicas=replicas, max_replicas=max_replicas, gpus=gpus
+        )
+        with console.status("starting replicas on Ray"):
+            start(app, address, host, port)
+    except (ValueError, TypeError) as error:
+        raise CliError(first_line(error), 2) from error
+    except (RuntimeError, ConnectionError, OSError) as error:
+        raise CliError(f"Ray: {first_line(error)}") from error
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    console.print(f"{settings.model_name} on Ray, policy {limits['policy']}: {url}/v1")
+    wait_and_stop()
 
 
 def _listen(host: str, port: int) -> socket.socket:
