@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache
 
+import st3
+from st3.engine.columns import first_block, rank_visual, select
 from st3.engine.decode import dense_decode
-from tests.helpers import Case
+from tests.helpers import Case, assert_same
 from tests.test_cache import Run
 from tests.test_turns import words
 from tests.zoo import I, T
@@ -39,3 +42,52 @@ def test_dense_decoding_is_attention(scaling: float | None, masked: bool) -> Non
     module = torch.nn.Module()
     output, _ = dense_decode(module, query, key, value, mask if masked else None, scaling)
     torch.testing.assert_close(output, wanted.transpose(1, 2))
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_on_equal_scores_the_earlier_token_stays(per_image: bool) -> None:
+    visual = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1, 0]], dtype=torch.bool)
+    _, block = first_block(visual, None, 0, per_image)
+    score = torch.zeros(1, 9)
+    kept = [[2, 1]] if per_image else [[4]]
+    _, columns = select(block, score, kept)
+    stays = [0, 1, 2, 4, 5, 8] if per_image else [0, 1, 2, 3, 4, 5, 8]
+    assert columns.tolist() == [stays]
+    rank = rank_visual(block, score)[visual]
+    assert rank.tolist() == ([0, 1, 2, 0, 1, 2] if per_image else [0, 1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("tail", [0, 2])
+def test_a_prompts_last_token_is_never_visual(tail: int) -> None:
+    """Its row ranks the others. Behind it may stand the candidates of assisted decoding."""
+    visual = torch.tensor([[0, 1, 1, 1] + [0] * tail], dtype=torch.bool)
+    rows, block = first_block(visual, None, tail, per_image=False)
+    assert rows.images == ((2,),)
+    assert rows.n_text == (2 + tail,)
+    assert block.visual[0].nonzero().flatten().tolist() == [1, 2]
+    assert block.last.tolist() == [3]
+
+
+@torch.no_grad()
+def test_candidates_behind_a_prompt_see_what_their_own_steps_would() -> None:
+    """Assisted decoding checks them in the prompt's pass: each is annealed by its own step."""
+    fast = st3.ST3(first_drop=0.3, stride=2, anneal=st3.Anneal("linear", tau=4, floor=0))
+    case = Case.of("llava", [[T(5), I(), T(4)]])
+    run = Run(case, fast)
+    ids = words(1, 3, 1)["input_ids"]
+    steps = torch.stack([run.feed(ids[:, i : i + 1]) for i in range(3)], 1)
+    batch = dict(case.batch)
+    batch["input_ids"] = torch.cat([batch["input_ids"], ids], 1)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    with st3.trim(case.model, fast):
+        cache = DynamicCache(config=case.model.config)
+        checked = case.model(**batch, past_key_values=cache, logits_to_keep=4).logits
+    assert_same(checked[:, 1:], steps)
+
+
+def test_images_that_touch_are_cut_in_their_order() -> None:
+    visual = torch.tensor([[0, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+    rows, block = first_block(visual, None, 0, per_image=True, sizes=[2, 3])
+    assert rows.images == ((2, 3),)
+    assert block.group is not None
+    assert block.group[visual].tolist() == [0, 0, 1, 1, 1]
