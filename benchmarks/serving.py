@@ -92,6 +92,7 @@ def scaled(size: Size) -> tuple[Any, Any]:
     )  # fmt: skip
     text.num_attention_heads = text.num_key_value_heads = size.width // text.head_dim
     vision.image_size = size.side * vision.patch_size
+    vision.num_hidden_layers = 1  # a small share of the weights, as in LLaVA-1.5
     config.image_seq_length = size.side**2
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()

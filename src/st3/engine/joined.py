@@ -47,6 +47,7 @@ class JoinedAppend:
     def _mask(self, layer: int, hidden: Tensor) -> Tensor | None:
         past, first = self.cache[layer], self._first[layer]
         window, logical = self.plan.windows[layer], self._logical
+        logical = None if logical is None else logical.to(hidden.device)
         if window is not None and logical is not None and self.clock.start + 1 > window:
             # Original columns of keys and queries say what lies within the window.
             keys = torch.cat([past.positions(first), logical], dim=1)
@@ -56,7 +57,7 @@ class JoinedAppend:
         else:
             near = None
         place = torch.arange(first, past.end + 1, device=hidden.device)
-        seen = place >= self._starts[layer][:, None]
+        seen = place >= self._starts[layer].to(hidden.device)[:, None]
         if near is not None:
             seen = seen & near
         return finish(seen[:, None, None], self.plan.kind, hidden.dtype)
@@ -69,7 +70,7 @@ class JoinedAppend:
         is."""
         past = self.cache[layer]
         if self.plan.windows[layer] is not None and self._logical is not None:
-            past.note_positions(self._logical)
+            past.note_positions(self._logical.to(key.device))
         if self.plan.kind == "sdpa" and decode.applies(query, kwargs):
             base = decode.dense_decode
         output = base(module, query, key, value, mask, **kwargs)
@@ -79,7 +80,9 @@ class JoinedAppend:
                 scores = mean_over_ranks(scores, self.plan.ranks)
                 # The other rows are "ranked" by the order that they have.
                 order = torch.linspace(0, 1, scores.shape[1], device=scores.device)
-                past.reorder_visible(torch.where(self._due[:, None], scores, order))
+                past.reorder_visible(
+                    torch.where(self._due[:, None].to(scores.device), scores, order)
+                )
         return output
 
     def finish(self, hidden: Tensor) -> Tensor:
