@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 from st3.engine.families import parts_of
 from st3.grid import image_token, places
-from st3.tiles import ANYRES, KNOWN, UnknownPlaces, image_tiles, pack
+from st3.tiles import ANYRES, KNOWN, UnknownPlaces, framed, image_tiles, pack
 from tests.zoo import FAMILIES, I, T, V, build
 from tests.zoo.base import features
 
@@ -88,6 +88,9 @@ def test_a_tiles_pixels_reach_the_token_that_is_said_to_lie_there(name: str) -> 
     if model.config.model_type in ANYRES:
         boxes = number.view(len(tiles), -1, 1).expand(-1, -1, 4)
         number = pack(model, batch, boxes)[:, 0]
+    else:
+        parts = zip(tiles, number.split(counts), strict=True)
+        number = torch.cat([framed(model, t, n[:, None].expand(-1, 4))[:, 0] for t, n in parts])
     assert len(number) == len(visual)
     before = embeddings(model, batch)[visual]
     rng = torch.Generator().manual_seed(0)

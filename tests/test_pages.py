@@ -241,23 +241,25 @@ def test_the_analysis_page_shows_its_figures(browser: Browser, analysed: Path) -
     assert browser.complaints == []
 
 
-def test_a_saved_run_has_what_the_answer_saw(
+def test_a_saved_run_of_two_images_has_what_the_answer_saw(
     tiny_model: Path, picture: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     result = cli(
-        "generate", picture, "-p", "describe the image in detail.", "-m", tiny_model,
+        "generate", picture, picture, "-p", "describe the image in detail.", "-m", tiny_model,
         "--max-new-tokens", 8, "--save", folder, "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     run = Run.load(folder)
     assert run.about["answer"] == answer["answer"]
-    assert (run.n_visual, run.layers) == (16, 8)
+    assert (run.n_visual, run.layers, len(run.pictures)) == (32, 8, 2)
     assert [len(order) for order in run.order] == answer["report"]["kept"][0]
     assert len(run.visible) == len(run.tokens) == len(run.kv) == 8
     assert run.visible[0] == answer["report"]["kept"][0]
     assert run.places is not None
+    assert [place.picture for place in run.places] == [0] * 16 + [1] * 16
+    assert run.places[21].box == run.places[5].box
     assert run.places[5] == Place(0, pytest.approx((0.25, 0.25, 0.5, 0.5), abs=5e-3))  # type: ignore[arg-type]
     assert cli("report", folder).exit_code == 0
     assert (folder / "report.html").stat().st_size < 3_000_000

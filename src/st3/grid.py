@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from st3.tiles import ANYRES, Tile, UnknownPlaces, image_tiles, pack, video_rasters
+from st3.tiles import ANYRES, Tile, UnknownPlaces, framed, image_tiles, pack, video_rasters
 
 Box = tuple[float, float, float, float]
 Process = Callable[[list[Image.Image]], Mapping[str, Any]]
@@ -109,11 +109,13 @@ def _image_places(
         drawn.append(image_tiles(model, probe, n_tokens))
         if [tile.pixels.shape for tile in drawn[-1]] != shapes:
             raise UnknownPlaces("the processor does not cut images of one size always alike")
-    maps = [
-        _measure(*(tile.pixels.float().cpu() for tile in trio), images)
-        for trio in zip(*drawn, strict=True)
+    maps = []
+    for trio in zip(*drawn, strict=True):
+        black, white, chart = (tile.pixels.float().cpu() for tile in trio)
+        maps.append(_measure(black, white, chart, images))
+    boxes = [
+        framed(model, tile, _raster(tile, found)) for tile, found in zip(tiles, maps, strict=True)
     ]
-    boxes = [_raster(tile, found) for tile, found in zip(tiles, maps, strict=True)]
     if model.config.model_type in ANYRES:
         pictures = _packed_pictures(model, inputs, boxes, maps)
         flat = pack(model, inputs, torch.stack(boxes))

@@ -76,7 +76,7 @@ GRIDS = frozenset(
     ]
 )
 # ... or in reading order.
-READING_GRIDS = frozenset(("paddleocr_vl",))
+READING_GRIDS = frozenset(("paddleocr_vl", "kimi_k25", "hunyuan_vl", "muse_glimmer", "muse_spark"))
 # Pictures of any size in the corner of a padded one.
 PIXTRAL = frozenset(("mistral3", "lighton_ocr"))
 POSITIONED = frozenset(("gemma4", "gemma4_unified"))
@@ -185,6 +185,17 @@ def pack(model: Any, inputs: Mapping[str, Any], boxes: Tensor) -> Tensor:
     return torch.cat(list(packed))
 
 
+def framed(model: Any, tile: Tile, boxes: Tensor) -> Tensor:
+    """The boxes [rows * columns, 4] of a tile's tokens, with NaN for those that a model puts
+    before, between and after its rows and counts as visual."""
+    if model.config.model_type != "hunyuan_vl":
+        return boxes
+    nowhere = torch.full((1, 4), torch.nan)
+    rows = boxes.view(tile.rows, tile.columns, 4)
+    ended = torch.cat([rows, nowhere.expand(tile.rows, 1, 4)], dim=1)
+    return torch.cat([nowhere, ended.flatten(0, 1), nowhere])
+
+
 def _grids(model: Any, inputs: Mapping[str, Any], n_tokens: int) -> list[Tile]:
     return _flat_tiles(
         model, inputs["pixel_values"], inputs["image_grid_thw"], inputs.get("image_merge_sizes")
@@ -197,11 +208,10 @@ def _flat_tiles(
     """Flat patches [n, ...] of all pictures, as one tile for each moment of each of them."""
     vision = model.config.vision_config
     size = vision.patch_size
-    common = getattr(vision, "spatial_merge_size", None)
-    patches = patches.flatten(0, -3) if patches.dim() == 5 else patches
+    common = _merge_size(vision) if merges is None else 0
     tiles, start = [], 0
     for number, (moments, high, wide) in enumerate(grids.tolist()):
-        merge = int(merges[number]) if merges is not None else int(common)
+        merge = int(merges[number]) if merges is not None else common
         for _ in range(moments):
             flat = patches[start : start + high * wide]
             start += high * wide
@@ -216,6 +226,15 @@ def _flat_tiles(
             pixels = pixels.reshape(3, high * size, wide * size)
             tiles.append(Tile(pixels, high // merge, wide // merge))
     return tiles
+
+
+def _merge_size(vision: Any) -> int:
+    """Patches to a token and side, as the vision config calls it."""
+    for name in ("spatial_merge_size", "merge_size", "merge_kernel_size"):
+        size = getattr(vision, name, None)
+        if size is not None:
+            return int(size if isinstance(size, int) else size[0])
+    raise UnknownPlaces("how many patches become one token is not known")
 
 
 def _pixtral(model: Any, inputs: Mapping[str, Any], n_tokens: int) -> list[Tile]:
@@ -255,7 +274,7 @@ def video_rasters(model: Any, inputs: Mapping[str, Any], n_tokens: int) -> list[
     """
     kind = model.config.model_type
     if kind in GRIDS:
-        merge = model.config.vision_config.spatial_merge_size
+        merge = _merge_size(model.config.vision_config)
         return [
             (high // merge, wide // merge)
             for moments, high, wide in inputs["video_grid_thw"].tolist()

@@ -116,16 +116,19 @@ class Collector:
 
     def _begin(self, device: torch.device) -> None:
         layers = self.layers
-        pair = {"device": device, "dtype": torch.float64}
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=torch.float64)
+
         self.passes = [0, 0]
-        self.shares = torch.zeros(2, layers, len(GROUPS), **pair)
-        self.cosine = torch.zeros(2, layers, layers, **pair)
-        self.overlap = torch.zeros(2, layers, layers, **pair)
-        self.divergence = torch.zeros(2, layers, **pair)
-        self.high = torch.zeros(2, layers, **pair)
-        self.holding = torch.zeros(2, layers, **pair)
-        self.rows = torch.zeros(layers, PLACES, **pair)
-        self.columns = torch.zeros(layers, PLACES, **pair)
+        self.shares = zeros(2, layers, len(GROUPS))
+        self.cosine = zeros(2, layers, layers)
+        self.overlap = zeros(2, layers, layers)
+        self.divergence = zeros(2, layers)
+        self.high = zeros(2, layers)
+        self.holding = zeros(2, layers)
+        self.rows = zeros(layers, PLACES)
+        self.columns = zeros(layers, PLACES)
         self.shares_by_length = ByLength((layers, len(GROUPS)), device)
         self.same_as_first = ByLength((layers,), device)
         self.same_as_before = ByLength((layers,), device)
@@ -161,9 +164,10 @@ class Collector:
 
     def layer(self, layer: int, attention: Tensor, columns: Tensor) -> None:
         if self._known is None or self._known[0] is not columns:
-            entry = columns.clamp_max(len(self._slot) - 1)
+            entry = columns.to(self._slot.device).clamp_max(len(self._slot) - 1)
             self._known = (columns, self._slot[entry], self._group[entry])
         _, slot, group = self._known
+        attention = attention.to(slot.device)  # layers may be spread over devices
         self._row[layer] = 0
         self._row[layer].index_add_(0, slot, attention)
         self._share[layer] = 0

@@ -78,7 +78,7 @@ def _draw(title: str, draw: Draw, wide: float = 8.4, high: float = 4.1) -> dict[
 
     pictures = {}
     for theme in THEMES:
-        look = {
+        look: Any = {
             "text.color": theme.ink,
             "axes.labelcolor": theme.ink,
             "axes.edgecolor": theme.lines,

@@ -142,8 +142,8 @@ class Recorder:
         self._seen = torch.zeros(self.layers, dtype=torch.long, device=prompt.device)
 
     def layer(self, layer: int, attention: Tensor, columns: Tensor) -> None:
-        slot = self._slot[columns.clamp_max(len(self._slot) - 1)]
-        self._row.index_add_(0, slot, attention)
+        slot = self._slot[columns.to(self._slot.device).clamp_max(len(self._slot) - 1)]
+        self._row.index_add_(0, slot, attention.to(slot.device))
         self._seen[layer] = (slot < self.n_visual).sum()
 
     def done(self, step: int) -> None:
@@ -159,7 +159,7 @@ class Recorder:
         or None for a layer that keeps everything."""
         if stored is None:
             return list(range(self.n_visual))
-        slot = self._slot[stored]
+        slot = self._slot[stored.to(self._slot.device)]
         return slot[slot < self.n_visual].flip(0).tolist()
 
 
@@ -186,7 +186,7 @@ def record(
         TrimStateError: a policy that ranks tokens anew while decoding, or a prompt of several rows.
         ValueError: as many places as there are visual tokens are needed.
     """
-    model = trimmer.model
+    model: Any = trimmer.model
     recorder = Recorder(len(trimmer.parts.layers))
     with trimmer, Watch(model, recorder) as watch:
         output = model.generate(

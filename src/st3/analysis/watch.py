@@ -214,7 +214,9 @@ class Watch:
             stored = self._stored[layer]
             first = min(inside.cache[layer].row_starts(self._step))
             appended = torch.arange(prompt.length, end, device=key.device)
-            columns = torch.cat([stored[first:], appended])
+            columns = torch.cat([stored[first:].to(key.device), appended])
+        elif inside is not None:  # joined rows, compiled steps
+            raise TrimStateError(ONE_ROW)
         else:
             columns = self._columns(end, key)
         valid = self._valid(layer, mask, columns, end)

@@ -13,6 +13,7 @@ from st3.analysis.record import record
 from st3.cli import _loading
 from st3.cli._common import CliError, first_line
 from st3.cli._loading import Loaded
+from st3.tiles import UnknownPlaces
 
 
 def places(loaded: Loaded, inputs: Any, pictures: Sequence[Image], prompt: str) -> list[grid.Place]:
@@ -30,7 +31,7 @@ def places_or_why(
     """The places, or None and why they are not known."""
     try:
         return places(loaded, inputs, pictures, prompt), ""
-    except grid.UnknownPlaces as error:
+    except UnknownPlaces as error:
         return None, str(error)
 
 

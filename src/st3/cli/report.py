@@ -62,9 +62,14 @@ def report(
 
 def _write_page(path: Path, run: Run) -> None:
     from st3.pages import data_url, render
+    from st3.palette import color
 
     longest = 900 if len(run.pictures) <= 2 else 480
-    data = {**run.to_dict(), "pictures": [data_url(p, longest) for p in run.pictures]}
+    data = {
+        **run.to_dict(),
+        "pictures": [data_url(picture, longest) for picture in run.pictures],
+        "color": color(run.about.get("policy", "")),
+    }
     title = f"st3 report: {run.about.get('prompt', 'a run')}"
     try:
         path.write_text(render("report", title, data), encoding="utf-8")

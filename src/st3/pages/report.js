@@ -172,7 +172,7 @@ function drawByLayer() {
   chart($("by-layer"), {
     label: "Visual tokens that each layer sees", yLabel: (v) => String(Math.round(v)),
     xLabel: "decoder layer", top: count, last: layers - 1, mark: layer < 0 ? null : layer,
-    lines: [{ name: "prefill", color: "var(--st3)", points: line(visible[0]) },
+    lines: [{ name: "prefill", color: "var(--policy)", points: line(visible[0]) },
       ...(chosen === null ? [] : [{ name: "the chosen word", color: "var(--mark)", dash: "6 4",
         points: line(visible[pass]) }])],
   });
@@ -190,11 +190,12 @@ function drawKV() {
     top: Math.max(...data.kv.map((s) => Math.max(s.untrimmed, s.allocated))),
     mark: chosen === null ? null : pass,
     lines: [{ name: "untrimmed", color: "var(--grey)", points: points("untrimmed") },
-      { name: "allocated", color: "var(--st3)", dash: "3 3", points: points("allocated") },
-      { name: "in use", color: "var(--st3)", points: points("live") }],
+      { name: "allocated", color: "var(--policy)", dash: "3 3", points: points("allocated") },
+      { name: "in use", color: "var(--policy)", points: points("live") }],
   });
 }
 
+document.documentElement.style.setProperty("--own", data.color || "#0072b2");
 fillTerms($("about"), { Model: data.about.model, Policy: data.about.policy,
   Prompt: data.about.prompt, Conditions: data.about.conditions,
   Places: places ? "" : data.unplaced });
