@@ -1,145 +1,118 @@
-"""What trimming costs in answers, on the bundled model and its held-out scenes.
+"""The page of docs/quality.md: python -m benchmarks.quality [--limit N] [--page]
 
-    python -m benchmarks.quality [--model FOLDER] [--scenes FOLDER | --drawn N] [--policies P ...]
-
-For each policy: single-word accuracy; of long descriptions the objects named (all, and by third of
-the description: annealing is felt at the end), those made up, and loyalty: the share of the
-untrimmed description's words that stand at the same place. Greedy, fp32. ``--drawn N`` draws N
-scenes that training never saw (needs the font of train/); without it the fixed set of the tests is
-used. Writes Markdown to stdout and, with --out, JSON beside it.
+Runs ``st3 eval`` on the bundled model and its scenes with every method at the paper's budget and at
+half of the visual tokens, in float32, and writes docs/quality.md with its pictures and
+benchmarks/results/quality-st3-tiny.json. A killed run goes on where it was; ``--page`` only writes
+the page anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-import st3
-from train.evaluate import DESCRIPTION_TOKENS, accuracy, answer, load, single_words
-from train.tasks import DESCRIBE, mentioned_objects
-from train.testset import Example, held_out, read_set
+from st3.cli.eval import evaluate
+from st3.cli.generate import DType
 
-SCENES = Path("tests/data/scenes")
-ANNEALING = [
-    "none",
-    "st3:curve=none",
-    *(f"st3:tau={tau},floor={floor}" for tau in (32, 64, 128, 256) for floor in (0.05, 0.2)),
-    "st3:curve=half_cosine,tau=128,floor=0.1",
-    "st3:curve=linear,tau=128,floor=0.1",
-    "st3:curve=exponential,tau=64,floor=0.1",
-    "st3:curve=cosine,tau=64,floor=0.1,rerank_every=8",
-    "random:like=(st3:curve=none)",
-]
+ITEMS = Path("runs/quality")  # finished items, not committed
+RESULTS = Path("benchmarks/results/quality-st3-tiny.json")
+PAGE, PICTURES = Path("docs/quality.md"), Path("docs/img")
+BUDGETS = (0.35, 0.5)
+KEPT = 0.98  # of the untrimmed figure: the bar
 
+INTRO = """# What it costs in answers
 
-def describe_all(model: Any, processor: Any, examples: list[Example]) -> list[str]:
-    prompts = [(item.image, DESCRIBE[0]) for item in examples]
-    return answer(model, processor, prompts, DESCRIPTION_TOKENS)
+Every method of st3 on the bundled model, st3-tiny, and its bundled scenes, at equal mean visual
+share: {budgets} of the visual tokens over the decoder layers. It is a small model (16 layers, 144
+visual tokens), and its descriptions name up to nine objects in about 100 tokens: hard ground for
+any method that drops visual tokens. [How it is measured](eval.md), also on your own model and
+images. [What each of ST3's choices does](ablations.md).
 
+"""
+REPRODUCE = """
+## Reproduce
 
-def recall(texts: list[str], examples: list[Example]) -> dict[str, float]:
-    """Objects named, of all and by third of the reading order; and the share that is made up."""
-    named, true = [0, 0, 0], [0, 0, 0]
-    made_up = mentions = 0
-    for text, item in zip(texts, examples, strict=True):
-        said = set(mentioned_objects(text))
-        for place, name in enumerate(item.names):
-            third = 3 * place // len(item.names)
-            true[third] += 1
-            named[third] += name in said
-        made_up += len(said - set(item.names))
-        mentions += len(said)
-    thirds = [n / t for n, t in zip(named, true, strict=True)]
-    return {
-        "recall": sum(named) / sum(true),
-        "first": thirds[0],
-        "middle": thirds[1],
-        "last": thirds[2],
-        "made_up": made_up / max(mentions, 1),
-    }
-
-
-def loyalty(texts: list[str], untrimmed: list[str]) -> float:
-    """Share of the untrimmed words that the trimmed answer has at the same place."""
-    same = total = 0
-    for text, other in zip(texts, untrimmed, strict=True):
-        words, others = text.split(), other.split()
-        total += len(others)
-        same += sum(a == b for a, b in zip(words, others, strict=False))
-    return same / max(total, 1)
-
-
-def measure(
-    model: Any, processor: Any, examples: list[Example], policy: str, untrimmed: list[str] | None
-) -> tuple[dict[str, Any], list[str]]:
-    """One row, and the descriptions."""
-    with st3.trim(model, policy) as trimmer:
-        words = single_words(model, processor, examples)
-        texts = describe_all(model, processor, examples)
-        report = trimmer.report
-    row = {
-        "policy": policy,
-        "mean_share": report.mean_share,
-        "kv_mean": report.kv_mean_ratio,
-        "accuracy": accuracy(words),
-        **recall(texts, examples),
-        "loyalty": loyalty(texts, texts if untrimmed is None else untrimmed),
-    }
-    return row, texts
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    heads = {
-        "mean_share": "mean share",
-        "kv_mean": "KV mean",
-        "accuracy": "single words",
-        "recall": "objects named",
-        "first": "first third",
-        "middle": "middle",
-        "last": "last third",
-        "made_up": "made up",
-        "loyalty": "loyalty",
-    }
-    lines = [
-        "| policy | " + " | ".join(heads.values()) + " |",
-        "|---|" + "--:|" * len(heads),
-    ]
-    for row in rows:
-        cells = " | ".join(f"{row[key]:.1%}" for key in heads)
-        lines.append(f"| `{row['policy']}` | {cells} |")
-    return "\n".join(lines)
+<!-- no-test: takes hours on one core -->
+```bash
+python -m benchmarks.quality
+```
+"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=st3.bundled_model())
-    parser.add_argument("--scenes", type=Path, default=SCENES)
-    parser.add_argument("--drawn", type=int, help="draw this many held-out scenes")
-    parser.add_argument("--policies", nargs="+", default=ANNEALING)
-    parser.add_argument("--out", type=Path)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--limit", type=int, help="the first N items of each task")
+    parser.add_argument("--policies", default="all")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--items", type=Path, default=ITEMS, help="folder of finished items")
+    parser.add_argument("--page", action="store_true", help="only write the page from --items")
     args = parser.parse_args()
-    examples = held_out(args.drawn) if args.drawn else read_set(args.scenes)
-    model, processor = load(args.model)
-    rows: list[dict[str, Any]] = []
-    _, untrimmed = measure(model, processor, examples, "none", None)
-    for policy in args.policies:
-        row, _ = measure(model, processor, examples, policy, untrimmed)
-        rows.append(row)
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
-    conditions = (
-        f"{len(examples)} scenes, fp32, greedy; torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, Python {platform.python_version()}"
-    )
-    print(f"\n{table(rows)}\n\n{conditions}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n")
+    if not args.page:
+        torch.set_num_threads(1)
+        evaluate(
+            model=None,
+            data=None,
+            tasks=None,
+            policies=args.policies,
+            budgets=",".join(map(str, BUDGETS)),
+            limit=args.limit,
+            batch=args.batch,
+            max_new_tokens=None,
+            out=args.items,
+            device="cpu",
+            dtype=DType.float32,
+            trust_remote_code=False,
+        )
+    shutil.copy(args.items / "quality.json", RESULTS)
+    body = (args.items / "quality.md").read_text(encoding="utf-8").partition("\n")[2].lstrip()
+    for picture in sorted(args.items.glob("quality-*.png")):
+        shutil.copy(picture, PICTURES / picture.name)
+        body = body.replace(f"]({picture.name})", f"](img/{picture.name})")
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    budgets = " and ".join(f"{share:.0%}" for share in BUDGETS)
+    page = INTRO.format(budgets=budgets) + bars(results) + "\n" + body + REPRODUCE
+    PAGE.write_text(page, encoding="utf-8")
+    print(f"written: {PAGE}, {RESULTS}")
+
+
+def bars(results: dict[str, Any]) -> str:
+    """What ST3 keeps of the untrimmed figures at the paper's budget, and who is above it."""
+    lines = [
+        f"| at {BUDGETS[0]:.0%} | untrimmed | ST3 | kept | bar | above ST3 at this share or less |",
+        "|---|--:|--:|--:|--:|---|",
+    ]
+    for kind, name, title in (
+        ("questions", "accuracy", "single words right"),
+        ("descriptions", "recall", "objects named"),
+    ):
+        rows = results["kinds"].get(kind, {}).get("rows", [])
+        st3s = [r for r in rows if r["budget"] == BUDGETS[0] and _name(r) == "st3"]
+        if not st3s:
+            continue
+        whole, own = rows[0]["values"][name][0], st3s[0]["values"][name][0]
+        above = [
+            f"`{_name(row)}` {row['values'][name][0]:.1%}"
+            for row in rows[1:]
+            if row["mean_share"] <= st3s[0]["mean_share"] + 0.005 and row["values"][name][0] > own
+        ]
+        kept = own / whole if whole else 1.0
+        met = "met" if kept >= KEPT else "missed"
+        lines.append(
+            f"| {title} | {whole:.1%} | {own:.1%} | {kept:.1%} | {KEPT:.0%}: {met} | "
+            f"{', '.join(above) or 'none'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _name(row: dict[str, Any]) -> str:
+    if row["random_beside"]:
+        return f"random like {row['random_beside'].partition(':')[0]}"
+    return str(row["policy"].partition(":")[0])
 
 
 if __name__ == "__main__":

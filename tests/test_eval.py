@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 import st3
 from st3.cli import app
-from st3.eval import Evaluation, Store, entries, label_policies, load_folder, summarise
+from st3.eval import Evaluation, Store, entries, label_policies, load_folder, summarise, usable
 from st3.eval.data import Dataset
 from st3.eval.runs import Runner, _chat
 from tests.tiny_llava import LAYERS, save_picture
@@ -187,6 +187,18 @@ def test_budgets_are_reached() -> None:
     assert "st3 at 8% is left out" in notes[0]
     with pytest.raises(ValueError, match="cannot be had"):
         entries(label_policies(["st3"]), [0.05], 32)
+
+
+def test_policies_that_a_model_cannot_have_are_left_out() -> None:
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(st3.bundled_model())
+    able, notes = usable(model, label_policies(["visionzip", "fastv"]))
+    assert [str(policy) for policy in able] == ["fastv"]
+    assert "visionzip is left out" in notes[0]
+    assert "class token" in notes[0]
+    with pytest.raises(ValueError, match="class token"):
+        usable(model, label_policies(["visionzip"]))
 
 
 def test_conversations_go_on_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

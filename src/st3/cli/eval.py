@@ -81,14 +81,24 @@ def evaluate(
         from st3.bench.methods import split_policies
         from st3.cli import _loading
         from st3.engine.families import parts_of
-        from st3.eval import Evaluation, Store, entries, fingerprint, label_policies, summarise
+        from st3.eval import (
+            Evaluation,
+            Store,
+            entries,
+            fingerprint,
+            label_policies,
+            summarise,
+            usable,
+        )
     with _one_line_errors(2):
         chosen = label_policies(split_policies(policies))
         questions = _questions(data, tasks, limit)
     with console.status(f"loading {model or 'the bundled model'}"):
         loaded = _loading.load(model, device, dtype.value, trust_remote_code)
     with _one_line_errors(1):
-        rows, notes = entries(chosen, shares, len(parts_of(loaded.model).layers))
+        able, refused = usable(loaded.model, chosen)
+        rows, notes = entries(able, shares, len(parts_of(loaded.model).layers))
+        notes = refused + notes
         for note in notes:
             console.print(f"note: {note}", soft_wrap=True)
         settings = {

@@ -5,7 +5,7 @@
 ``st3 eval`` is the command line of it.
 """
 
-from st3.eval.budget import Entry, entries
+from st3.eval.budget import Entry, entries, usable
 from st3.eval.data import Dataset, Item, bundled_scenes, load_folder
 from st3.eval.evaluate import Evaluation, label_policies
 from st3.eval.report import as_markdown
@@ -29,4 +29,5 @@ __all__ = [
     "load_folder",
     "summarise",
     "to_dict",
+    "usable",
 ]

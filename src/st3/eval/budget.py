@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import st3
 from st3.policies import NoTrim, Policy, Random
 
 
@@ -34,6 +36,26 @@ class Entry:
         if self.beside is not None:
             return "- random"
         return self.source + ("" if self.budget is None else f" at {100 * self.budget:g}%")
+
+
+def usable(model: Any, policies: Sequence[Policy]) -> tuple[list[Policy], list[str]]:
+    """The policies that can be attached to this model, and a note on each that cannot: some need
+    what not every model has, such as a class token in the vision tower.
+
+    Raises:
+        ValueError: none of them can.
+    """
+    able: list[Policy] = []
+    notes: list[str] = []
+    for policy in policies:
+        try:
+            with st3.trim(model, policy):
+                able.append(policy)
+        except ValueError as error:
+            notes.append(f"{policy} is left out: {error}")
+    if not able:
+        raise ValueError(notes[0])
+    return able, notes
 
 
 def entries(

@@ -84,15 +84,15 @@ def draw(
                 panel.scatter([x], [y], s=size, marker="o" if bubbles else marker, color=shade,
                               alpha=0.6 if bubbles else 1, linewidths=0.6, zorder=3)  # fmt: skip
         for row in rows:
-            beside, x = row.entry.beside, across(row)
-            if beside is None or x is None:
+            beside, at = row.entry.beside, across(row)
+            if beside is None or at is None:
                 continue
-            y = heights[row.entry.label]
+            height = heights[row.entry.label]
             other = places.get(beside)
             if other is not None:
-                panel.plot([100 * other, 100 * x], [heights[beside], y], color=color("random"),
-                           linewidth=0.6, alpha=0.7, zorder=1)  # fmt: skip
-            panel.scatter([100 * x], [y], s=26, marker="^", facecolors="none",
+                pair = [100 * other, 100 * at], [heights[beside], height]
+                panel.plot(*pair, color=color("random"), linewidth=0.6, alpha=0.7, zorder=1)
+            panel.scatter([100 * at], [height], s=26, marker="^", facecolors="none",
                           edgecolors=color("random"), linewidths=1.1, zorder=4)  # fmt: skip
         unit = "right, %" if name == "accuracy" else "objects named, %"
         panel.set_ylabel("CIDEr-D x 10" if name == "cider" else unit, fontsize=9, color=INK)

@@ -21,7 +21,7 @@ from st3.policies import parse
 MAX_NEW_TOKENS = 128  # where a task does not say
 
 
-class TrimmedModel(lmms):  # type: ignore[misc]
+class TrimmedModel(lmms):
     """lmms-eval's `st3`.
 
     ``--model_args`` (its commas separate arguments, so those of the policy may stand by
