@@ -247,21 +247,27 @@ def test_a_client_that_does_not_read_holds_nobody_up(served: Served, client: Any
     connection.close()
 
 
-def test_a_client_that_takes_nothing_is_given_up() -> None:
-    closed = []
+@pytest.mark.parametrize("taken", [0, 3])
+def test_a_client_that_takes_no_more_is_given_up(taken: int) -> None:
+    told: list[str] = []
+    sent: list[Any] = []
 
     async def events() -> AsyncGenerator[bytes, None]:
-        try:
-            while True:
-                yield b"data: x\n\n"
-        finally:
-            closed.append(True)
+        while True:
+            yield b"data: x\n\n"
 
-    async def forever(*message: Any) -> Any:
+    async def receive() -> Any:
         await asyncio.sleep(60)
 
-    asyncio.run(asyncio.wait_for(EventStream(events(), 0.05)({}, forever, forever), 10))
-    assert closed == [True]
+    async def send(message: Any) -> None:
+        if len(sent) >= taken:
+            await asyncio.sleep(60)
+        sent.append(message)
+
+    stream = EventStream(events(), 0.05, lambda: told.append("closed"))
+    asyncio.run(asyncio.wait_for(stream({}, receive, send), 10))
+    assert told == ["closed"]
+    assert len(sent) == taken
 
 
 def test_nonsense_on_the_wire(served: Served, client: Any) -> None:

@@ -86,11 +86,14 @@ class Server:
         answer = Answer(self.engine, prompt, self.settings.model_name, self._ended)
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return EventStream(answer.chunks(usage), self.settings.send_timeout)
+            timeout = self.settings.send_timeout
+            return EventStream(answer.chunks(usage), timeout, answer.ticket.cancel)
         try:
             return JSONResponse(await unless_gone(http.receive, answer.whole()))
         except ClientGone as error:
             raise ServeError(499, "client_closed_request", "the client has gone") from error
+        finally:
+            answer.ticket.cancel()
 
     async def models(self) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})

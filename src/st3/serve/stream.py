@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -41,14 +41,24 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events to a client that has to take each within ``send_timeout`` seconds."""
+    """Server-sent events to a client that has to take each within ``send_timeout`` seconds.
 
-    def __init__(self, events: AsyncGenerator[bytes, None], send_timeout: float) -> None:
+    Args:
+        on_close: called when no more is sent, also if not one event was asked for.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        send_timeout: float,
+        on_close: Callable[[], None],
+    ) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(None, media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
         self._events = events
         self._timeout = send_timeout
+        self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def stream() -> None:
@@ -65,6 +75,7 @@ class EventStream(Response):
         except (ClientGone, TimeoutError):
             pass  # left unfinished, which is all that such a client can be told
         finally:
+            self._on_close()  # a generator that never began runs none of its own clean-up
             await self._events.aclose()
 
     async def _send(self, send: Send, message: Any) -> None:
