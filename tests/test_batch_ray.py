@@ -85,7 +85,7 @@ def test_killed_actor_loses_nothing(
 def test_failing_actor_is_one_line(cluster: Any, pictures: Path, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", many(pictures, 2))
     load = functools.partial(_loading.load, str(tmp_path), "cpu", "float32", False)
-    with pytest.raises(BatchError, match=r"Ray gave up: .*holds no model"):
+    with pytest.raises(RuntimeError, match=r"Ray gave up: .*holds no model"):
         run(options(source), load, tmp_path / "out", on_ray("local"))
 
 

@@ -49,6 +49,7 @@ def on_ray(address: str, actors: int | None = None, gpus_per_actor: int | None =
 
     Raises:
         BatchError: if Ray is not installed, cannot be reached, or has too few GPUs or CPUs.
+        RuntimeError: if an actor fails, other than on a row; from the run.
     """
     try:
         import ray
@@ -78,7 +79,7 @@ def on_ray(address: str, actors: int | None = None, gpus_per_actor: int | None =
             for row in results.iter_rows():
                 yield Done(**json.loads(row["done"]))
         except ray.exceptions.RayError as error:
-            raise BatchError(f"Ray gave up: {_reason(error)}") from error
+            raise RuntimeError(f"Ray gave up: {_reason(error)}") from error
         finally:
             if started:
                 ray.shutdown()
