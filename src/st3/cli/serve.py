@@ -115,7 +115,7 @@ def serve(
         raise CliError(first_line(error), 2) from error
     if host not in _LOOPBACK and settings.api_key is None:
         console.print(f"warning: anyone who reaches {host} may ask: consider --api-key-file")
-    limits = {
+    limits: dict[str, Any] = {
         "policy": policy,
         "kv_budget_bytes": budget,
         "queue_limit": queue,

@@ -85,7 +85,7 @@ def start(app: Any, address: str, host: str, port: int) -> None:
     from ray import serve
 
     if not ray.is_initialized():
-        options = {"include_dashboard": False} if address == "local" else {}
+        options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
     serve.start(http_options={"host": host, "port": port})
     serve.run(app, name=NAME, route_prefix="/")
