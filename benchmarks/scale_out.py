@@ -1,0 +1,69 @@
+"""Throughput of `st3 batch` on the bundled model: policies, batch sizes, one process and Ray.
+
+    .venv/bin/python benchmarks/scale_out.py [--images 24] [--ray]
+
+Prints the table of docs/scale-out.md, in its order, and whether the answers of each policy are the
+same in every way of running it. One torch thread in each process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from st3.cli._common import assets
+
+PROMPT = "describe the image in detail."
+WAYS = [("none", 1, 0), ("none", 8, 0), ("st3", 1, 0), ("st3", 8, 0)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=60)
+    parser.add_argument("--ray", action="store_true", help="also two actors on Ray")
+    given = parser.parse_args()
+    scenes = sorted((assets() / "scenes").glob("*.webp"))[: given.images]
+    ways = [*WAYS, ("st3", 8, 2)] if given.ray else WAYS
+    answers: dict[str, list[dict[str, str]]] = {}
+    print("| policy | rows in a batch | processes | images/s | tokens/s | KV saved |")
+    print("|---|--:|--:|--:|--:|--:|")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "in").mkdir()
+        for scene in scenes:
+            shutil.copy(scene, folder / "in")
+        for policy, batch, actors in ways:
+            out = folder / f"{policy}-{batch}-{actors}"
+            args = [str(folder / "in"), "-o", str(out), "-p", PROMPT, "--policy", policy,
+                    "--batch", str(batch), "--max-new-tokens", str(given.tokens)]  # fmt: skip
+            if actors:
+                args += ["--ray", "local", "--actors", str(actors), "--window", str(batch)]
+            subprocess.run(
+                [sys.executable, "-m", "st3.cli", "batch", *args],
+                check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            summary = json.loads((out / "summary.json").read_text())
+            this = summary["this_run"]
+            print(
+                f"| `{policy}` | {batch} | {actors or 1}{' (Ray)' if actors else ''} "
+                f"| {this['images_per_s']:.2f} | {this['tokens_per_s']:.0f} "
+                f"| {summary['mean_kv_saved']:.1%} |",
+                flush=True,
+            )
+            lines = [line for f in out.glob("answers-*") for line in f.read_text().splitlines()]
+            found = {row["id"]: row["answer"] for row in map(json.loads, lines)}
+            answers.setdefault(policy, []).append(found)
+    for policy, found_in in answers.items():
+        same = all(found == found_in[0] for found in found_in)
+        print(f"answers of {policy}: {'the same in all of these' if same else 'NOT the same'}")
+
+
+if __name__ == "__main__":
+    main()
