@@ -81,8 +81,7 @@ _CAPTIONS: list[Column] = [
 
 
 # What a terminal has room for, and what it shows without its interval.
-_BRIEF = ("policy", "mean share", "time", "right", "objects named", "to untrimmed", "made up",
-          "CIDEr-D", "loyal", "loyal tokens", "KL")  # fmt: skip
+_BRIEF = ("policy", "mean share", "time", "right", "objects named", "to untrimmed", "loyal", "KL")
 _SHORT = ("right", "objects named")
 
 
