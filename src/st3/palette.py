@@ -30,7 +30,7 @@ _LOOKS: dict[str, tuple[str, str]] = {
     "key_norm": ("#7a7a00", "H"),
     "dycoke": ("#8c510a", "o"),
 }
-_ALIASES = {"none": "untrimmed", "grid": "uniform", "keynorm": "key_norm", "dycoke_recall": "dycoke"}
+_ALIASES = {"none": "untrimmed", "grid": "uniform", "keynorm": "key_norm"}
 # For what is not named above, and for several variants of one policy in the same picture.
 _SPARE = (
     ("#5e3c99", "D"), ("#01665e", "s"), ("#cc6677", "v"), ("#ddaa33", "^"), ("#4477aa", "P"),
