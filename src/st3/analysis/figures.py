@@ -71,7 +71,8 @@ def figures(analysis: Analysis, suggestion: Suggestion) -> Iterator[Figure]:
             yield figure
 
 
-def _draw(title: str, draw: Draw, wide: float = 8.4, high: float = 4.1) -> dict[str, bytes]:
+def _draw(title: str, draw: Draw, high: float = 4.1, shades: bool = False) -> dict[str, bytes]:
+    """A PNG in each theme. ``shades``: it has a colour map, whose shades must not be merged."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -97,16 +98,16 @@ def _draw(title: str, draw: Draw, wide: float = 8.4, high: float = 4.1) -> dict[
             "axes.spines.right": False,
         }
         with rc_context(look):
-            figure = Canvas(figsize=(wide, high), facecolor=theme.paper, layout="constrained")
+            figure = Canvas(figsize=(8.4, high), facecolor=theme.paper, layout="constrained")
             FigureCanvasAgg(figure)
             figure.suptitle(title, fontsize=13, color=theme.ink)
             draw(figure, theme)
             buffer, small = io.BytesIO(), io.BytesIO()
             figure.savefig(buffer, dpi=110, facecolor=theme.paper, format="png")
-        # A palette is a third of the size, and lines and maps have few colours.
-        Image.open(buffer).convert("RGB").quantize(160, dither=Image.Dither.NONE).save(
-            small, "png", optimize=True
-        )
+        picture = Image.open(buffer).convert("RGB")
+        if not shades:  # lines have few colours: a third of the size
+            picture = picture.quantize(160, dither=Image.Dither.NONE)
+        picture.save(small, "png", optimize=True)
         pictures[theme.name] = small.getvalue()
     return pictures
 
@@ -271,7 +272,7 @@ def _pairs(analysis: Analysis, suggestion: Suggestion) -> Figure:
         title,
         "Cosine similarity of two layers' attention over the visual tokens. The table is of the "
         f"{pairs[-1][0]}.",
-        _draw(title, _matrices(pairs, 0, "cosine, 1 is equal"), high=4.3),
+        _draw(title, _matrices(pairs, 0, "cosine, 1 is equal"), high=4.3, shades=True),
         head,
         rows,
     )
@@ -318,7 +319,7 @@ def _overlap(analysis: Analysis, suggestion: Suggestion) -> Figure:
         f"A layer's kept set is the {analysis.keep:.0%} of the visual tokens that it attends to "
         f"most; drawn is the part that two layers share. Chance gives {analysis.keep:.0%}. The "
         "table is of the prefill.",
-        _draw(title, _matrices(pairs, 0, unit), high=4.3),
+        _draw(title, _matrices(pairs, 0, unit), high=4.3, shades=True),
         head,
         rows,
     )
