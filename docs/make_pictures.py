@@ -63,7 +63,7 @@ def gallery() -> None:
     image = Path(os.path.relpath(st3.sample_images()[0]))
     with tempfile.TemporaryDirectory() as scratch:
         run, seen = Path(scratch) / "run", Path(scratch) / "seen"
-        command("generate", image, "-p", PROMPT, "--heatmap", OUT / "gallery-kept.png",
+        command("generate", image, "-p", PROMPT, "--compare", "--heatmap", OUT / "gallery-kept.png",
                 "--save", run)  # fmt: skip
         command("report", run, "--out", PAGES / "report.html",
                 "--gif", OUT / "gallery-annealing.gif")  # fmt: skip

@@ -53,10 +53,11 @@ def save_run(
             trimmer, inputs, loaded.tokenizer, max_new_tokens, found, why_not, pictures, about
         )
     before = result.get("untrimmed", {})
+    how = f"median of {result['runs']} runs" if before else "one cold run"
     for name, key in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("whole answer", "total_ms")):
         if result[key] is not None:
             times = {"untrimmed": before.get(key), "trimmed": result[key]}
-            run.costs.append({"name": name, "unit": "ms", **times})
+            run.costs.append({"name": f"{name}, {how}", "unit": "ms", **times})
     try:
         run.save(folder)
     except OSError as error:
