@@ -320,7 +320,8 @@ async def _flood(
     rate: float,
     outcomes: Counter[str],
     done: Any,
-) -> None:
+) -> float:
+    """Send the requests at this rate; the seconds in which they were sent."""
     rng = random.Random(0)
 
     async def one(http: httpx.AsyncClient, index: int) -> None:
@@ -340,6 +341,8 @@ async def _flood(
         for index in range(number):
             await asyncio.sleep(max(0.0, start + index / rate - time.perf_counter()))
             tasks.create_task(one(http, index))
+        took = time.perf_counter() - start
+    return took
 
 
 async def _nonsense(http: httpx.AsyncClient, body: Any) -> str:
