@@ -287,11 +287,9 @@ def overload(
         asyncio.run(_all(url, sample, lambda: None))
         rate = len(sample) / (time.perf_counter() - start)
         before = _resident()
-        start = time.perf_counter()
-        asyncio.run(
+        took = asyncio.run(
             _flood(url, mixture, number, 4 * rate, outcomes, lambda: progress.advance(task))
         )
-        took = time.perf_counter() - start
         while (stats := engine.stats()).running or stats.waiting:
             time.sleep(0.05)
         asyncio.run(_all(url, sample[:5], lambda: None))  # it still answers
