@@ -24,8 +24,8 @@ POLICIES: dict[str, st3.Policy] = {
     "st3_early": st3.ST3(
         first_layer=1, first_drop=0.3, stride=2, anneal=st3.Anneal("linear", tau=6, floor=0)
     ),
-    "st3_static": st3.ST3(stride=1, anneal=st3.Anneal("none")),
-    "anneal_only": st3.ST3(first_drop=0, final_keep=1, anneal=ANNEAL),
+    "st3_static": st3.ST3(stride=1, anneal=st3.Anneal("none"), score="attention"),
+    "anneal_only": st3.ST3(first_drop=0, final_keep=1, anneal=ANNEAL, score="attention"),
     "fastv": st3.FastV(),
     "vtw": st3.VTW(),
     "pyramiddrop": st3.PyramidDrop(),

@@ -44,6 +44,7 @@ class Seen:
     keys: dict[int, Tensor]  # [B, KV heads, T, D] after RoPE, of earlier layers
     plain: dict[tuple[int, str], Tensor]  # "q" and "k" [B, T, ..] as projected, before RoPE
     scaling: float = 1.0
+    softcap: float | None = None
     query: Tensor = field(default_factory=Tensor)  # [B, H, T, D], after RoPE
     key: Tensor = field(default_factory=Tensor)  # [B, H, T, D], after RoPE; KV heads repeated
     attention: Tensor = field(default_factory=Tensor)  # [B, T], of the last row, mean over heads
@@ -235,6 +236,7 @@ def _measure(now: _Pass, layer: int, query: Tensor, key: Tensor, kwargs: dict[st
         now.scores[layer] = attention
     elif now.score.stage == "attention":
         seen = now.seen(layer, now.kept[layer], scaling=kwargs["scaling"])
+        seen.softcap = kwargs.get("softcap")
         seen.query, seen.key, seen.attention = query, key, attention
         now.scores[layer] = now.score.of(seen)
 

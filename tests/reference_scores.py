@@ -69,6 +69,8 @@ def question(seen: Seen, row: int) -> list[int]:
 def attention_of(seen: Seen, row: int, query: int) -> Tensor:
     """Softmax attention of one position over those before it that are there, [heads, T]."""
     logits = torch.einsum("hd,htd->ht", seen.query[row, :, query], seen.key[row]) * seen.scaling
+    if seen.softcap is not None:
+        logits = torch.tanh(logits / seen.softcap) * seen.softcap
     hidden = ~seen.kept[row].clone()
     hidden[query + 1 :] = True
     return logits.masked_fill(hidden, -torch.inf).softmax(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -16,6 +16,9 @@ from st3.policies.base import _POLICIES
 from st3.schedule import Schedule
 from st3.scores import SCORES, score_named
 from tests.helpers import METHODS, POLICIES, SCORED, Case
+
+
+PAPER_7B = st3.ST3(final_keep=0.01, score="attention", anneal=st3.Anneal(tau=128))
 
 
 def test_every_method_and_score_is_in_the_matrix() -> None:
@@ -46,8 +49,8 @@ def test_strings_read_back(name: str) -> None:
         ("st3:anneal=none", st3.ST3(anneal=st3.Anneal("none"))),
         ("st3:ratio=0.07,rerank_every=8", st3.ST3(ratio=0.07, rerank_every=8)),
         ("st3:score=key_norm", st3.ST3(score="key_norm")),
-        ("st3-7b", st3.ST3(final_keep=0.01)),
-        ("st3-7b:stride=2", st3.ST3(final_keep=0.01, stride=2)),
+        ("st3-7b", PAPER_7B),
+        ("st3-7b:stride=2", replace(PAPER_7B, stride=2)),
         ("random:like=fastv", st3.Random(like=st3.FastV())),
         (
             "random:like=(fastv:drop=0.75,layer=3),seed=4",
@@ -69,7 +72,7 @@ def test_options_come_on_top_of_a_string() -> None:
 
 
 def test_presets_are_the_papers() -> None:
-    assert presets() == {"st3-7b": st3.ST3(final_keep=0.01), "st3-13b": st3.ST3(final_keep=0.05)}
+    assert presets() == {"st3-7b": PAPER_7B, "st3-13b": replace(PAPER_7B, final_keep=0.05)}
 
 
 def test_policies_are_frozen_and_comparable() -> None:

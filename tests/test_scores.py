@@ -94,9 +94,9 @@ def test_gradient_checkpointing(method: str) -> None:
 
 
 def test_methods_take_nothing_that_they_do_not_need() -> None:
-    """ST3 and FastV keep no keys, tables or earlier scores."""
+    """The paper's ST3 keeps no keys, tables or earlier scores."""
     case = Case.of("llava")
-    with st3.trim(case.model, POLICIES["st3"]) as trimmer:
+    with st3.trim(case.model, st3.ST3(score="attention")) as trimmer:
         case.model(**case.batch)
         current = trimmer._director.current
         assert current is not None
@@ -193,7 +193,8 @@ def test_recall_outlives_growing_buffers_and_compaction() -> None:
 
 def test_recall_brings_back_what_was_hidden() -> None:
     case = Case.of("llava")
-    frozen = st3.ST3(first_drop=0, final_keep=1, anneal=st3.Anneal("linear", tau=1, floor=0.3))
+    anneal = st3.Anneal("linear", tau=1, floor=0.3)
+    frozen = st3.ST3(first_drop=0, final_keep=1, anneal=anneal, score="attention")
     recalled = st3.DyCoke(layer=0, keep=0.3, every=2)
     assert case.schedule(frozen).visible(4, 16, 3) == case.schedule(recalled).visible(4, 16, 3)
     one, other = (torch.stack(case.generate(p, 8).logits) for p in (frozen, recalled))

@@ -52,7 +52,7 @@ class Anneal:
     """
 
     curve: Curve = "cosine"
-    tau: float = 128
+    tau: float = 256
     floor: float = 0.05
 
     def __post_init__(self) -> None:

@@ -40,8 +40,9 @@ class ST3(Policy):
             current token's attention; None keeps the ranking of the prefill.
         recall_every: the same over all stored visual tokens: what annealing had hidden may come
             back, and nothing is freed. Not together with ``rerank_every``.
-        score: by what tokens are ranked, a name of :data:`st3.scores.SCORES`; the paper's is the
-            attention of the prompt's last token.
+        score: by what tokens are ranked, a name of :data:`st3.scores.SCORES`. The paper's is
+            "attention", of the prompt's last token; it loses what that token does not look at, which
+            counting and long descriptions need, so that the default takes turns with a grid.
 
     Raises:
         ValueError: an argument out of range; from :meth:`schedule`, a layout that does not fit
@@ -58,7 +59,7 @@ class ST3(Policy):
     anneal: Anneal = field(default_factory=Anneal)
     rerank_every: int | None = None
     recall_every: int | None = None
-    score: str = "attention"
+    score: str = "mixed"
 
     name: ClassVar[str] = "st3"
     paper: ClassVar[str] = "arXiv 2412.20105 (AAAI 2025)"
@@ -198,5 +199,6 @@ class ST3(Policy):
 
 
 # The paper's settings: 32 decoder layers end at C = 1 %, 40 layers at C = 5 % (R = 7 % and 5 %).
-register_preset("st3-7b", ST3(final_keep=0.01))
-register_preset("st3-13b", ST3(final_keep=0.05))
+# The paper's settings for LLaVA-1.5-7B and 13B.
+register_preset("st3-7b", ST3(final_keep=0.01, anneal=Anneal(tau=128), score="attention"))
+register_preset("st3-13b", ST3(final_keep=0.05, anneal=Anneal(tau=128), score="attention"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from st3.scores.attention import Attention
-from st3.scores.base import LayerView, Score, Stage, ranks
+from st3.scores.base import LayerView, Score, Stage, TokenView, ranks
 from st3.scores.grid import Grid
 
 
@@ -30,7 +30,11 @@ class Mixed:
     name: str = "mixed"
     stage: Stage = "attention"
 
+    def prepare(self, view: TokenView) -> Tensor:
+        """The cover's score, which does not change from layer to layer, [B, N]."""
+        return self.cover(view)
+
     def __call__(self, view: LayerView) -> Tensor:
-        attended = ranks(self.attention(view), view.visual)
-        covering = ranks(self.cover(view), view.visual)
+        cover = self.cover(view) if view.prepared is None else view.prepared
+        attended, covering = (ranks(score, view.visual) for score in (self.attention(view), cover))
         return -torch.minimum(2 * attended, 2 * covering + 1).float()
