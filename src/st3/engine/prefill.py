@@ -64,6 +64,7 @@ class Prefill:
     hidden: Tensor | None = None
     scoring: Scoring = field(init=False)
     _gathered: dict[int, Memo] = field(default_factory=dict)
+    _ranked: dict[int, bool] = field(default_factory=dict)
     _plain: Memo = field(default_factory=dict)
 
     def __post_init__(self, tower: Tensor | None) -> None:
@@ -124,7 +125,10 @@ class Prefill:
 
     def ranks(self, layer: int) -> bool:
         """Whether the cache will want an order of the layer's visual tokens."""
-        return self.cache is not None and not self.extends and self.plan.anneals(layer, self.rows)
+        if layer not in self._ranked:  # asked for several times in a layer
+            wants = self.cache is not None and not self.extends
+            self._ranked[layer] = wants and self.plan.anneals(layer, self.rows)
+        return self._ranked[layer]
 
     def _prune(self, layer: int) -> None:
         score = self.scoring.before_drop(layer)
