@@ -111,7 +111,9 @@ class Session:
             name += "-" + "-".join(self.given.sections)
         where = conditions(CPU, dtype_of(self.given.dtypes[0]))
         where["dtype"] = " and ".join(self.given.dtypes)
-        where["freed_memory"] = "kept by the process" if self.keeps_memory else "the C library's way"
+        where["freed_memory"] = (
+            "kept by the process" if self.keeps_memory else "the C library's way"
+        )
         page = save(self.results, where, self.given.out, name, plots=not self.given.no_plots)[1]
         page.write_text(
             page.read_text() + "\n## Goals\n\n" + bars_table(self.bars) + self._ragged()

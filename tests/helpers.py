@@ -19,10 +19,15 @@ TEXT_ONLY = [[T(6)], [T(3)]]
 
 # A new method is one row here or in METHODS. The models have 8 decoder layers.
 POLICIES: dict[str, st3.Policy] = {
-    "st3": st3.ST3(first_drop=0.4, final_keep=0.1, stride=2, anneal=ANNEAL),
+    "st3": st3.ST3(first_drop=0.4, final_keep=0.1, stride=2, anneal=ANNEAL, score="attention"),
+    "mixed": st3.ST3(first_drop=0.4, final_keep=0.1, stride=2, anneal=ANNEAL),
     # From layer 1 on: before the last of DeepStack's injections.
     "st3_early": st3.ST3(
-        first_layer=1, first_drop=0.3, stride=2, anneal=st3.Anneal("linear", tau=6, floor=0)
+        first_layer=1,
+        first_drop=0.3,
+        stride=2,
+        anneal=st3.Anneal("linear", tau=6, floor=0),
+        score="attention",
     ),
     "st3_static": st3.ST3(stride=1, anneal=st3.Anneal("none"), score="attention"),
     "anneal_only": st3.ST3(first_drop=0, final_keep=1, anneal=ANNEAL, score="attention"),

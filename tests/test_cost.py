@@ -431,11 +431,12 @@ def test_annealing_shrinks_live_kv_at_once_and_buffers_when_they_move() -> None:
     one = 32 * 2 * 4096 * 2  # bytes of one entry in all layers
     held = [
         kv_allocated_bytes(DIMS_7B, 64, 100, schedule, step, rule=with_headroom(16)) / one
-        for step in (0, 10, 16, 17, 18)
+        for step in (0, 1, 10, 16, 17, 18)
     ]
-    assert held[:3] == [64 + 50 + 16] * 3
+    # A prompt is filed, with room behind it, when the first further token comes.
+    assert held[:4] == [64 + 50, *[64 + 50 + 16] * 3]
     grown = 64 + round(50 * (1 - 17 / 20) + 1e-9) + 17 + 16  # full: what is live moves
-    assert held[3:] == [grown] * 2
+    assert held[4:] == [grown] * 2
     cut = kv_allocated_bytes(DIMS_7B, 64, 100, schedule, 10, rule=as_needed)
     assert cut == kv_bytes(DIMS_7B, 64, 100, schedule, 10) == (64 + 25 + 10) * one
     by_hand = [kv_bytes(DIMS_7B, 64, 100, schedule, step) for step in range(4)]

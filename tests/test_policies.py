@@ -17,7 +17,6 @@ from st3.schedule import Schedule
 from st3.scores import SCORES, score_named
 from tests.helpers import METHODS, POLICIES, SCORED, Case
 
-
 PAPER_7B = st3.ST3(final_keep=0.01, score="attention", anneal=st3.Anneal(tau=128))
 
 

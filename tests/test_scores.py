@@ -11,7 +11,7 @@ import torch
 import st3
 from st3.policies import available, parse
 from st3.scores import SCORES, Attention, TokenView, score_named, stage_of
-from tests.helpers import ANNEAL, METHODS, POLICIES, SCORED, Case, images
+from tests.helpers import ANNEAL, METHODS, SCORED, Case, images
 from tests.test_forward import gradients
 from tests.zoo import FAMILIES, I, T
 

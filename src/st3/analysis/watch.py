@@ -8,7 +8,7 @@ output is bitwise what it is without a watcher, on a bare model and on a trimmed
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -250,10 +250,11 @@ class Watch:
         held = inside.cache[handle.layer]
         store = held.store
 
-        def noted(order: Tensor | None, positions: Tensor, *rest: Any) -> None:
-            stored = positions if order is None else positions.gather(1, order)
+        def noted(order: Callable[[], Tensor | None], positions: Tensor, *rest: Any) -> None:
+            found = order()
+            stored = positions if found is None else positions.gather(1, found)
             self._stored[handle.layer] = stored[0]
-            store(order, positions, *rest)
+            store(lambda: found, positions, *rest)
 
         held.__dict__["store"] = noted
         try:

@@ -76,7 +76,7 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     wanted = {mmap_max: 0, trim_threshold: 2**31 - 1, top_pad: 1 << 28}
-    return all([mallopt(name, value) == 1 for name, value in wanted.items()])
+    return sum(mallopt(name, value) for name, value in wanted.items()) == len(wanted)
 
 
 def _give_back() -> None:

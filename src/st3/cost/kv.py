@@ -128,6 +128,8 @@ def with_headroom(columns: int) -> AllocationRule:
         raise ValueError(f"headroom cannot be negative, got {columns}")
 
     def rule(live: Sequence[int]) -> int:
+        if len(live) == 1:
+            return live[0]  # a prompt is filed when the first further token comes
         used, capacity = live[0], live[0] + columns
         for now in live[1:]:
             used += 1  # entries are appended; what annealing hides stays in the buffer

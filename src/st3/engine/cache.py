@@ -4,11 +4,15 @@ A layer's buffer is ``[padding | visual tokens by rising importance | text ...]`
 RoPE is applied before keys are stored, so their order is free, and annealing is nothing but a start
 pointer that moves to the right. Columns are counted from the layer's first stored one (*absolute*
 columns); ``base`` is the first that is still allocated.
+
+A prompt is brought into that order, and into the buffer, when the first further token comes: until
+then its keys and values stay where the model made them, so that the first token waits for neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +27,31 @@ from st3.schedule import Schedule
 # Free columns behind the last one when a buffer is allocated. Growing copies what is live, so a
 # larger block copies less often but keeps what annealing released for longer.
 HEADROOM = 32
+
+
+@dataclass
+class Unfiled:
+    """A prompt's keys and values as the model made them, [B, KV heads, N, head size].
+
+    Attributes:
+        order: gives the columns in cache order [B, width], or None when they stand so.
+        positions: original columns [B, N].
+        width: columns of the longest row.
+    """
+
+    key: Tensor
+    value: Tensor
+    order: Callable[[], Tensor | None]
+    positions: Tensor
+    width: int
+
+    @property
+    def lean(self) -> bool:
+        """Whether keeping them keeps nothing else alive (projections can be parts of a whole)."""
+        return all(
+            4 * t.untyped_storage().nbytes() <= 5 * t.numel() * t.element_size()
+            for t in (self.key, self.value)
+        )
 
 
 class TrimmedLayer(CacheLayerMixin):
@@ -66,12 +95,28 @@ class TrimmedLayer(CacheLayerMixin):
         self.pad: tuple[int, ...] = ()
         self.kept: tuple[int, ...] = ()
         self.images: tuple[tuple[int, ...], ...] = ()
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
-        self._positions: Tensor | None = None
+        self._unfiled: Unfiled | None = None
+        self._buffers: dict[str, Tensor | None] = {}
         self._pending: tuple[Tensor, Tensor] | None = None
         self.next_column: Tensor | None = None  # set while a compiled step runs
         self._starts: dict[int, tuple[int, ...]] = {}
+
+    def _buffer(name: str) -> property:
+        """A buffer, which a prompt is filed into when it is first asked for."""
+
+        def get(self: TrimmedLayer) -> Tensor | None:
+            if self._unfiled is not None:
+                self._file(self._unfiled)
+            return self._buffers.get(name)
+
+        def put(self: TrimmedLayer, value: Tensor | None) -> None:
+            self._buffers[name] = value
+
+        return property(get, put)
+
+    _keys: Any = _buffer("keys")
+    _values: Any = _buffer("values")
+    _positions: Any = _buffer("positions")  # sliding layers only
 
     # What is live -----------------------------------------------------------------------------
 
@@ -107,13 +152,18 @@ class TrimmedLayer(CacheLayerMixin):
     @property
     def allocated_tokens(self) -> int:
         """Columns held in memory, times rows."""
-        return 0 if self._keys is None else self._keys.shape[0] * self._keys.shape[2]
+        held = self._held()
+        return held[0].shape[0] * held[0].shape[2] if held else 0
 
     @property
     def bytes_per_token(self) -> int:
-        if self._keys is None or self._values is None:
-            return 0
-        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in (self._keys, self._values))
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in self._held())
+
+    def _held(self) -> tuple[Tensor, ...]:
+        """Keys and values, filed or not; empty before any are stored."""
+        if self._unfiled is not None:
+            return self._unfiled.key, self._unfiled.value
+        return tuple(t for t in (self._keys, self._values) if t is not None)
 
     def _view(self, buffer: Tensor, first: int) -> Tensor:
         return buffer[:, :, first - self.base : self.end - self.base]
@@ -153,34 +203,28 @@ class TrimmedLayer(CacheLayerMixin):
 
     def store(
         self,
-        order: Tensor | None,
+        order: Callable[[], Tensor | None],
         positions: Tensor,
         counts: Sequence[int],
         kept: Sequence[int],
         images: Sequence[Sequence[int]],
+        width: int | None = None,
     ) -> None:
-        """Write the prompt last given to :meth:`update` straight into the buffer, in cache order,
-        as its only copy.
+        """Take over the prompt last given to :meth:`update`.
 
         Args:
-            order: columns in cache order [B, M], or None when they stand so.
+            order: gives the columns in cache order [B, M], or None when they stand so; called when
+                the prompt is filed.
             positions: original columns [B, N].
             counts: valid columns of each row.
             kept: visual columns of each row.
             images: the rows' original visual tokens, by budget: one number, or one per image.
+            width: columns to keep; None: those of the longest row.
         """
         if self._pending is None:
             raise TrimStateError(f"layer {self.layer} stored nothing: its cache was not updated")
         (key, value), self._pending = self._pending, None
-        width = key.shape[2] if order is None else order.shape[1]
-        self._keys = _allocate(key, width + HEADROOM)
-        self._values = _allocate(value, width + HEADROOM)
-        for buffer, source in ((self._keys, key), (self._values, value)):
-            _copy_columns(source, order, buffer[:, :, :width])
-        if self.window is not None:
-            stored = positions if order is None else positions.gather(1, order)
-            self._positions = positions.new_zeros(key.shape[0], width + HEADROOM)
-            self._positions[:, :width] = stored
+        width = max(counts) if width is None else width
         self.base, self.end = 0, width
         self.pad = tuple(width - count for count in counts)
         self.kept = tuple(kept)
@@ -188,6 +232,28 @@ class TrimmedLayer(CacheLayerMixin):
         self.is_initialized = True
         self._starts = {}
         self.length = self.clock.start + self.clock.tokens
+        self._unfiled = Unfiled(key.detach(), value.detach(), order, positions, width)
+        if not self._unfiled.lean:
+            self._file(self._unfiled)
+
+    def holds(self, key: Tensor) -> bool:
+        """Whether ``key`` is what the prompt under way has given to :meth:`update`."""
+        return self._pending is not None and self._pending[0] is key
+
+    def _file(self, prompt: Unfiled) -> None:
+        """Write a prompt into new buffers, in cache order."""
+        self._unfiled = None
+        with torch.no_grad():
+            order = prompt.order()
+            for name, source in (("_keys", prompt.key), ("_values", prompt.value)):
+                buffer = _allocate(source, prompt.width + HEADROOM)
+                _copy_columns(source, order, buffer[:, :, : prompt.width])
+                setattr(self, name, buffer)
+            if self.window is not None:
+                places = prompt.positions
+                stored = places if order is None else places.gather(1, order.to(places.device))
+                self._positions = stored.new_zeros(len(stored), prompt.width + HEADROOM)
+                self._positions[:, : prompt.width] = stored
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,8 +74,9 @@ class Block:
         """The same block on the device of the layer that needs it."""
         if self.visual.device == device:
             return self
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Block(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: v.to(device) for name, v in parts.items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
     def source_columns(self) -> Tensor:
         """Original column of each column, [B, N]."""

@@ -375,4 +375,4 @@ def _adopt(layer: TrimmedLayer, old: Any, past: int, attention_mask: Tensor | No
     layer.clock.start, layer.clock.tokens, layer.clock.prompt = 0, past, past
     layer.clock.phase = Phase.PREFILL
     layer.update(keys, values)
-    layer.store(None, positions, counts, [0] * batch, [()] * batch)
+    layer.store(lambda: None, positions, counts, [0] * batch, [()] * batch, columns)

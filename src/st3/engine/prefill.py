@@ -212,19 +212,20 @@ class Prefill:
         output = base(module, query, key, value, mask, **kwargs)
         if store and self.cache is not None:
             self.stored.add(layer)
-            with torch.no_grad():
-                order = cache_order(
-                    self.block,
-                    self.scores[layer] if ranks else None,
-                    self.plan.stays(layer, self.rows),
-                )
-                self.cache[layer].store(
-                    order,
-                    self.block.source_columns(),
-                    self.block.counts,
-                    self.block.n_kept,
-                    self.plan.budgets(self.rows),
-                )
+            block, rows = self.block, self.rows
+            score = self.scoring.for_cache(layer) if ranks else None
+            stays = self.plan.stays
+
+            def order() -> Tensor | None:
+                return cache_order(block, score() if score else None, stays(layer, rows))
+
+            self.cache[layer].store(
+                order,
+                block.source_columns(),
+                block.counts,
+                block.n_kept,
+                self.plan.budgets(rows),
+            )
         elif self.extends and self.cache is not None:
             self.cache[layer].note_positions(self.clock.start + self.block.source_columns())
         return output

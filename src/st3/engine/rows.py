@@ -46,7 +46,7 @@ class VisibleCounts:
         return steps[step]
 
     def peaks(self, max_steps: int) -> tuple[int, ...]:
-        """For each layer the most entries, visual and generated, at any step up to ``max_steps``."""
+        """The most entries of each layer, visual and generated, at a step up to ``max_steps``."""
         if max_steps not in self._peaks:
             best = list(self.at(0))
             for step in range(1, max_steps + 1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,6 +30,7 @@ class Scoring:
         self.prefill = prefill
         self.tower = tower
         self.by_layer: dict[int, Tensor] = {}
+        self._late: dict[int, Callable[[], Tensor]] = {}
         self.tables: Any = None
         self.carried: Tensor | None = None
         self._prepared: Tensor | None = None
@@ -63,10 +66,31 @@ class Scoring:
         if not any(map(self._wanted, users)):
             return
         with torch.no_grad():
-            score = plan.score(self._layer_view(layer, query, key, kwargs))
+            view = self._layer_view(layer, query, key, kwargs)
+            if self._can_wait(layer, key):
+                self._late[layer] = partial(plan.score, view.late())
+                return
+            score = plan.score(view)
             self.by_layer[layer] = mean_over_ranks(score, plan.ranks)
         if len(users) > 1:
             self.carried = self.by_layer[layer]
+
+    def _can_wait(self, layer: int, key: Tensor) -> bool:
+        """Whether only the cache asks for the score of ``layer``, when it is filed: not a drop, not
+        the masks of candidates, no later layer; and not where ranks would wait for each other."""
+        prefill, plan = self.prefill, self.prefill.plan
+        drops = layer + 1 < plan.schedule.num_layers and plan.schedule.prunes(layer + 1)
+        alone = len(plan.users[layer]) == 1 and not prefill.rows.tail and plan.ranks is None
+        cached = prefill.cache is not None and prefill.cache[layer].holds(key)
+        return getattr(plan.score, "last_row", False) and alone and cached and not drops
+
+    def for_cache(self, layer: int) -> Callable[[], Tensor]:
+        """Gives the score that the cache of ``layer`` is ordered by."""
+        late = self._late.pop(layer, None)
+        if late is not None:
+            return late
+        score = self.by_layer[layer]
+        return lambda: score
 
     def before_drop(self, layer: int) -> Tensor | None:
         """The score by which ``layer`` drops tokens; None if it was not taken."""

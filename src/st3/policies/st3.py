@@ -41,8 +41,8 @@ class ST3(Policy):
         recall_every: the same over all stored visual tokens: what annealing had hidden may come
             back, and nothing is freed. Not together with ``rerank_every``.
         score: by what tokens are ranked, a name of :data:`st3.scores.SCORES`. The paper's is
-            "attention", of the prompt's last token; it loses what that token does not look at, which
-            counting and long descriptions need, so that the default takes turns with a grid.
+            "attention", of the prompt's last token. It loses what that token does not look at, and
+            counting and long descriptions need it: the default takes turns with a grid.
 
     Raises:
         ValueError: an argument out of range; from :meth:`schedule`, a layout that does not fit

@@ -63,6 +63,11 @@ class Attention:
     def needs(self) -> frozenset[str]:
         return frozenset() if self.rotary else frozenset({"rotary"})
 
+    @property
+    def last_row(self) -> bool:
+        """Whether the last row's logits are all that it reads."""
+        return self.rows == "last" and self.rotary
+
     def source(self, layer: int) -> int:
         """The layer whose score ``layer`` uses."""
         if not self.lazy or layer < FIRST_LAZY:

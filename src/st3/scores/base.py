@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -80,6 +80,7 @@ class LayerView(TokenView):
         scaling: factor on ``query @ key``.
         softcap: tanh cap on the scaled logits (Gemma 2), or None.
         key_valid: [B, K] bool, keys that are neither padding nor dropped; None when all are.
+        last_query: [B, query heads, 1, head size], the last token's; where it stands for ``query``.
         unrotate: gives the new columns' queries and keys without RoPE, [B, query or KV heads, N,
             head size], for scores that need "rotary".
     """
@@ -89,6 +90,7 @@ class LayerView(TokenView):
     scaling: float
     softcap: float | None
     key_valid: Tensor | None
+    last_query: Tensor | None = None
     unrotate: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     @property
@@ -99,7 +101,14 @@ class LayerView(TokenView):
     def last_row_logits(self) -> Tensor:
         """Scaled attention logits of the prompt's last token over the keys, [B, heads, K], fp32;
         see :meth:`row_logits`."""
-        return self.row_logits(self.last[:, None])[:, :, 0]
+        rows = self.last[:, None]
+        picked = _pick(self.query, rows) if self.last_query is None else self.last_query
+        return self._logits(picked, rows)[:, :, 0]
+
+    def late(self) -> LayerView:
+        """The same for a score that looks at the last row alone, without the other queries."""
+        picked = _pick(self.query, self.last[:, None])
+        return replace(self, query=picked, last_query=picked, hidden=None, before=None)
 
     def row_logits(self, rows: Tensor) -> Tensor:
         """Scaled attention logits of the columns ``rows`` [B, R] over the keys, [B, heads, R, K],
@@ -109,8 +118,11 @@ class LayerView(TokenView):
         are -inf: causal, whatever the family's mask. Sliding windows are left out on purpose:
         beyond a window the attention is exactly 0, which ranks nothing.
         """
-        keys, columns = self.key.shape[2], self.query.shape[2]
-        logits = _products(self.query, self.key, rows) * self.scaling
+        return self._logits(_pick(self.query, rows), rows)
+
+    def _logits(self, picked: Tensor, rows: Tensor) -> Tensor:
+        keys, columns = self.key.shape[2], self.visual.shape[1]
+        logits = _products(picked, self.key) * self.scaling
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         past = keys - columns
@@ -125,18 +137,23 @@ class LayerView(TokenView):
         if self.unrotate is None:
             raise ValueError("a score that removes RoPE must list 'rotary' in its needs")
         query, key = self.unrotate()
-        return _products(query, key, self.last[:, None])[:, :, 0] * self.scaling
+        return _products(_pick(query, self.last[:, None]), key)[:, :, 0] * self.scaling
 
 
-def _products(query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
-    """``query`` at columns ``rows`` [B, R] times all ``key``: [B, heads, R, K], fp32."""
-    batch, heads, _, size = query.shape
+def _pick(query: Tensor, rows: Tensor) -> Tensor:
+    """``query`` [B, heads, N, size] at columns ``rows`` [B, R]: [B, heads, R, size]."""
+    batch = torch.arange(query.shape[0], device=query.device)[:, None]
+    return query[batch, :, rows].transpose(1, 2)
+
+
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """``query`` [B, heads, R, size] times all ``key``: [B, heads, R, K], fp32."""
+    batch, heads, rows, size = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
-    picked = query[torch.arange(batch, device=rows.device)[:, None], :, rows].transpose(1, 2)
-    picked = picked.reshape(batch, kv_heads, -1, size)
+    picked = query.reshape(batch, kv_heads, -1, size)
     # Long operand first: on CPUs `key @ row` is up to 40 times faster than `row @ key^T`.
     products = torch.matmul(key, picked.transpose(-1, -2)).transpose(-1, -2)
-    return products.reshape(batch, heads, rows.shape[1], keys).float()
+    return products.reshape(batch, heads, rows, keys).float()
 
 
 class Score(Protocol):
@@ -148,6 +165,8 @@ class Score(Protocol):
             and the drop before it. "embeds": once, at the input of layer 0, for all layers; only
             such a score can drop tokens before layer 0.
         needs: what it asks for beyond the view's own fields: "keys", "rotary", "tower".
+        last_row: True if of a layer's attention it reads :meth:`LayerView.last_row_logits` alone:
+            where only the cache asks for it, it is taken when the first further token comes.
         prepare: a function of the :class:`TokenView` of layer 0, whose result [B, N] later views
             carry as ``prepared``.
         source: a function that maps a layer to the layer, at or before it, whose score it uses.

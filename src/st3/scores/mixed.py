@@ -30,6 +30,11 @@ class Mixed:
     name: str = "mixed"
     stage: Stage = "attention"
 
+    @property
+    def last_row(self) -> bool:
+        """Whether of a layer's attention it reads the last row alone."""
+        return getattr(self.attention, "last_row", False)
+
     def prepare(self, view: TokenView) -> Tensor:
         """The cover's score, which does not change from layer to layer, [B, N]."""
         return self.cover(view)
