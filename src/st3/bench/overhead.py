@@ -119,7 +119,7 @@ def probed(range_: Range) -> Iterator[None]:
         self: Prefill, layer: int, base: Any, module: Any, *args: Any, **kwargs: Any
     ) -> Any:
         plan = self.plan
-        self.plan = dataclasses.replace(plan, score=_wrap(plan.score, range_, "score"))
+        self.plan = dataclasses.replace(plan, score=_Watched(plan.score, range_))
         try:
             with range_("file"):
                 return attend(self, layer, _wrap(base, range_, MODEL), module, *args, **kwargs)
@@ -134,6 +134,21 @@ def probed(range_: Range) -> Iterator[None]:
     ]
     with _exchanged(wrapped):
         yield
+
+
+class _Watched:
+    """A score in the range *score*; all that is asked of it is asked of the score."""
+
+    def __init__(self, score: Any, range_: Range) -> None:
+        self._score = score
+        self._range = range_
+
+    def __call__(self, view: Any) -> Any:
+        with self._range("score"):
+            return self._score(view)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._score, name)
 
 
 @contextmanager

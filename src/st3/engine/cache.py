@@ -26,7 +26,7 @@ from st3.schedule import Schedule
 
 # Free columns behind the last one when a buffer is allocated. Growing copies what is live, so a
 # larger block copies less often but keeps what annealing released for longer.
-HEADROOM = 32
+HEADROOM = 16
 
 
 @dataclass

@@ -75,8 +75,10 @@ class Block:
         if self.visual.device == device:
             return self
         parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: v.to(device) for name, v in parts.items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        moved: dict[str, Any] = {
+            name: v.to(device) if isinstance(v, Tensor) else v for name, v in parts.items()
+        }
+        return Block(**moved)
 
     def source_columns(self) -> Tensor:
         """Original column of each column, [B, N]."""
