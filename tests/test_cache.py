@@ -14,6 +14,10 @@ from transformers import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import st3
+from st3.engine.cache import TrimmedLayer
+from st3.engine.clock import Clock, Phase
+from st3.schedule import Schedule
+from st3.scores import Attention
 from tests import reference
 from tests.conversation import Conversation
 from tests.helpers import ANNEAL, POLICIES, ST3, Case, answer, assert_same
@@ -281,3 +285,54 @@ def test_a_long_answer_grows_its_buffers() -> None:
     """Beyond the headroom, while entries are being annealed."""
     policy = st3.ST3(first_drop=0.3, stride=2, anneal=st3.Anneal(tau=60, floor=0))
     Case.of("gemma3", RAGGED).check_generate(policy, 80)
+
+
+# -- when a prompt is filed -----------------------------------------------------------------------
+
+
+def test_a_prompt_is_filed_with_the_first_further_token() -> None:
+    """Until then nothing is copied, and only drops are scored."""
+    run = Run(Case.of("llava", SOLO))
+    layers = run.cache.layers
+    assert all(layer._unfiled is not None for layer in layers)
+    assert [layer.allocated_tokens for layer in layers] == [layer.live_tokens for layer in layers]
+    held = [layer.bytes_per_token for layer in layers]
+    run.feed(words(1, 1, 1)["input_ids"])
+    assert all(layer._unfiled is None for layer in layers)
+    assert [layer.bytes_per_token for layer in layers] == held
+    assert all(layer.allocated_tokens > layer.live_tokens for layer in layers)
+
+
+def test_scores_that_only_annealing_needs_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    score = Attention.__call__
+
+    def noted(self: Attention, view: Any) -> Tensor:
+        taken.append(view.layer)
+        return score(self, view)
+
+    monkeypatch.setattr(Attention, "__call__", noted)
+    run = Run(Case.of("llava", SOLO))
+    schedule = run.case.schedule(run.policy)
+    drops = [
+        i
+        for i in range(1, len(run.cache.layers))
+        if schedule.kept(i, 16) < schedule.kept(i - 1, 16)
+    ]
+    assert taken == [layer - 1 for layer in drops]
+    run.feed(words(1, 1, 1)["input_ids"])
+    assert set(taken) > {layer - 1 for layer in drops}
+    assert len(taken) == len(set(taken))
+
+
+def test_parts_of_a_larger_projection_are_filed_at_once() -> None:
+    """Kept as they are, they would keep the queries alive, too."""
+    layer = TrimmedLayer(0, Schedule.from_shares([1]), Clock())
+    layer.clock.phase = Phase.PREFILL
+    layer.clock.tokens = 5
+    whole = torch.randn(1, 2, 5, 12)
+    layer.update(whole[..., :4], whole[..., 4:8])
+    layer.store(lambda: None, torch.arange(5)[None], [5], [0], [()])
+    assert layer._unfiled is None
+    assert layer.keys is not None
+    assert torch.equal(layer.keys, whole[..., :4])
