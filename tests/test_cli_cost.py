@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import st3
 from st3.cli import app
 from st3.cost import cost_table
+from st3.policies import presets
 from st3.shapes import shape
 from tests.tiny_llava import LAYERS
 
@@ -28,7 +29,7 @@ def test_json_is_the_cost_table() -> None:
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     policies = {
-        "st3:final_keep=0.01": st3.ST3(final_keep=0.01).schedule(32),
+        str(presets()["st3-7b"]): presets()["st3-7b"].schedule(32),
         "fastv:drop=0.75": st3.FastV(drop=0.75).schedule(32),
     }
     rows = cost_table(shape("llava-next-7b").config, 50, 2880, policies, 9, "float16")

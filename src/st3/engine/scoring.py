@@ -167,6 +167,7 @@ class Scoring:
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
             softcap=kwargs.get("softcap"),
             key_valid=self.prefill.valid_keys(layer, query, key),
+            over_ranks=partial(mean_over_ranks, group=self.prefill.plan.ranks),
             unrotate=None
             if unrotate is None
             else lambda: unrotate(query, key[:, :, first_new:], tables),

@@ -81,6 +81,7 @@ class LayerView(TokenView):
         softcap: tanh cap on the scaled logits (Gemma 2), or None.
         key_valid: [B, K] bool, keys that are neither padding nor dropped; None when all are.
         last_query: [B, query heads, 1, head size], the last token's; where it stands for ``query``.
+        over_ranks: the mean, over the processes that share a layer's heads, of what each has found.
         unrotate: gives the new columns' queries and keys without RoPE, [B, query or KV heads, N,
             head size], for scores that need "rotary".
     """
@@ -91,6 +92,7 @@ class LayerView(TokenView):
     softcap: float | None
     key_valid: Tensor | None
     last_query: Tensor | None = None
+    over_ranks: Callable[[Tensor], Tensor] = lambda score: score
     unrotate: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     @property

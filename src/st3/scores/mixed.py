@@ -41,5 +41,7 @@ class Mixed:
 
     def __call__(self, view: LayerView) -> Tensor:
         cover = self.cover(view) if view.prepared is None else view.prepared
-        attended, covering = (ranks(score, view.visual) for score in (self.attention(view), cover))
+        # Before it is ranked: a mean of ranks is not the rank of a mean.
+        attention = view.over_ranks(self.attention(view))
+        attended, covering = (ranks(score, view.visual) for score in (attention, cover))
         return -torch.minimum(2 * attended, 2 * covering + 1).float()
