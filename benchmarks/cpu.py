@@ -70,15 +70,6 @@ class Session:
             self.subjects[dtype] = dataclasses.replace(found, name=f"{found.name}, {dtype}")
         return self.subjects[dtype]
 
-    def policy(self) -> list[Method]:
-        return compare([self.given.policy], peers=False)[2:]
-
-    def caption_policy(self) -> list[Method]:
-        return compare([self.given.caption_policy], peers=False)[2:]
-
-    def fastv(self) -> list[Method]:
-        return compare(["fastv"], peers=False)[2:]
-
     def workload(self, visual: int, **more: Any) -> Workload:
         few = self.given.visual
         images = 1 if visual == FEW else MANY // FEW
@@ -137,10 +128,15 @@ class Session:
         return text
 
 
+def own(policy: str) -> list[Method]:
+    """The method of a policy, on st3's engine."""
+    return compare([policy], peers=False)[2:]
+
+
 def prefill(session: Session) -> None:
     """Every method at both lengths; the quick table has all of them only at 576 tokens in bf16."""
     quick = session.given.quick
-    some = [untouched(), *session.policy(), *session.fastv()]
+    some = [untouched(), *own(session.given.policy), *own("fastv")]
     every = [attached(), *compare([session.given.policy])]
     every.sort(key=lambda method: method.label != untouched().label)
     for dtype in session.given.dtypes:
@@ -155,8 +151,8 @@ def prefill(session: Session) -> None:
 
 
 def _prefill_bars(session: Session, result: Result, dtype: str, visual: int) -> None:
-    labels = {session.policy()[0].label: 0.98 if visual == FEW else 1.1}
-    labels[session.fastv()[0].label] = 1.0
+    labels = {own(session.given.policy)[0].label: 0.98 if visual == FEW else 1.1}
+    labels[own("fastv")[0].label] = 1.0
     for row in result.rows:
         if row.label not in labels:
             continue
@@ -181,7 +177,7 @@ def idle(session: Session) -> None:
 def decode(session: Session) -> None:
     """Steps against their bound. (Batch 8 at 576 tokens is in the captions, too.)"""
     quick, dtype = session.given.quick, session.given.dtypes[0]
-    methods = [untouched(), own_cache(), *session.policy()]
+    methods = [untouched(), own_cache(), *own(session.given.policy)]
     for batch in (1,) if quick else (1, 8):
         for visual in (FEW, MANY):
             rounds = session.given.repeats or ((2 if visual == FEW else 1) if quick else 5)
@@ -202,7 +198,11 @@ def caption(session: Session) -> None:
     """Batch 8, 128 new tokens; 2,880 visual tokens in the full table alone."""
     quick, dtype = session.given.quick, session.given.dtypes[0]
     for visual, goal in ((FEW, 2.3),) if quick else ((FEW, 2.3), (MANY, 3.3)):
-        methods = [untouched(), *([] if quick else [own_cache()]), *session.caption_policy()]
+        methods = [
+            untouched(),
+            *([] if quick else [own_cache()]),
+            *own(session.given.caption_policy),
+        ]
         rounds = session.given.repeats or (1 if quick else 3)
         workload = session.workload(
             visual, batch=8, new_tokens=session.given.caption_tokens, repeats=rounds
@@ -228,7 +228,7 @@ def ragged(session: Session) -> None:
     rounds = session.given.repeats or (2 if quick else 5)
     workload = session.workload(FEW, batch=2 if quick else 8, new_tokens=8, repeats=rounds)
     workload = dataclasses.replace(workload, images=1)
-    methods = [untouched(), *session.policy()]
+    methods = [untouched(), *own(session.given.policy)]
     rows = against_uniform(session.subject(dtype), workload, methods)
     session.ragged.append((f"{workload.title}, {dtype}", rows))
     for row in rows:

@@ -518,7 +518,8 @@ def report_conditions() -> dict[str, Any]:
 def test_pictures_are_drawn_with_one_look_for_each_method(result: Any, tmp_path: Path) -> None:
     from PIL import Image
 
-    from st3.bench.plot import draw, styles
+    from st3.bench.plot import draw
+    from st3.palette import looks as styles
 
     target = tmp_path / "bench.png"
     draw(result, target, "somewhere")

@@ -29,8 +29,12 @@ _LOOKS: dict[str, tuple[str, str]] = {
     "visionzip": ("#b2182b", "X"),
     "key_norm": ("#7a7a00", "H"),
     "dycoke": ("#8c510a", "o"),
+    # Rows of st3 bench beside the policies.
+    "untrimmed, st3's cache": ("#9a9a9a", "s"),
+    "attached, drops nothing": ("#8c510a", "X"),
+    "fastv (authors' way)": ("#ddaa33", "v"),
 }
-_ALIASES = {"none": "untrimmed", "grid": "uniform", "keynorm": "key_norm"}
+_ALIASES = {"none": "untrimmed", "untouched": "untrimmed", "grid": "uniform", "keynorm": "key_norm"}
 # For what is not named above, and for several variants of one policy in the same picture.
 _SPARE = (
     ("#5e3c99", "D"), ("#01665e", "s"), ("#cc6677", "v"), ("#ddaa33", "^"), ("#4477aa", "P"),

@@ -209,7 +209,7 @@ class Report:
 
     # KV memory ------------------------------------------------------------------------------------
 
-    def _untrimmed(self, step: int) -> int:
+    def untrimmed_bytes(self, step: int) -> int:
         """Bytes of the KV entries that the bare model holds after ``step``; padding not counted."""
         windows = (
             [la.window for la in self.dims.layers] if self.dims else [None] * len(self.entry_bytes)
@@ -224,7 +224,7 @@ class Report:
     def _last(self) -> KVSample:
         if self.samples:
             return self.samples[-1]
-        untrimmed = self._untrimmed(self.steps)
+        untrimmed = self.untrimmed_bytes(self.steps)
         return KVSample(self.steps, untrimmed, untrimmed)
 
     @property
@@ -240,12 +240,12 @@ class Report:
     @property
     def kv_untrimmed_bytes(self) -> int:
         """Bytes that the bare model's entries would take at the same step."""
-        return self._untrimmed(self._last().step)
+        return self.untrimmed_bytes(self._last().step)
 
     def _mean_ratio(self, of: str) -> float:
         if not self.samples:
             return 1.0
-        untrimmed = sum(self._untrimmed(sample.step) for sample in self.samples)
+        untrimmed = sum(self.untrimmed_bytes(sample.step) for sample in self.samples)
         return sum(getattr(sample, of) for sample in self.samples) / max(untrimmed, 1)
 
     @property

@@ -214,7 +214,7 @@ def record(
                 "step": sample.step,
                 "live": sample.live,
                 "allocated": sample.allocated,
-                "untrimmed": report._untrimmed(sample.step),
+                "untrimmed": report.untrimmed_bytes(sample.step),
             }
             for sample in report.samples
         ],

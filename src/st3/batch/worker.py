@@ -12,6 +12,7 @@ import torch
 
 from st3.batch import images
 from st3.batch.inputs import BadRow, Row
+from st3.chats import ask, encode
 from st3.engine import trim
 
 # What processors and models raise about a prompt or image; anything else ends the run.
@@ -116,7 +117,8 @@ class Worker:
     def _answer(self, shown: Sequence[tuple[Row, Any]]) -> list[dict[str, Any]]:
         if not shown:
             return []
-        inputs = self._inputs([image for _, image in shown], [row.prompt for row, _ in shown])
+        chats = [ask([image], row.prompt) for row, image in shown]
+        inputs = encode(self.model, self.processor, chats, padding=True)
         width = inputs["input_ids"].shape[1]
         with self.trimmer:
             output = self.model.generate(
@@ -139,33 +141,6 @@ class Worker:
                 }
             )
         return answers
-
-    def _inputs(self, pictures: list[Any], prompts: list[str]) -> Any:
-        """What generate() takes: a turn of one image and one prompt in each row, padded left."""
-        processor = self.processor
-        if getattr(processor, "chat_template", None):
-            turns = [
-                [{"role": "user", "content": [{"type": "image", "image": picture},
-                                              {"type": "text", "text": prompt}]}]
-                for picture, prompt in zip(pictures, prompts, strict=True)
-            ]  # fmt: skip
-            inputs = processor.apply_chat_template(
-                turns,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True},
-            )
-        else:  # a base model: the placeholder, then the prompt
-            placeholder = str(getattr(processor, "image_token", "<image>"))
-            inputs = processor(
-                images=[[picture] for picture in pictures],
-                text=[placeholder + prompt for prompt in prompts],
-                return_tensors="pt",
-                padding=True,
-            )
-        return inputs.to(self.model.device, dtype=self.model.dtype)
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         """Up to and with the first end token; padding follows in rows that end early."""

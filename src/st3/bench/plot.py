@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from st3.bench.methods import ATTACHED, OWN_CACHE, UNTOUCHED
 from st3.bench.report import summary
 from st3.bench.suite import Result
-
-# Okabe and Ito's colours, told apart by colour-blind people as well, and markers besides. A method
-# has the same in all panels and pictures; what is not named here takes the spare ones in order.
-_STYLES = {
-    UNTOUCHED: ("#4d4d4d", "o"),
-    OWN_CACHE: ("#9a9a9a", "s"),
-    "st3": ("#0072b2", "D"),
-    "random": ("#cc79a7", "^"),
-    "fastv": ("#e69f00", "v"),
-    "fastv (authors' way)": ("#d55e00", "P"),
-    "vtw": ("#009e73", "*"),
-    ATTACHED: ("#8c510a", "X"),
-}
-_SPARE = (("#56b4e9", "<"), ("#5e3c99", ">"), ("#b2182b", "p"), ("#01665e", "h"), ("#7a7a00", "d"))
-_PAPER, _INK, _LINES = "#fcfcf9", "#1a1a1a", "#b8b8b8"
+from st3.palette import INK, LINES, PAPER, looks
 
 
 def draw(result: Result, path: Path, where: str) -> None:
@@ -42,7 +26,7 @@ def draw(result: Result, path: Path, where: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("drawing needs matplotlib: pip install 'st3[plot]'") from error
-    figure = Figure(figsize=(13, 4.6), facecolor=_PAPER, layout="constrained")
+    figure = Figure(figsize=(13, 4.6), facecolor=PAPER, layout="constrained")
     FigureCanvasAgg(figure)
     figures = [summary(result, row) for row in result.rows]
     generated = bool(result.reference.generations)
@@ -60,32 +44,19 @@ def draw(result: Result, path: Path, where: str) -> None:
         _gains(axes[-1], result, figures)
     else:
         axes[-1].set_visible(False)
-    figure.suptitle(f"{result.subject}: {result.workload.title}", color=_INK, fontsize=12)
-    figure.supxlabel(where, color=_INK, fontsize=7)
-    figure.savefig(path, dpi=150, facecolor=_PAPER)
-
-
-def styles(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each method. A policy with arguments takes its name's, if that is free:
-    ``st3:stride=2`` looks like ``st3`` where there is no other."""
-    spare = iter(_SPARE * (1 + len(labels)))
-    chosen = {label: _STYLES[label] for label in labels if label in _STYLES}
-    for label in labels:
-        plain = _STYLES.get(label.partition(":")[0])
-        if label not in chosen:
-            free = plain is not None and plain not in chosen.values()
-            chosen[label] = plain if plain is not None and free else next(spare)
-    return chosen
+    figure.suptitle(f"{result.subject}: {result.workload.title}", color=INK, fontsize=12)
+    figure.supxlabel(where, color=INK, fontsize=7)
+    figure.savefig(path, dpi=150, facecolor=PAPER)
 
 
 def _dress(axis: Any) -> None:
-    axis.set_facecolor(_PAPER)
+    axis.set_facecolor(PAPER)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axis.spines[side].set_color(_LINES)
-    axis.tick_params(colors=_INK, labelsize=8)
-    axis.title.set_color(_INK)
+        axis.spines[side].set_color(LINES)
+    axis.tick_params(colors=INK, labelsize=8)
+    axis.title.set_color(INK)
 
 
 def _labels(result: Result) -> list[str]:
@@ -95,29 +66,27 @@ def _labels(result: Result) -> list[str]:
 def _bars(axis: Any, result: Result, figures: list[dict[str, Any]], key: str, title: str) -> None:
     labels = _labels(result)
     values = [1e3 * (figure[key] or 0.0) for figure in figures]
-    bars = axis.barh(
-        labels, values, color=[styles(labels)[name][0] for name in labels], height=0.65
-    )
-    axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8, color=_INK)
+    bars = axis.barh(labels, values, color=[looks(labels)[name][0] for name in labels], height=0.65)
+    axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8, color=INK)
     axis.invert_yaxis()
     axis.margins(x=0.18)
     axis.set_title(title, fontsize=10)
 
 
 def _kv(axis: Any, result: Result) -> None:
-    look = styles(_labels(result))
+    look = looks(_labels(result))
     for row in result.rows:
         if row.footprint is None:
             continue
         for held, style in ((row.footprint.kv_live, "-"), (row.footprint.kv_allocated, ":")):
             axis.plot([b / 2**20 for b in held], style, color=look[row.label][0], linewidth=1.6)
     axis.set_ylim(bottom=0)
-    axis.set_xlabel("decode step", fontsize=8, color=_INK)
+    axis.set_xlabel("decode step", fontsize=8, color=INK)
     axis.set_title("KV cache, MiB: live (line), allocated (dots)", fontsize=10)
 
 
 def _gains(axis: Any, result: Result, figures: list[dict[str, Any]]) -> None:
-    look = styles(_labels(result))
+    look = looks(_labels(result))
     top = 1.0
     for row, figure in zip(result.rows, figures, strict=True):
         gain = figure["speed_up"]["prefill"]
@@ -132,8 +101,8 @@ def _gains(axis: Any, result: Result, figures: list[dict[str, Any]]) -> None:
             label=row.label,
         )
         top = max(top, row.flops_ratio, gain["paired"])
-    axis.plot([1, top * 1.05], [1, top * 1.05], color=_LINES, linewidth=1, zorder=0)
-    axis.set_xlabel("FLOPs ratio, untrimmed / trimmed", fontsize=8, color=_INK)
+    axis.plot([1, top * 1.05], [1, top * 1.05], color=LINES, linewidth=1, zorder=0)
+    axis.set_xlabel("FLOPs ratio, untrimmed / trimmed", fontsize=8, color=INK)
     axis.set_title("prefill speed-up (line: as the FLOPs)", fontsize=10)
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=7, frameon=False, labelcolor=_INK)
+        axis.legend(fontsize=7, frameon=False, labelcolor=INK)

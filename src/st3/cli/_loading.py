@@ -15,6 +15,7 @@ import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from st3.chats import ask, encode
 from st3.cli._common import BUNDLED_MODEL, CliError, assets, first_line
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -82,18 +83,7 @@ def load_images(paths: Sequence[str]) -> list[Image.Image]:
 
 def prepare(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> Any:
     """The inputs of generate() for one user turn: all images, then the prompt."""
-    processor = loaded.processor
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image", "image": image} for image in images]
-        turn = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
-        inputs = processor.apply_chat_template(
-            turn, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-    else:  # a base model: the placeholders, then the prompt
-        placeholder = str(getattr(processor, "image_token", "<image>"))
-        text = placeholder * len(images) + prompt
-        inputs = processor(images=list(images), text=text, return_tensors="pt")
-    return inputs.to(loaded.model.device, dtype=loaded.model.dtype)
+    return encode(loaded.model, loaded.processor, [ask(images, prompt)])
 
 
 @contextlib.contextmanager

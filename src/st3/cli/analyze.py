@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from st3.cli._common import CliError, first_line, stderr, stdout
-from st3.cli.generate import DType
+from st3.cli._options import Device, DType, MaxNewTokens, Model, Precision, TrustRemoteCode
 
 if TYPE_CHECKING:
     from st3.analysis import Analysis, Suggestion
@@ -34,11 +34,8 @@ def analyze(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for page, figures and data.")],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", metavar="PATH_OR_ID", help="Default: the bundled st3-tiny."),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    model: Model = None,
+    max_new_tokens: MaxNewTokens = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many images.")] = None,
     keep: Annotated[
         float, typer.Option(help="Share of the visual tokens in a kept set, for the overlaps.")
@@ -46,11 +43,9 @@ def analyze(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the suggestion as one JSON object.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[DType, typer.Option(help="auto: as the model was saved.")] = DType.auto,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's folder run its own code.")
-    ] = False,
+    device: Device = "auto",
+    dtype: Precision = DType.auto,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """Watch an untrimmed model's attention over a set of images, and suggest where to start.
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from st3.cli._common import BUNDLED_MODEL, CliError, first_line, stderr, stdout
-from st3.cli.generate import DType
+from st3.cli._options import (
+    Device,
+    DType,
+    MaxNewTokens,
+    Model,
+    PolicyName,
+    Precision,
+    TrustRemoteCode,
+)
 
 if TYPE_CHECKING:
     from st3.batch import Done
@@ -26,18 +34,13 @@ def batch(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="For rows without one, and for folders.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", metavar="PATH_OR_ID", help="Default: the bundled st3-tiny."),
-    ] = None,
-    policy: Annotated[
-        str, typer.Option(metavar="NAME[:KEY=VALUE,...]", help="How to trim; see `st3 policies`.")
-    ] = "st3",
+    model: Model = None,
+    policy: PolicyName = "st3",
     batch_size: Annotated[int, typer.Option("--batch", min=1, help="Rows answered together.")] = 8,
     window: Annotated[
         int | None, typer.Option(min=1, help="Rows sorted by length together. Default: 8 batches.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 200,
+    max_new_tokens: MaxNewTokens = 200,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="A Ray cluster, or `local` to start one.")
     ] = None,
@@ -48,15 +51,13 @@ def batch(
     gpus_per_actor: Annotated[
         int | None, typer.Option(min=0, help="Ray; more than 1 with --device-map. Default: 1.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    device: Device = "auto",
     device_map: Annotated[
         str | None,
         typer.Option(metavar="auto|balanced|...", help="Spread the layers (accelerate)."),
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="auto: as the model was saved.")] = DType.auto,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's folder run its own code.")
-    ] = False,
+    dtype: Precision = DType.auto,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Answer many prompts about images, and go on where a killed run stopped.
 

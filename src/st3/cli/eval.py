@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from st3.cli._common import CliError, first_line, stderr, stdout
-from st3.cli.generate import DType
+from st3.cli._options import Device, DType, Model, Precision, TrustRemoteCode
 
 if TYPE_CHECKING:
     from st3.eval import Dataset, Entry, Evaluation, Summary
@@ -19,10 +19,7 @@ DEFAULT_POLICIES = "st3,fastv,vtw,pyramiddrop"
 
 
 def evaluate(
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", metavar="PATH_OR_ID", help="Default: the bundled st3-tiny."),
-    ] = None,
+    model: Model = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -56,11 +53,9 @@ def evaluate(
             metavar="DIR", help="Keep finished items, JSON, Markdown, PNG there; goes on from it."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[DType, typer.Option(help="auto: as the model was saved.")] = DType.auto,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's folder run its own code.")
-    ] = False,
+    device: Device = "auto",
+    dtype: Precision = DType.auto,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure how much of the untrimmed model's answers each policy keeps.
 

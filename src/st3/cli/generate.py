@@ -7,13 +7,21 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from st3.cli._common import CliError, first_line, stderr, stdout
+from st3.cli._options import (
+    Device,
+    DType,
+    MaxNewTokens,
+    Model,
+    PolicyName,
+    Precision,
+    TrustRemoteCode,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,25 +32,13 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-class DType(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 def generate(
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGE", help="Image files, all shown in one prompt.")
     ],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question or instruction.")],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", metavar="PATH_OR_ID", help="Default: the bundled st3-tiny."),
-    ] = None,
-    policy: Annotated[
-        str, typer.Option(metavar="NAME[:KEY=VALUE,...]", help="How to trim; see `st3 policies`.")
-    ] = "st3",
+    model: Model = None,
+    policy: PolicyName = "st3",
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer untrimmed as well, and time both.")
     ] = False,
@@ -61,11 +57,11 @@ def generate(
         Path | None,
         typer.Option(metavar="RUN", help="Record the run in this folder, for `st3 report RUN`."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 200,
+    max_new_tokens: MaxNewTokens = 200,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    device: Device = "auto",
     device_map: Annotated[
         str | None,
         typer.Option(metavar="auto|balanced|...", help="Spread the layers (accelerate)."),
@@ -73,10 +69,8 @@ def generate(
     tp: Annotated[
         int | None, typer.Option(min=2, help="Tensor parallel processes, started by torchrun.")
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="auto: as the model was saved.")] = DType.auto,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's folder run its own code.")
-    ] = False,
+    dtype: Precision = DType.auto,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Answer a prompt about one or more images, with visual tokens trimmed.
 

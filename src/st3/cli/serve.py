@@ -11,17 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from st3.cli._common import BUNDLED_MODEL, CliError, first_line, stderr
-from st3.cli.generate import DType
+from st3.cli._options import Device, DType, Model, Precision, TrustRemoteCode
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def serve(
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", metavar="PATH_OR_ID", help="Default: the bundled st3-tiny."),
-    ] = None,
+    model: Model = None,
     policy: Annotated[
         str,
         typer.Option(metavar="NAME[:KEY=VALUE,...]", help="Of requests that name none."),
@@ -74,11 +71,9 @@ def serve(
         int | None, typer.Option(min=1, help="Models on Ray, at most; between them it scales.")
     ] = None,
     gpus_per_replica: Annotated[float, typer.Option(min=0, help="GPUs of a model on Ray.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[DType, typer.Option(help="auto: as the model was saved.")] = DType.auto,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model's folder run its own code.")
-    ] = False,
+    device: Device = "auto",
+    dtype: Precision = DType.auto,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Answer OpenAI chat completions with a trimmed model, many at once.
 

@@ -18,14 +18,8 @@ from st3.engine.plan import Attend, Plan
 from st3.scores import LayerView
 
 
-@dataclass
-class Append:
-    """Text behind a trimmed prompt: decode steps, candidates of assisted decoding, a next turn."""
-
-    plan: Plan
-    cache: list[TrimmedLayer]
-    clock: Clock
-    known: dict[Starts, Tensor]
+class Behind:
+    """What passes behind a stored prompt have in common."""
 
     def enter(
         self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -34,6 +28,22 @@ class Append:
         kwargs["position_ids"] = None
         kwargs["attention_mask"] = self._mask(layer, hidden)
         return (hidden, *args)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def _mask(self, layer: int, hidden: Tensor) -> Tensor | None:
+        raise NotImplementedError
+
+
+@dataclass
+class Append(Behind):
+    """Text behind a trimmed prompt: decode steps, candidates of assisted decoding, a next turn."""
+
+    plan: Plan
+    cache: list[TrimmedLayer]
+    clock: Clock
+    known: dict[Starts, Tensor]
 
     def _mask(self, layer: int, hidden: Tensor) -> Tensor | None:
         past = self.cache[layer]
@@ -72,9 +82,6 @@ class Append:
                 row = decode_attention_row(query, key, past, kwargs)
                 past.reorder_visible(mean_over_ranks(row, self.plan.ranks))
         return output
-
-    def finish(self, hidden: Tensor) -> Tensor:
-        return hidden
 
 
 def decode_attention_row(

@@ -54,6 +54,20 @@ class Unfiled:
         )
 
 
+def _buffer(name: str) -> Any:
+    """A buffer of a layer; a prompt is filed into it when it is first asked for."""
+
+    def get(layer: TrimmedLayer) -> Tensor | None:
+        if layer._unfiled is not None:
+            layer._file(layer._unfiled)
+        return layer._buffers.get(name)
+
+    def put(layer: TrimmedLayer, value: Tensor | None) -> None:
+        layer._buffers[name] = value
+
+    return property(get, put)
+
+
 class TrimmedLayer(CacheLayerMixin):
     """The KV entries of one decoder layer, [B, KV heads, columns, head size].
 
@@ -101,22 +115,9 @@ class TrimmedLayer(CacheLayerMixin):
         self.next_column: Tensor | None = None  # set while a compiled step runs
         self._starts: dict[int, tuple[int, ...]] = {}
 
-    def _buffer(name: str) -> property:
-        """A buffer, which a prompt is filed into when it is first asked for."""
-
-        def get(self: TrimmedLayer) -> Tensor | None:
-            if self._unfiled is not None:
-                self._file(self._unfiled)
-            return self._buffers.get(name)
-
-        def put(self: TrimmedLayer, value: Tensor | None) -> None:
-            self._buffers[name] = value
-
-        return property(get, put)
-
-    _keys: Any = _buffer("keys")
-    _values: Any = _buffer("values")
-    _positions: Any = _buffer("positions")  # sliding layers only
+    _keys = _buffer("keys")
+    _values = _buffer("values")
+    _positions = _buffer("positions")  # sliding layers only
 
     # What is live -----------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ place for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,11 +74,12 @@ class Block:
         """The same block on the device of the layer that needs it."""
         if self.visual.device == device:
             return self
-        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {
-            name: v.to(device) if isinstance(v, Tensor) else v for name, v in parts.items()
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
-        return Block(**moved)
+        return replace(self, **moved)
 
     def source_columns(self) -> Tensor:
         """Original column of each column, [B, N]."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from st3.engine import decode
-from st3.engine.append import decode_attention_row
+from st3.engine.append import Behind, decode_attention_row
 from st3.engine.clock import Clock
 from st3.engine.masks import finish
 from st3.engine.parallel import mean_over_ranks
@@ -16,7 +16,7 @@ from st3.engine.plan import Attend, Plan
 from st3.engine.rows import JoinedLayer
 
 
-class JoinedAppend:
+class JoinedAppend(Behind):
     """A decode step of one token for each row of a joined batch."""
 
     def __init__(self, plan: Plan, cache: list[JoinedLayer], clock: Clock) -> None:
@@ -35,14 +35,6 @@ class JoinedAppend:
             self._logical = torch.tensor(lengths, device=device)[:, None]  # [B, 1]
         due = [row.rerank and (row.steps + 1) % row.rerank == 0 for row in self.rows]
         self._due = torch.tensor([bool(d) for d in due], device=device) if any(due) else None
-
-    def enter(
-        self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, ...]:
-        """Give the layer the mask of its own live columns."""
-        kwargs["position_ids"] = None
-        kwargs["attention_mask"] = self._mask(layer, hidden)
-        return (hidden, *args)
 
     def _mask(self, layer: int, hidden: Tensor) -> Tensor | None:
         past, first = self.cache[layer], self._first[layer]
@@ -84,6 +76,3 @@ class JoinedAppend:
                     torch.where(self._due[:, None].to(scores.device), scores, order)
                 )
         return output
-
-    def finish(self, hidden: Tensor) -> Tensor:
-        return hidden

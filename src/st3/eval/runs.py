@@ -14,10 +14,9 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import st3
 from st3.bench.clock import Marks
+from st3.chats import Chat, ask, encode
 from st3.eval.data import Item
 from st3.policies import Policy
-
-Chat = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -105,25 +104,7 @@ class Runner:
 
     def encode(self, chats: Sequence[Chat]) -> Any:
         """Inputs of generate() for conversations, padded on the left."""
-        padding = {"padding": True, "padding_side": "left"}
-        if getattr(self.processor, "chat_template", None):
-            inputs = self.processor.apply_chat_template(
-                list(chats),
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs=padding,
-            )
-        else:  # a base model: the placeholders, then the text
-            token = str(getattr(self.processor, "image_token", "<image>"))
-            images = [_images_of(chat) for chat in chats]
-            texts = [
-                token * len(group) + _text_of(chat)
-                for group, chat in zip(images, chats, strict=True)
-            ]
-            inputs = self.processor(images=images, text=texts, return_tensors="pt", **padding)
-        return inputs.to(self.model.device, dtype=self.model.dtype)
+        return encode(self.model, self.processor, chats, padding=True, padding_side="left")
 
     def texts(self, tokens: Tensor) -> list[str]:
         decoded = self.processor.batch_decode(tokens, skip_special_tokens=True)
@@ -208,9 +189,8 @@ class Runner:
             for number, turn in enumerate(item.turns):
                 if number:
                     said = [{"type": "text", "text": answers[-1]}]
-                    asked = [{"type": "text", "text": turn.question}]
                     chat += [{"role": "assistant", "content": said}]
-                    chat += [{"role": "user", "content": asked}]
+                    chat += ask([], turn.question)
                 inputs = self.encode([chat])
                 if past is not None:
                     ids = inputs["input_ids"]
@@ -235,9 +215,7 @@ def _kept(trimmer: Any) -> Kept:
 
 
 def _chat(item: Item) -> Chat:
-    content: list[dict[str, Any]] = [{"type": "image", "image": _open(p)} for p in item.images]
-    content.append({"type": "text", "text": item.turns[0].question})
-    return [{"role": "user", "content": content}]
+    return ask([_open(path) for path in item.images], item.turns[0].question)
 
 
 def _open(path: Any) -> Image.Image:
@@ -246,11 +224,3 @@ def _open(path: Any) -> Image.Image:
             return image.convert("RGB")
     except OSError as error:
         raise ValueError(f"image {str(path)!r} cannot be read: {error}") from error
-
-
-def _images_of(chat: Chat) -> list[Image.Image]:
-    return [p["image"] for turn in chat for p in turn["content"] if p["type"] == "image"]
-
-
-def _text_of(chat: Chat) -> str:
-    return "\n".join(p["text"] for t in chat for p in t["content"] if p["type"] == "text")

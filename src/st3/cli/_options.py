@@ -1,0 +1,32 @@
+"""Options that several commands take, declared once."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class DType(StrEnum):
+    """Precisions that a model can be loaded in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="PATH_OR_ID", help="Default: the bundled st3-tiny."),
+]
+PolicyName = Annotated[
+    str, typer.Option(metavar="NAME[:KEY=VALUE,...]", help="How to trim; see `st3 policies`.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
+Precision = Annotated[DType, typer.Option(help="auto: as the model was saved.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the model's folder run its own code.")
+]
