@@ -27,7 +27,7 @@ from st3.policies import Policy, Random, parse
 RESULTS = Path("benchmarks/results/ablations.json")
 ITEMS = Path("runs/ablations")  # finished items, not committed
 KINDS = ("questions", "descriptions")
-BUDGET = 0.5
+BUDGET = 0.35
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,33 @@ def _scores(*names: str) -> dict[str, str]:
     return {name: f"st3:curve=none,score={name}" for name in names}
 
 
+def _tapers(*parts: float) -> dict[str, str]:
+    named = {
+        f"{part:.0%}": f"st3:curve=none,first_drop=0.5,final_keep={part / 2}" for part in parts
+    }
+    return {label.replace("%", " %"): text for label, text in named.items()}
+
+
 _ONLY_VTA = "st3:first_drop=0,final_keep=1"
 
 ABLATIONS = (
     Ablation(
+        "share",
+        "How much of the choice is attention's: one of so many tokens, the others those of a grid",
+        _scores("mixed", "attention", *(f"mixed{n}" for n in (2, 3, 4, 8, 12)), "grid"),
+        budget=BUDGET,
+        random=True,
+    ),
+    Ablation(
+        "taper",
+        "How far to go down with depth: C as a part of what the first drop leaves (the paper's 7B: "
+        "2 %), at the same mean share",
+        _tapers(0.6, 0.02, 0.1, 0.3, 1.0),
+        budget=BUDGET,
+    ),
+    Ablation(
         "stride",
-        "How often to drop: stride S, with ratio R from eq. 9 at the same C = 5 %, P = 50 %",
+        "How often to drop: stride S, with ratio R from eq. 9 at the same C = 24 %, P = 60 %",
         {
             "S = 4": "st3:curve=none",
             **{f"S = {s}": f"st3:stride={s},curve=none" for s in (1, 2, 6, 12)},
@@ -66,8 +87,8 @@ ABLATIONS = (
         "first-layer",
         "Where to begin: first layer that drops, at the same mean share",
         {
-            "layer 3": "st3:curve=none",
-            **{f"layer {i}": f"st3:first_layer={i},curve=none" for i in (1, 2, 4, 6)},
+            "layer 1": "st3:curve=none",
+            **{f"layer {i}": f"st3:first_layer={i},curve=none" for i in (2, 3, 4, 5)},
         },
         budget=BUDGET,
     ),
@@ -117,7 +138,7 @@ ABLATIONS = (
         "heredity",
         "QK heredity: blocks of lazy layers share the score of their first layer; S = 1",
         {
-            "each layer": "st3:stride=1,curve=none",
+            "each layer": "st3:stride=1,curve=none,score=attention",
             **{
                 f"blocks of {n}": f"st3:stride=1,curve=none,score=attention-lazy{n}"
                 for n in (2, 4, 8)
@@ -146,7 +167,7 @@ ABLATIONS = (
     Ablation(
         "score",
         "Scores that are no attention, in ST3's schedule",
-        _scores("attention", "mixed", "grid", "key_norm", "hidden-change", "dart", "uniform"),
+        _scores("attention", "key_norm", "hidden-change", "dart", "feather", "uniform", "grid"),
         budget=BUDGET,
         random=True,
     ),

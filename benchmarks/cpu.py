@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--policy", default="st3")
     parser.add_argument(
         "--caption-policy",
-        default="st3:final_keep=0.01,tau=48,floor=0.02",
+        default="st3:first_drop=0.87,tau=128,floor=0.08",
         help="for captions: the paper's C = 1 %%, annealed within 48 tokens",
     )
     parser.add_argument("--shape", choices=SHAPES, default="cpu-308m")

@@ -6,10 +6,12 @@ Everything here is computed from configs; nothing is measured and no model is bu
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from st3 import ST3, VTW, Anneal, FastV, Schedule
 from st3.cost import as_markdown, cost_table
+from st3.policies import parse
 from st3.shapes import SHAPES, shape
 
 PAGE = Path(__file__).with_name("cost.md")
@@ -23,13 +25,14 @@ def pyramid_drop(num_layers: int) -> Schedule:
     return Schedule.from_shares([0.5 ** (layer // quarter) for layer in range(num_layers)])
 
 
-def rivals(num_layers: int, final_keep: float) -> dict[str, Schedule]:
+def rivals(num_layers: int, preset: str) -> dict[str, Schedule]:
     """The paper's settings and the methods that it compares with."""
+    paper = parse(preset)
     st3 = {
-        f"ST3, S = {stride}": ST3(final_keep=final_keep, stride=stride).schedule(num_layers)
+        f"ST3, S = {stride}": replace(paper, stride=stride).schedule(num_layers)
         for stride in range(2, 11)
     }
-    plain = ST3(final_keep=final_keep, anneal=Anneal("none"))
+    plain = replace(paper, anneal=Anneal("none"))
     return {
         **st3,
         "ST3, S = 4, no annealing": plain.schedule(num_layers),
@@ -40,10 +43,10 @@ def rivals(num_layers: int, final_keep: float) -> dict[str, Schedule]:
     }
 
 
-def paper_table(name: str, final_keep: float) -> str:
+def paper_table(name: str, preset: str) -> str:
     model = shape(name)
     config = model.config
-    schedules = rivals(config.get_text_config().num_hidden_layers, final_keep)
+    schedules = rivals(config.get_text_config().num_hidden_layers, preset)
     return as_markdown(
         cost_table(config, N_TEXT, model.visual_tokens, schedules, NEW_TOKENS, images=model.images)
     )
@@ -78,9 +81,9 @@ def shapes_table() -> str:
 def render(page: str) -> str:
     """The page with its generated tables made anew."""
     tables = {
-        "llava-1.5-7b": paper_table("llava-1.5-7b", final_keep=0.01),
-        "llava-1.5-13b": paper_table("llava-1.5-13b", final_keep=0.05),
-        "llava-next-7b": paper_table("llava-next-7b", final_keep=0.01),
+        "llava-1.5-7b": paper_table("llava-1.5-7b", "st3-7b"),
+        "llava-1.5-13b": paper_table("llava-1.5-13b", "st3-13b"),
+        "llava-next-7b": paper_table("llava-next-7b", "st3-7b"),
         "shapes": shapes_table(),
     }
 

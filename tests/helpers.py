@@ -16,28 +16,32 @@ from tests.zoo import Family, I, T, V, build
 
 ANNEAL = st3.Anneal(tau=12, floor=0.1)
 TEXT_ONLY = [[T(6)], [T(3)]]
+DEEP = {"first_layer": 3, "first_drop": 0.5, "final_keep": 0.05, "stride": 2}  # drops at 3, 5, 7
 
 # A new method is one row here or in METHODS. The models have 8 decoder layers.
 POLICIES: dict[str, st3.Policy] = {
-    "st3": st3.ST3(first_drop=0.4, final_keep=0.1, stride=2, anneal=ANNEAL, score="attention"),
-    "mixed": st3.ST3(first_drop=0.4, final_keep=0.1, stride=2, anneal=ANNEAL),
+    "st3": st3.ST3(
+        first_layer=3, first_drop=0.4, final_keep=0.1, stride=2, anneal=ANNEAL, score="attention"
+    ),
+    "default": st3.ST3(stride=2, anneal=ANNEAL),
     # From layer 1 on: before the last of DeepStack's injections.
     "st3_early": st3.ST3(
         first_layer=1,
         first_drop=0.3,
+        final_keep=0.05,
         stride=2,
         anneal=st3.Anneal("linear", tau=6, floor=0),
         score="attention",
     ),
-    "st3_static": st3.ST3(stride=1, anneal=st3.Anneal("none"), score="attention"),
+    "st3_static": st3.ST3(**DEEP | {"stride": 1}, anneal=st3.Anneal("none"), score="attention"),
     "anneal_only": st3.ST3(first_drop=0, final_keep=1, anneal=ANNEAL, score="attention"),
     "fastv": st3.FastV(),
     "vtw": st3.VTW(),
     "pyramiddrop": st3.PyramidDrop(),
     # Not annealed: the newline tokens of some families have keys of the same norm in layer 0.
-    "key_norm": st3.ST3(score="key_norm", stride=2, anneal=st3.Anneal("none")),
-    "uniform": st3.ST3(score="uniform", stride=2, anneal=ANNEAL),
-    "random": st3.Random(like=st3.ST3(first_layer=2, stride=2, anneal=ANNEAL), seed=3),
+    "key_norm": st3.ST3(**DEEP, score="key_norm", anneal=st3.Anneal("none")),
+    "uniform": st3.ST3(**DEEP, score="uniform", anneal=ANNEAL),
+    "random": st3.Random(like=st3.ST3(**DEEP | {"first_layer": 2}, anneal=ANNEAL), seed=3),
     "none": st3.NoTrim(),
 }
 # Those of other papers, which meet a few families.
@@ -55,7 +59,7 @@ METHODS: dict[str, st3.Policy] = {
 }
 # Scores on ST3's schedule, annealed, so that the whole order counts.
 SCORED: dict[str, st3.Policy] = {
-    f"by-{score}": st3.ST3(stride=2, score=score, anneal=ANNEAL)
+    f"by-{score}": st3.ST3(**DEEP, score=score, anneal=ANNEAL)
     for score in (
         "text-rows",
         "text-rows-max",
@@ -71,7 +75,7 @@ SCORED: dict[str, st3.Policy] = {
         "divprune",
         "visionzip",
         "grid",
-        "mixed",
+        "mixed2",
     )
 }
 ST3 = POLICIES["st3"]

@@ -283,10 +283,12 @@ def mixed(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
     there = visuals(seen, row)
     attended = attention(seen, row, scorer.attention)
     cover = grid(seen, row, scorer.cover, layout)
-    queues = [sorted(there, key=lambda i: -float(by[i])) for by in (attended, cover)]
+    looked_at, covering = (sorted(there, key=lambda i: -float(by[i])) for by in (attended, cover))
     taken: list[int] = []
-    for pair in zip(*queues, strict=True):
-        taken += [token for token in dict.fromkeys(pair) if token not in taken]
+    for turn in range(len(there) * scorer.every):
+        queue = looked_at if turn % scorer.every == scorer.every - 1 else covering
+        if queue and (token := queue.pop(0)) not in taken:
+            taken.append(token)
     score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
     for place, token in enumerate(taken):
         score[token] = -place

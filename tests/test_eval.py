@@ -182,11 +182,11 @@ def test_budgets_are_reached() -> None:
     shares = [row.policy.schedule(32).mean_share for row in rows[1:]]
     assert shares == pytest.approx([0.45, 0.45, 0.6, 0.6] * 3, abs=1e-6)
     assert not notes
-    rows, notes = entries(label_policies(["st3", "fastv"]), [0.08], 32)
+    rows, notes = entries(label_policies(["st3-7b", "fastv"]), [0.08], 32)
     assert [row.source for row in rows] == ["none", "fastv", "random like fastv"]
-    assert "st3 at 8% is left out" in notes[0]
+    assert "at 8% is left out: a mean share of 8.0% cannot be had" in notes[0]
     with pytest.raises(ValueError, match="cannot be had"):
-        entries(label_policies(["st3"]), [0.05], 32)
+        entries(label_policies(["st3-7b"]), [0.05], 32)
 
 
 def test_policies_that_a_model_cannot_have_are_left_out() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import st3
+from st3.policies import parse
 from st3.schedule import Schedule, exact, round_share
 
 CURVES = ["cosine", "half_cosine", "linear", "exponential", "none"]
@@ -34,7 +35,7 @@ def test_the_papers_settings(preset: str, layers: int, ratio: Fraction, final: f
 
 
 def test_the_counts_of_llava_7b() -> None:
-    schedule = st3.ST3(final_keep=0.01).schedule(32)
+    schedule = parse("st3-7b").schedule(32)
     kept = [schedule.kept(layer, 576) for layer in range(32)]
     assert kept[:3] == [576] * 3
     # Half of 576, then 7 % of 576 less at every fourth layer; each rounded on its own.
@@ -44,13 +45,13 @@ def test_the_counts_of_llava_7b() -> None:
 
 
 def test_the_ratio_can_be_given_instead() -> None:
-    by_ratio = st3.ST3(ratio=0.07).schedule(32)
-    assert by_ratio.shares == st3.ST3(final_keep=0.01).schedule(32).shares
+    by_ratio = parse("st3-7b:ratio=0.07").schedule(32)
+    assert by_ratio.shares == parse("st3-7b").schedule(32).shares
 
 
 def test_where_the_stride_divides_the_depth_the_last_layer_keeps_one_ratio_more() -> None:
     """Eq. 9 then counts a drop that would fall behind the last layer."""
-    policy = st3.ST3(final_keep=0.1, stride=4)
+    policy = st3.ST3(first_layer=3, first_drop=0.5, final_keep=0.1, stride=4)
     assert (11 - 3) % 4 == 0
     schedule = policy.schedule(11)
     ratio = policy.ratio_for(11)
@@ -172,8 +173,11 @@ def test_the_defaults_leave_an_image_to_a_long_description() -> None:
 
 @pytest.mark.parametrize("layers", [8, 12, 28, 32, 40, 80])
 @pytest.mark.parametrize("mean", [0.38, 0.5, 0.7, 0.9, 1.0])
-def test_for_budget_hits_the_mean(layers: int, mean: float) -> None:
-    schedule = st3.ST3.for_budget(layers, mean).schedule(layers)
+@pytest.mark.parametrize(
+    "policy", [st3.ST3(), parse("st3-7b"), st3.ST3(first_drop=1, final_keep=0)]
+)
+def test_at_budget_hits_the_mean(policy: st3.ST3, layers: int, mean: float) -> None:
+    schedule = policy.at_budget(layers, mean).schedule(layers)
     assert schedule.mean_share == pytest.approx(mean, abs=1e-9)
     counts = [schedule.kept(layer, 576) for layer in range(layers)]
     assert sum(counts) / layers / 576 == pytest.approx(mean, abs=0.5 / 576)
@@ -181,21 +185,29 @@ def test_for_budget_hits_the_mean(layers: int, mean: float) -> None:
 
 def test_budgets_keep_the_annealing_they_are_given() -> None:
     anneal = st3.Anneal("linear", tau=9)
-    assert st3.ST3.for_budget(32, 0.5, anneal=anneal).anneal == anneal
+    assert st3.ST3(anneal=anneal).at_budget(32, 0.5).anneal == anneal
+
+
+@pytest.mark.parametrize("policy", [st3.ST3(), parse("st3-7b")])
+def test_budgets_keep_the_shape(policy: st3.ST3) -> None:
+    """C is the same part of what the first drop leaves."""
+    made = policy.at_budget(32, 0.25)
+    parts = [p.last_share / p.first_share for p in (policy, made)]
+    assert float(parts[1]) == pytest.approx(float(parts[0]), rel=1e-9)
 
 
 @pytest.mark.parametrize(
     ("layers", "mean", "message"),
     [
-        (32, 0.05, "Use a smaller first_layer"),
+        (32, 0.02, "Use a smaller first_layer"),
         (32, 1.5, "between 0 and 1"),
-        (3, 0.5, "use at most 2"),
+        (1, 0.5, "use at most 0"),
         (32, math.nan, "between 0 and 1"),
     ],
 )
 def test_budgets_that_cannot_be_had(layers: int, mean: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        st3.ST3.for_budget(layers, mean)
+        st3.ST3().at_budget(layers, mean)
 
 
 # -- bad numbers --------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from st3.scores.greedy import ConditionalDPP, MaxMin
 from st3.scores.grid import Grid
 from st3.scores.hidden_change import HiddenChange
 from st3.scores.key_norm import KeyNorm
-from st3.scores.mixed import Mixed
+from st3.scores.mixed import Mixed, mixed_named
 from st3.scores.random import RandomScore
 from st3.scores.text_raters import TextRaters
 from st3.scores.uniform import Uniform
@@ -33,18 +33,19 @@ SCORES: dict[str, Score] = {
 
 
 def score_named(name: str) -> Score:
-    """The score called ``name``: one of :data:`SCORES`, or "attention" with options behind it, such
-    as "attention-max", "text-rows-visual-heads" or "attention-debiased-lazy4".
+    """The score called ``name``: one of :data:`SCORES`, "attention" with options behind it, such as
+    "attention-max", "text-rows-visual-heads" or "attention-debiased-lazy4", or "mixed" with the
+    number of tokens of which one is the attention's, "mixed2".
 
     Raises:
         ValueError: for an unknown name, or options that exclude each other.
     """
-    score = SCORES.get(name) or attention_named(name)
+    score = SCORES.get(name) or attention_named(name) or mixed_named(name)
     if score is None:
         words = [word for word in WORDS if not word.startswith("lazy")]
         raise ValueError(
             f"unknown score {name!r}: use one of {', '.join(SCORES)}, or attention with options, "
-            f"joined by hyphens: {', '.join(words)}, lazy2 to lazy32"
+            f"joined by hyphens: {', '.join(words)}, lazy2 to lazy32, or mixed2, mixed3 ..."
         )
     return score
 

@@ -1,4 +1,4 @@
-"""Two rankings taken in turn: what is attended, and what covers the image."""
+"""Two rankings joined: what covers the image, and what is attended."""
 
 from __future__ import annotations
 
@@ -11,24 +11,40 @@ from st3.scores.attention import Attention
 from st3.scores.base import LayerView, Score, Stage, TokenView, ranks
 from st3.scores.grid import Grid
 
+EVERY = 6
+
 
 @dataclass(frozen=True)
 class Mixed:
-    """The best token of the attention, the best of an even grid, the second best of the attention
-    and so on, each token once.
+    """The best tokens of an even grid, and at every sixth place the best by attention that is not
+    among them.
 
-    Attention alone keeps many tokens of what the prompt's last token looks at and none of the
-    rest, which counting and long descriptions come back to. At any budget about half of the tokens
-    kept are those of the grid.
+    Attention alone keeps many tokens of what the prompt's last token looks at and few of the rest,
+    which counting and long descriptions come back to: a model that counts by how much of the image
+    an object fills is misled by any choice that changes that share. A grid alone loses what is
+    small. At any budget, about one of ``every`` tokens kept is there for the attention it draws.
+
+    Args:
+        every: one place in so many is the attention's, at least 2.
 
     Source: the idea of attention plus a grid is FEATHER's (arXiv 2412.13180), which takes the grid
     at the first drop alone and attention without RoPE.
     """
 
+    every: int = EVERY
     attention: Score = field(default_factory=Attention)
     cover: Score = field(default_factory=Grid)
-    name: str = "mixed"
     stage: Stage = "attention"
+
+    def __post_init__(self) -> None:
+        if self.every < 2:
+            raise ValueError(
+                f"mixed{self.every} leaves nothing to the grid: use mixed2 or more, or attention"
+            )
+
+    @property
+    def name(self) -> str:
+        return "mixed" if self.every == EVERY else f"mixed{self.every}"
 
     @property
     def last_row(self) -> bool:
@@ -44,4 +60,13 @@ class Mixed:
         # Before it is ranked: a mean of ranks is not the rank of a mean.
         attention = view.over_ranks(self.attention(view))
         attended, covering = (ranks(score, view.visual) for score in (attention, cover))
-        return -torch.minimum(2 * attended, 2 * covering + 1).float()
+        turns = self.every - 1
+        by_cover = covering + covering // turns  # all places but every sixth
+        by_attention = attended * self.every + turns
+        return -torch.minimum(by_cover, by_attention).float()
+
+
+def mixed_named(name: str) -> Mixed | None:
+    """The score that a name such as "mixed4" says; None for other names."""
+    number = name.removeprefix("mixed")
+    return Mixed(int(number)) if number != name and number.isdecimal() else None
