@@ -113,8 +113,7 @@ class Report:
             return
         # What this process holds: under a tensor parallel plan a share of the heads.
         self.entry_bytes = tuple(layer.bytes_per_token for layer in layers)
-        live = sum(layer.live_tokens * layer.bytes_per_token for layer in layers)
-        allocated = sum(layer.allocated_tokens * layer.bytes_per_token for layer in layers)
+        live, allocated = map(sum, zip(*(layer.footprint() for layer in layers), strict=True))
         while self.samples and self.samples[-1].step >= self.steps:
             self.samples.pop()
         self.samples.append(KVSample(self.steps, live, allocated))

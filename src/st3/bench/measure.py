@@ -13,6 +13,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from st3.bench.clock import Marks, MarkSteps
 from st3.bench.memory import Peak
 from st3.bench.prompts import Prompt
+from st3.engine.cache import TrimmedLayer
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,8 @@ class _WatchCache(LogitsProcessor):
 
 def _bytes_of(layer: Any) -> tuple[int, int]:
     """Live and allocated bytes of one cache layer; in transformers' own they are the same."""
-    if hasattr(layer, "live_tokens"):
-        size = layer.bytes_per_token
-        return layer.live_tokens * size, layer.allocated_tokens * size
+    if isinstance(layer, TrimmedLayer):
+        return layer.footprint()
     held = sum(t.numel() * t.element_size() for t in _tensors(layer))
     return held, held
 

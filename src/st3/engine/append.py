@@ -48,10 +48,14 @@ class Append(Behind):
     def _mask(self, layer: int, hidden: Tensor) -> Tensor | None:
         past = self.cache[layer]
         queries = hidden.shape[1]
+        window = self.plan.windows[layer]
+        if queries == 1 and window is None:
+            row = past.row_starts(self.clock.step(self.clock.start))
+            if min(row) == max(row):
+                return None
         starts = [past.row_starts(self.clock.step(self.clock.start + q)) for q in range(queries)]
         first, end = min(starts[0]), past.end + queries
         kind, dtype, device = self.plan.kind, hidden.dtype, hidden.device
-        window = self.plan.windows[layer]
         if window is None or self.clock.start + queries <= window:
             return decode_mask(starts, first, end, kind, dtype, device, self.known)
         # Original columns of keys and queries say what lies within the window.

@@ -12,7 +12,6 @@ then its keys and values stay where the model made them, so that the first token
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,38 +19,20 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from st3.engine.clock import Clock, Phase
-from st3.engine.columns import gather_columns
 from st3.engine.errors import TrimStateError
+from st3.engine.layout import (
+    Unfiled,
+    allocate,
+    copy_columns,
+    entry_bytes,
+    is_size_first,
+    select_rows,
+)
 from st3.schedule import Schedule
 
 # Free columns behind the last one when a buffer is allocated. Growing copies what is live, so a
 # larger block copies less often but keeps what annealing released for longer.
 HEADROOM = 16
-
-
-@dataclass
-class Unfiled:
-    """A prompt's keys and values as the model made them, [B, KV heads, N, head size].
-
-    Attributes:
-        order: gives the columns in cache order [B, width], or None when they stand so.
-        positions: original columns [B, N].
-        width: columns of the longest row.
-    """
-
-    key: Tensor
-    value: Tensor
-    order: Callable[[], Tensor | None]
-    positions: Tensor
-    width: int
-
-    @property
-    def lean(self) -> bool:
-        """Whether keeping them keeps nothing else alive (projections can be parts of a whole)."""
-        return all(
-            4 * t.untyped_storage().nbytes() <= 5 * t.numel() * t.element_size()
-            for t in (self.key, self.value)
-        )
 
 
 def _buffer(name: str) -> Any:
@@ -62,7 +43,7 @@ def _buffer(name: str) -> Any:
             layer._file(layer._unfiled)
         return layer._buffers.get(name)
 
-    def put(layer: TrimmedLayer, value: Tensor | None) -> None:
+    def put(layer: TrimmedLayer, value: Tensor) -> None:
         layer._buffers[name] = value
 
     return property(get, put)
@@ -105,15 +86,17 @@ class TrimmedLayer(CacheLayerMixin):
         """Forget everything."""
         self.is_initialized = False
         self.length = 0
+        self.bytes_per_token = 0  # of a KV entry
         self.base = self.end = 0
         self.pad: tuple[int, ...] = ()
         self.kept: tuple[int, ...] = ()
         self.images: tuple[tuple[int, ...], ...] = ()
         self._unfiled: Unfiled | None = None
-        self._buffers: dict[str, Tensor | None] = {}
+        self._buffers: dict[str, Tensor] = {}
         self._pending: tuple[Tensor, Tensor] | None = None
         self.next_column: Tensor | None = None  # set while a compiled step runs
         self._starts: dict[int, tuple[int, ...]] = {}
+        self.size_first = False  # how keys lie in memory: engine/layout.py
 
     _keys = _buffer("keys")
     _values = _buffer("values")
@@ -144,6 +127,11 @@ class TrimmedLayer(CacheLayerMixin):
         """Decode step of the last token stored."""
         return self.clock.step(self.length - 1)
 
+    def footprint(self) -> tuple[int, int]:
+        """Live and allocated bytes."""
+        size = self.bytes_per_token
+        return size * self.live_tokens, size * self.allocated_tokens
+
     @property
     def live_tokens(self) -> int:
         """KV entries that the last step saw, summed over the rows."""
@@ -153,18 +141,8 @@ class TrimmedLayer(CacheLayerMixin):
     @property
     def allocated_tokens(self) -> int:
         """Columns held in memory, times rows."""
-        held = self._held()
-        return held[0].shape[0] * held[0].shape[2] if held else 0
-
-    @property
-    def bytes_per_token(self) -> int:
-        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in self._held())
-
-    def _held(self) -> tuple[Tensor, ...]:
-        """Keys and values, filed or not; empty before any are stored."""
-        if self._unfiled is not None:
-            return self._unfiled.key, self._unfiled.value
-        return tuple(t for t in (self._keys, self._values) if t is not None)
+        held = self._keys if self._unfiled is None else self._unfiled.key
+        return 0 if held is None else held.shape[0] * held.shape[2]
 
     def _view(self, buffer: Tensor, first: int) -> Tensor:
         return buffer[:, :, first - self.base : self.end - self.base]
@@ -233,6 +211,7 @@ class TrimmedLayer(CacheLayerMixin):
         self.is_initialized = True
         self._starts = {}
         self.length = self.clock.start + self.clock.tokens
+        self.bytes_per_token = entry_bytes(key, value)
         self._unfiled = Unfiled(key.detach(), value.detach(), order, positions, width)
         if not self._unfiled.lean:
             self._file(self._unfiled)
@@ -246,14 +225,16 @@ class TrimmedLayer(CacheLayerMixin):
         self._unfiled = None
         with torch.no_grad():
             order = prompt.order()
+            capacity = self._capacity(prompt.width)
             for name, source in (("_keys", prompt.key), ("_values", prompt.value)):
-                buffer = _allocate(source, prompt.width + HEADROOM)
-                _copy_columns(source, order, buffer[:, :, : prompt.width])
+                size_first = self.size_first and name == "_keys"
+                buffer = allocate(source, capacity, size_first=size_first)
+                copy_columns(source, order, buffer[:, :, : prompt.width])
                 setattr(self, name, buffer)
             if self.window is not None:
                 places = prompt.positions
                 stored = places if order is None else places.gather(1, order.to(places.device))
-                self._positions = stored.new_zeros(len(stored), prompt.width + HEADROOM)
+                self._positions = stored.new_zeros(len(stored), capacity)
                 self._positions[:, : prompt.width] = stored
 
     def update(
@@ -269,25 +250,36 @@ class TrimmedLayer(CacheLayerMixin):
             self._keys.index_copy_(2, self.next_column, key_states)
             self._values.index_copy_(2, self.next_column, value_states)
             return self._keys, self._values
-        if self.clock.phase is Phase.IDLE:
+        clock = self.clock
+        if clock.phase is Phase.IDLE:
             raise TrimStateError(
                 "this cache was trimmed by st3 and can only be continued by the model while it is "
                 "trimmed: call generate() inside the `with st3.trim(...)` block"
             )
-        if self.clock.phase is Phase.PREFILL:
+        if clock.phase is Phase.PREFILL:
             self._pending = (key_states, value_states)
             return key_states, value_states
-        if self._keys is None or self._values is None:
+        if self._unfiled is not None:
+            self._file(self._unfiled)
+        if not self._buffers:
             raise TrimStateError(f"layer {self.layer} of the cache is empty: no prompt was stored")
         new = key_states.shape[2]
-        first = min(self.row_starts(self.clock.step(self.clock.start)))
-        self._reserve(new, min(first, *self.pad) if self.recalls else first)
-        place = slice(self.end - self.base, self.end - self.base + new)
-        self._keys[:, :, place] = key_states
-        self._values[:, :, place] = value_states
+        first = min(self.row_starts(clock.step(clock.start)))
+        keys, values = self._buffers["keys"], self._buffers["values"]
+        if self.end + new - self.base > keys.shape[2]:
+            # What lies before the first column is given up on the way.
+            keep = min(first, *self.pad) if self.recalls else first
+            self._move(keep, self._capacity(self.end - keep + new))
+            keys, values = self._buffers["keys"], self._buffers["values"]
+        place = self.end - self.base
+        keys.narrow(2, place, new).copy_(key_states)
+        values.narrow(2, place, new).copy_(value_states)
         self.end += new
-        self.length = self.clock.start + self.clock.tokens
-        return self._view(self._keys, first), self._view(self._values, first)
+        self.length = clock.start + clock.tokens
+        live = (2, first - self.base, self.end - first)
+        keys, values = keys.narrow(*live), values.narrow(*live)
+        # Kernels for several queries want the head size last.
+        return (keys.contiguous() if self.size_first and new > 1 else keys), values
 
     def note_positions(self, positions: Tensor) -> None:
         """Original columns of the tokens just appended, [B, new]; sliding layers only."""
@@ -295,11 +287,11 @@ class TrimmedLayer(CacheLayerMixin):
             new = positions.shape[1]
             self._positions[:, self.end - self.base - new : self.end - self.base] = positions
 
-    def _reserve(self, new: int, first: int) -> None:
-        """Make room for ``new`` columns; what lies before ``first`` is given up on the way."""
-        if self._keys is None or self.end + new - self.base <= self._keys.shape[2]:
-            return
-        self._move(first, self.end - first + new + HEADROOM)
+    def _capacity(self, width: int) -> int:
+        """Columns to allocate for ``width``."""
+        capacity = width + HEADROOM
+        # Lines of the cache, and few different row lengths: embedding_bag makes code for each.
+        return (capacity + 8) // 16 * 16 if self.size_first else capacity
 
     def _move(self, first: int, capacity: int) -> None:
         """Copy the columns from ``first`` on into buffers of ``capacity`` columns."""
@@ -307,7 +299,7 @@ class TrimmedLayer(CacheLayerMixin):
         width = self.end - first
         for name in ("_keys", "_values"):
             old = getattr(self, name)
-            fresh = _allocate(old, capacity)
+            fresh = allocate(old, capacity, size_first=is_size_first(old))
             fresh[:, :, :width] = old[:, :, live]
             setattr(self, name, fresh)
         if self._positions is not None:
@@ -385,7 +377,7 @@ class TrimmedLayer(CacheLayerMixin):
         for buffer in (self._keys, self._values):
             view = self._view(buffer, first)
             moved = torch.empty_like(view[:, :, :span])
-            _copy_columns(view, order, moved)
+            copy_columns(view, order, moved)
             view[:, :, :span] = moved
         if self._positions is not None:
             view = self.positions(first)
@@ -440,8 +432,8 @@ class TrimmedLayer(CacheLayerMixin):
         """Keep the rows ``indices``."""
         if self._keys is None or self._values is None:
             return
-        keys = self._keys.index_select(0, indices.to(self._keys.device))
-        values = self._values.index_select(0, indices.to(self._values.device))
+        keys = select_rows(self._keys, indices)
+        values = select_rows(self._values, indices)
         if keys.shape == self._keys.shape:  # in place: compiled steps count on the address
             self._keys.copy_(keys)
             self._values.copy_(values)
@@ -461,19 +453,3 @@ class TrimmedLayer(CacheLayerMixin):
         raise TrimStateError("offloaded caches are not supported: leave cache_implementation unset")
 
     prefetch = offload
-
-
-def _allocate(like: Tensor, columns: int) -> Tensor:
-    return like.new_empty(like.shape[0], like.shape[1], columns, like.shape[3])
-
-
-def _copy_columns(source: Tensor, order: Tensor | None, target: Tensor) -> None:
-    """``target[b, :, i] = source[b, :, order[b, i]]``."""
-    if order is None:
-        target.copy_(source)
-        return
-    # Projections lie in memory as [B, N, heads * head size]: gathering there moves whole rows, 7 to
-    # 20 times faster on a CPU than `gather` along the sequence of [B, heads, N, head size].
-    batch, heads, columns, size = source.shape
-    rows = source.transpose(1, 2).reshape(batch, columns, heads * size)
-    target.copy_(gather_columns(rows, order).view(batch, -1, heads, size).transpose(1, 2))

@@ -83,12 +83,12 @@ class Director:
     def compact(self) -> int:
         """Compact the latest cache; the bytes freed."""
         layers = trimmed_layers(self._cache() if self._cache is not None else None)
-        before = sum(layer.allocated_tokens * layer.bytes_per_token for layer in layers)
+        before = sum(layer.footprint()[1] for layer in layers)
         for layer in layers:
             layer.compact()
         if layers and self.report is not None:
             self.report.sample(layers)
-        return before - sum(layer.allocated_tokens * layer.bytes_per_token for layer in layers)
+        return before - sum(layer.footprint()[1] for layer in layers)
 
     def on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._logits_to_keep = kwargs.get("logits_to_keep", 0)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from st3.engine import decode
 from st3.engine.cache import TrimmedLayer
 from st3.engine.clock import Clock
 from st3.engine.columns import (
@@ -215,11 +216,13 @@ class Prefill:
             block, rows = self.block, self.rows
             score = self.scoring.for_cache(layer) if ranks else None
             stays = self.plan.stays
+            past = self.cache[layer]
+            past.size_first = self.plan.kind == "sdpa" and decode.suits(key) and past.holds(key)
 
             def order() -> Tensor | None:
                 return cache_order(block, score() if score else None, stays(layer, rows))
 
-            self.cache[layer].store(
+            past.store(
                 order,
                 block.source_columns(),
                 block.counts,

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from st3.engine.cache import HEADROOM, TrimmedLayer
+from st3.engine.cache import TrimmedLayer
 from st3.engine.clock import Clock
 from st3.engine.errors import TrimStateError
+from st3.engine.layout import allocate, entry_bytes, is_size_first
 from st3.schedule import Schedule
 
 
@@ -133,13 +134,15 @@ class JoinedLayer(TrimmedLayer):
         """Take these rows, in place of whatever was here."""
         width = max(part.columns for part in parts)
         first = parts[0]
-        heads, batch = first.keys.shape[1], len(parts)
-        self._keys = first.keys.new_empty(batch, heads, width + HEADROOM, first.keys.shape[3])
-        heads = first.values.shape[1]
-        self._values = first.values.new_empty(batch, heads, width + HEADROOM, first.values.shape[3])
+        batch = len(parts)
+        self.size_first = is_size_first(first.keys)
+        capacity = self._capacity(width)
+        self.bytes_per_token = entry_bytes(first.keys, first.values)
+        self._keys = allocate(first.keys, capacity, batch, self.size_first)
+        self._values = allocate(first.values, capacity, batch)
         if self.window is not None:
             self._positions = torch.zeros(
-                batch, width + HEADROOM, dtype=torch.long, device=first.keys.device
+                batch, capacity, dtype=torch.long, device=first.keys.device
             )
         self.base, self.end = 0, width
         self.pad, self.kept = (0,) * batch, (0,) * batch

@@ -101,7 +101,7 @@ class StaticAppend:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Attention over the whole buffer."""
         if self.plan.kind == "sdpa" and decode.applies(query, kwargs):
-            base = decode.dense_decode
+            base = decode.matmul_decode
         return base(module, query, key, value, mask, **kwargs)
 
     def finish(self, hidden: Tensor) -> Tensor:
