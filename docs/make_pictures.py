@@ -23,15 +23,14 @@ matplotlib.use("Agg")
 HERE = Path(__file__).resolve().parent
 OUT, PAGES = HERE / "img", HERE / "pages"
 LAYERS, VISUAL = 32, 576
-POLICIES = ("st3-7b", "fastv", "vtw", "none")
+POLICIES = ("st3", "st3-7b", "fastv", "vtw", "none")
 PROMPT = "describe the image in detail."
 
 
 def schedule() -> None:
-    """The paper's 7B setting beside its baselines: by depth, and over the answer."""
+    """ST3's defaults and the paper's 7B setting beside its baselines: by depth, and over the answer."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), dpi=160)
-    named = [name.replace("st3-7b", "st3") for name in POLICIES]
-    colours = [look[0] for look in looks(named).values()]
+    colours = [look[0] for look in looks(POLICIES).values()]
     for name, colour in zip(POLICIES, colours, strict=True):
         counts = st3.policies.parse(name).schedule(LAYERS)
         kept = [counts.kept(layer, VISUAL) for layer in range(LAYERS)]
@@ -51,7 +50,7 @@ def schedule() -> None:
         axis.set_ylim(0, VISUAL * 1.05)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=9, loc=(0.54, 0.6))
+    left.legend(frameon=False, fontsize=9, loc=(0.54, 0.5))
     figure.suptitle(f"{LAYERS} layers, {VISUAL} visual tokens", fontsize=11, color=INK)
     figure.tight_layout()
     figure.savefig(OUT / "schedule.png", facecolor=PAPER)
