@@ -132,7 +132,7 @@ class Schedule:
         """Mean over the layers of the share that enters them: the budget used for fair tables."""
         return float(sum(self.shares) / len(self.shares))
 
-    @property
+    @functools.cached_property  # asked for at every layer of every decode step
     def anneals(self) -> bool:
         return self.anneal.curve != "none" and any(self.shares[self.anneal_from :])
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag
 
 from st3.scores.base import products
 
@@ -45,16 +44,14 @@ def dense_decode(
     columns, capacity, first = key.shape[2], key.stride(3), key.storage_offset()
     # Each of the head size's places is a row, over all columns of the buffer.
     table = key.as_strided((batch * heads * size, capacity), (capacity, 1), 0)
-    rows = _row_numbers(batch * heads, size, size)
-    found = _weighted_rows(table, rows, query.reshape(-1, size))
+    found = _weighted_rows(table, _bags(batch * heads, size, size), query)
     logits = found.view(batch, heads, 1, capacity)[..., first : first + columns].float()
     weights = _softmax(logits, attention_mask, query, scaling)
 
     capacity, size = value.stride(1) // value.stride(2), value.shape[3]
     stored = (batch * heads - 1) * capacity + columns
     table = value.as_strided((stored, size), (size, 1), value.storage_offset())
-    rows = _row_numbers(batch * heads, columns, capacity)
-    output = _weighted_rows(table, rows, weights.view(-1, columns))
+    output = _weighted_rows(table, _bags(batch * heads, columns, capacity), weights)
     return output.view(batch, 1, heads, size), None
 
 
@@ -115,11 +112,18 @@ def _are_rows(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 @lru_cache(maxsize=4)  # layers that keep as many tokens, one behind the other, share them
-def _row_numbers(bags: int, width: int, stride: int) -> Tensor:
-    """[bags, width]: the first ``width`` of the ``stride`` rows that a table has for each bag."""
-    return torch.arange(bags)[:, None] * stride + torch.arange(width)
+def _bags(bags: int, width: int, stride: int) -> tuple[Tensor, Tensor]:
+    """The first ``width`` of the ``stride`` rows that a table has for each bag, one bag behind the
+    other, and where each bag begins and the last one ends."""
+    rows = torch.arange(bags)[:, None] * stride + torch.arange(width)
+    return rows.flatten(), torch.arange(bags + 1) * width
 
 
-def _weighted_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Sum of ``table[rows]`` [bags, width, D], each times its weight [bags, width]: [bags, D]."""
-    return embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
+def _weighted_rows(table: Tensor, bags: tuple[Tensor, Tensor], weights: Tensor) -> Tensor:
+    """Sum of each bag's rows of ``table`` [rows, D], each times its weight: [bags, D]."""
+    # What torch.nn.functional.embedding_bag calls; its checks cost as much as a short sum.
+    rows, offsets = bags
+    found: Tensor = torch.embedding_bag(
+        table, rows, offsets, False, 0, False, weights.reshape(-1), True
+    )[0]
+    return found
