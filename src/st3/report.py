@@ -72,7 +72,7 @@ class Report:
         schedule: Schedule,
         rows: Rows,
         budgets: Sequence[Sequence[int]],
-        config: Any,
+        dims: TextDims | None,
         dtype: torch.dtype,
         prefill: Prefill | None = None,
         n_past: Sequence[int] | None = None,
@@ -82,14 +82,11 @@ class Report:
 
         Args:
             budgets: the original counts that the schedule's shares are taken of, per row.
+            dims: of the decoder; None if the cost model does not describe it.
             prefill: the pass that fills in which tokens were kept; None if nothing is dropped.
             n_past: tokens of earlier turns, per row; None without any.
             start: length of the cache before the prompt, padding included.
         """
-        try:
-            dims: TextDims | None = TextDims.from_config(config)
-        except ValueError:  # a family that the cost model does not describe
-            dims = None
         size = torch.empty((), dtype=dtype).element_size()
         entries = tuple(2 * la.kv_heads * la.head_dim * size for la in dims.layers) if dims else ()
         kept = tuple(

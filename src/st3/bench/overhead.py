@@ -18,7 +18,9 @@ from st3.bench.measure import generation, prefill
 from st3.bench.methods import Method
 from st3.bench.prompts import Prompt
 from st3.engine.cache import TrimmedLayer
+from st3.engine.columns import Memo, memoised
 from st3.engine.director import Director
+from st3.engine.plan import Plan
 from st3.engine.prefill import Prefill
 
 RANGES = ("begin", "gather", "score", "file", "finish")
@@ -75,6 +77,23 @@ def copying_share(model: Any, prompt: Prompt, method: Method, new_tokens: int) -
     return watch.seconds.get("copy", 0.0) / sum(steps)
 
 
+class _Range:
+    """Cheaper than a generator: what timers cost is in the ranges, too."""
+
+    __slots__ = ("name", "watch")
+
+    def __init__(self, watch: Stopwatch, name: str) -> None:
+        self.watch, self.name = watch, name
+
+    def __enter__(self) -> None:
+        self.watch._switch()
+        self.watch._open.append(self.name)
+
+    def __exit__(self, *error: object) -> None:
+        self.watch._switch()
+        self.watch._open.pop()
+
+
 class Stopwatch:
     """Time spent in named ranges; a range within another is taken off the outer one."""
 
@@ -83,15 +102,9 @@ class Stopwatch:
         self._open: list[str] = []
         self._since = 0.0
 
-    @contextmanager
-    def range(self, name: str) -> Iterator[None]:
-        self._switch()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._switch()
-            self._open.pop()
+    def range(self, name: str) -> _Range:
+        """A context whose time goes to ``name``."""
+        return _Range(self, name)
 
     def _switch(self) -> None:
         now = time.perf_counter()
@@ -114,15 +127,19 @@ def probed(range_: Range) -> Iterator[None]:
 
     Enter it before a trimmer is attached. st3's own classes are wrapped, while in the block."""
     attend = Prefill.attend
+    watched: Memo = {}  # made once: a plan looks things up when first asked
+    bases: Memo = {}
 
     def timed_attend(
         self: Prefill, layer: int, base: Any, module: Any, *args: Any, **kwargs: Any
     ) -> Any:
         plan = self.plan
-        self.plan = dataclasses.replace(plan, score=_Watched(plan.score, range_))
+        other: Any = memoised(watched, plan, lambda: _with_watched_score(plan, range_))
+        self.plan = other
+        model: Any = memoised(bases, base, lambda: _wrap(base, range_, MODEL))
         try:
             with range_("file"):
-                return attend(self, layer, _wrap(base, range_, MODEL), module, *args, **kwargs)
+                return attend(self, layer, model, module, *args, **kwargs)
         finally:
             self.plan = plan
 
@@ -134,6 +151,10 @@ def probed(range_: Range) -> Iterator[None]:
     ]
     with _exchanged(wrapped):
         yield
+
+
+def _with_watched_score(plan: Plan, range_: Range) -> Plan:
+    return dataclasses.replace(plan, score=_Watched(plan.score, range_))
 
 
 class _Watched:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
+from st3.cost import TextDims
 from st3.engine.append import Append
 from st3.engine.attention import LayerHandle
 from st3.engine.cache import TrimmedLayer
@@ -211,6 +213,13 @@ class Director:
         self._begin_report(rows, embeds, current, past)
         return kwargs
 
+    @cached_property
+    def _dims(self) -> TextDims | None:
+        try:
+            return TextDims.from_config(self.setup.model.config)
+        except ValueError:  # a family that the cost model does not describe
+            return None
+
     def _begin_report(self, rows: Rows, embeds: Tensor, prefill: Prefill | None, past: int) -> None:
         mask = self._attention_mask if past else None
         n_past = mask[:, :past].sum(1).tolist() if mask is not None else [past] * rows.batch
@@ -219,7 +228,7 @@ class Director:
             self.setup.schedule,
             rows,
             self.plan.budgets(rows),
-            self.setup.model.config,
+            self._dims,
             embeds.dtype,
             prefill,
             n_past,

@@ -66,20 +66,29 @@ class Plan:
             users.setdefault(source(layer), []).append(layer)
         return users
 
-    def anneals(self, layer: int, rows: Rows) -> bool:
-        """Whether ``layer`` will ever show less than it stores of these rows."""
-        if not self.schedule.anneals:
-            return False
-        return any(
-            stays < self.schedule.kept(layer, n)
-            for row, left in zip(self.budgets(rows), self.stays(layer, rows), strict=True)
-            for n, stays in zip(row, left, strict=True)
-        )
+    def anneals(self, rows: Rows) -> tuple[bool, ...]:
+        """For each layer whether it will ever show less than it stores of these rows."""
+        budgets = self.budgets(rows)
+        if budgets not in self._anneals:
+            if len(self._anneals) > 64:
+                self._anneals.clear()
+            numbers = {n for row in budgets for n in row}
+            self._anneals[budgets] = tuple(
+                any(self._shown_for_ever(layer, n) < self.schedule.kept(layer, n) for n in numbers)
+                for layer in range(self.schedule.num_layers)
+            )
+        return self._anneals[budgets]
+
+    @cached_property
+    def _anneals(self) -> dict[tuple[tuple[int, ...], ...], tuple[bool, ...]]:
+        return {}
+
+    def _shown_for_ever(self, layer: int, n_visual: int) -> int:
+        return self.schedule.visible(layer, n_visual, 1 << 40)
 
     def stays(self, layer: int, rows: Rows) -> list[list[int]]:
         """The visual tokens that ``layer`` shows for ever, by row and budget."""
-        late = 1 << 40
-        return [[self.schedule.visible(layer, n, late) for n in row] for row in self.budgets(rows)]
+        return [[self._shown_for_ever(layer, n) for n in row] for row in self.budgets(rows)]
 
     def budgets(self, rows: Rows) -> tuple[tuple[int, ...], ...]:
         """The original visual counts that budgets are taken from: per row, or per image."""

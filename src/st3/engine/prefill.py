@@ -8,6 +8,7 @@ place of the layer's attention function, scores the visual tokens and files keys
 from __future__ import annotations
 
 from dataclasses import InitVar, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,7 +66,6 @@ class Prefill:
     hidden: Tensor | None = None
     scoring: Scoring = field(init=False)
     _gathered: dict[int, Memo] = field(default_factory=dict)
-    _ranked: dict[int, bool] = field(default_factory=dict)
     _plain: Memo = field(default_factory=dict)
 
     def __post_init__(self, tower: Tensor | None) -> None:
@@ -126,10 +126,13 @@ class Prefill:
 
     def ranks(self, layer: int) -> bool:
         """Whether the cache will want an order of the layer's visual tokens."""
-        if layer not in self._ranked:  # asked for several times in a layer
-            wants = self.cache is not None and not self.extends
-            self._ranked[layer] = wants and self.plan.anneals(layer, self.rows)
         return self._ranked[layer]
+
+    @cached_property
+    def _ranked(self) -> tuple[bool, ...]:
+        if self.cache is None or self.extends:
+            return (False,) * self.plan.schedule.num_layers
+        return self.plan.anneals(self.rows)
 
     def _prune(self, layer: int) -> None:
         score = self.scoring.before_drop(layer)

@@ -68,7 +68,8 @@ class Scoring:
         with torch.no_grad():
             view = self._layer_view(layer, query, key, kwargs)
             if self._can_wait(layer, key):
-                self._late[layer] = partial(plan.score, view.late())
+                view.keep_last_row()
+                self._late[layer] = partial(plan.score, view)
                 return
             score = plan.score(view)
             self.by_layer[layer] = mean_over_ranks(score, plan.ranks)
@@ -138,6 +139,7 @@ class Scoring:
             "group": block.group,
             "images": self.prefill.rows.images,
             "complete": block.index is None,
+            "at_end": block.valid is None and not self.prefill.rows.tail,
             "prepared": _to(self._prepared, device),
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -30,6 +30,7 @@ class TokenView:
             budget for all.
         images: for each row the original visual tokens of each image; empty if unknown.
         complete: whether no visual token has been dropped so far.
+        at_end: whether the prompt's last token is known to stand in the last column of every row.
         wanted: the most visual tokens that any row will keep of those it ranks; None for all, where
             the whole order counts.
         before: [B, N, hidden size], the input of the layer before; None in layer 0.
@@ -47,6 +48,7 @@ class TokenView:
     group: Tensor | None = None
     images: tuple[tuple[int, ...], ...] = ()
     complete: bool = True
+    at_end: bool = False
     wanted: int | None = None
     before: Tensor | None = None
     keys: Tensor | None = None
@@ -103,14 +105,22 @@ class LayerView(TokenView):
     def last_row_logits(self) -> Tensor:
         """Scaled attention logits of the prompt's last token over the keys, [B, heads, K], fp32;
         see :meth:`row_logits`."""
-        rows = self.last[:, None]
-        picked = _pick(self.query, rows) if self.last_query is None else self.last_query
-        return self._logits(picked, rows)[:, :, 0]
+        if not self.at_end:
+            return self._logits(self._last_query(), self.last[:, None])[:, :, 0]
+        logits = self._scaled(self._last_query())[:, :, 0]  # nothing is behind the last token
+        if self.key_valid is not None:
+            logits = logits.masked_fill(~self.key_valid[:, None], float("-inf"))
+        return logits
 
-    def late(self) -> LayerView:
-        """The same for a score that looks at the last row alone, without the other queries."""
-        picked = _pick(self.query, self.last[:, None])
-        return replace(self, query=picked, last_query=picked, hidden=None, before=None)
+    def keep_last_row(self) -> None:
+        """Let go of what a score that looks at the last row alone does not read."""
+        self.query = self.last_query = self._last_query().clone()
+        self.hidden = self.before = None
+
+    def _last_query(self) -> Tensor:
+        if self.last_query is not None:
+            return self.last_query
+        return self.query[:, :, -1:] if self.at_end else _pick(self.query, self.last[:, None])
 
     def row_logits(self, rows: Tensor) -> Tensor:
         """Scaled attention logits of the columns ``rows`` [B, R] over the keys, [B, heads, R, K],
@@ -124,14 +134,18 @@ class LayerView(TokenView):
 
     def _logits(self, picked: Tensor, rows: Tensor) -> Tensor:
         keys, columns = self.key.shape[2], self.visual.shape[1]
-        logits = products(picked, self.key) * self.scaling
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
+        logits = self._scaled(picked)
         past = keys - columns
         seen = torch.arange(keys, device=rows.device) <= (rows + past)[..., None]
         if self.key_valid is not None:
             seen = seen & self.key_valid[:, None]
         return logits.masked_fill(~seen[:, None], float("-inf"))
+
+    def _scaled(self, picked: Tensor) -> Tensor:
+        logits = products(picked, self.key) * self.scaling
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
 
     def unrotated_logits(self) -> Tensor:
         """Scaled products of the last token's query with the new columns' keys, both without RoPE,
