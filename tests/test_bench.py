@@ -750,7 +750,7 @@ def test_the_cpu_table_is_written_with_its_goals(tmp_path: Path) -> None:
         )
     page = (tmp_path / "cpu-quick-decode-caption-ragged.md").read_text()
     assert "## Goals" in page
-    assert "| kv_live, mean over untrimmed: st3:final_keep=0.01," in page
+    assert "| kv_live, mean over untrimmed: st3:first_drop=0.87," in page
     assert "## Ragged against uniform" in page
     goals = tmp_path / "cpu-quick-decode-caption-ragged-goals.json"
     assert all(goal["measured"] is not None for goal in json.loads(goals.read_text())["goals"])
