@@ -28,7 +28,7 @@ and descriptions of its bundled scenes, greedy. **KL** is the divergence (nats a
 token's distribution from the untrimmed model's, along the untrimmed answers: it moves long before
 an answer changes. Intervals are 95 % bootstrap over images; *differences are paired, to the first
 row of each table*. A small model of 16 layers is no LLaVA-1.5-7B: run this on yours before you
-believe it there.
+believe it there. [What follows for the defaults](policies.md#how-the-defaults-were-chosen).
 
 """
 OUTRO = """
