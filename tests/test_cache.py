@@ -150,6 +150,7 @@ def test_crop_then_another_continuation(name: str, relative: bool) -> None:
     run.cache.crop(-4 if relative else run.case.width + 2)
     run.mask = run.mask[:, :-4]
     assert run.cache.get_seq_length() == run.case.width + 2
+    assert run.cache.layers[0].clock.steps == 2
     for column in other.T:
         last = run.feed(column[:, None])
     assert_same(last, run.slow(torch.cat([ids[:, :2], other], 1)))
