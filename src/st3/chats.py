@@ -24,9 +24,21 @@ def encode(model: Any, processor: Any, chats: Sequence[Chat], **padding: Any) ->
 
     Args:
         padding: the tokenizer's arguments for rows of different lengths.
+
+    Raises:
+        ValueError: a text with a placeholder for which there is no image; and what else the
+            processor refuses.
     """
+    try:
+        inputs = _inputs(processor, chats, padding)
+    except StopIteration as error:  # transformers 5.17; 5.23 raises ValueError
+        raise ValueError("the text holds an image's placeholder without an image") from error
+    return inputs.to(model.device, dtype=model.dtype)
+
+
+def _inputs(processor: Any, chats: Sequence[Chat], padding: dict[str, Any]) -> Any:
     if getattr(processor, "chat_template", None):
-        inputs = processor.apply_chat_template(
+        return processor.apply_chat_template(
             list(chats),
             add_generation_prompt=True,
             tokenize=True,
@@ -34,15 +46,13 @@ def encode(model: Any, processor: Any, chats: Sequence[Chat], **padding: Any) ->
             return_tensors="pt",
             processor_kwargs=padding,
         )
-    else:
-        placeholder = str(getattr(processor, "image_token", "<image>"))
-        images = [_of(chat, "image") for chat in chats]
-        texts = [
-            placeholder * len(group) + "\n".join(_of(chat, "text"))
-            for group, chat in zip(images, chats, strict=True)
-        ]
-        inputs = processor(images=images, text=texts, return_tensors="pt", **padding)
-    return inputs.to(model.device, dtype=model.dtype)
+    placeholder = str(getattr(processor, "image_token", "<image>"))
+    images = [_of(chat, "image") for chat in chats]
+    texts = [
+        placeholder * len(group) + "\n".join(_of(chat, "text"))
+        for group, chat in zip(images, chats, strict=True)
+    ]
+    return processor(images=images, text=texts, return_tensors="pt", **padding)
 
 
 def _of(chat: Chat, kind: str) -> list[Any]:
