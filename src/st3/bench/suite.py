@@ -18,6 +18,8 @@ from st3.bench.overhead import Overhead, selection_overhead
 from st3.bench.tower import tower
 from st3.cost import TextDims, prefill_flops
 
+_WEIGHTS = "weights only"
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -93,7 +95,7 @@ class Result:
     workload: Workload
     rows: list[Row]
     tower: list[float] = field(default_factory=list)
-    weights_only: float | None = None
+    weights: list[float] = field(default_factory=list)  # weights-only steps, one in each round
     bandwidth: float | None = None
 
     @property
@@ -113,13 +115,18 @@ class Result:
             pair = [self.with_tower(seconds) for seconds in pair]
         return speed_up(pair[0], pair[1])
 
+    @property
+    def weights_only(self) -> float | None:
+        """Seconds of a weights-only step, median over the rounds."""
+        return median(self.weights)
+
     def over_bound(self, row: Row) -> float | None:
-        """Decode step over its bound, median over rounds."""
-        if self.weights_only is None or self.bandwidth is None or row.footprint is None:
+        """Decode step over its bound, median of the ratios within each round."""
+        if not self.weights or self.bandwidth is None or row.footprint is None:
             return None
-        live = row.footprint.kv_live
         ratios = [
-            over_bound(g.steps, live, self.weights_only, self.bandwidth) for g in row.generations
+            over_bound(made.steps, row.footprint.kv_live, weights, self.bandwidth)
+            for made, weights in zip(row.generations, self.weights, strict=True)
         ]
         return median([ratio for ratio in ratios if ratio is not None])
 
@@ -127,7 +134,8 @@ class Result:
 def steps_of(workload: Workload, methods: Sequence[Method], prefills: bool = True) -> int:
     """How often :func:`run` reports progress, at most."""
     kinds = bool(workload.new_tokens) + prefills
-    return (kinds * (workload.repeats + 1) + prefills) * len(methods)
+    beside = workload.repeats if workload.new_tokens else 0  # weights-only steps
+    return (kinds * (workload.repeats + 1) + prefills) * len(methods) + beside
 
 
 def run(
@@ -164,19 +172,26 @@ def run(
 
         return call
 
-    def measure(what: Callable[[], Any], untimed: Callable[[], Any], name: str) -> Iterator[Any]:
-        """(row, untimed result, timed results) of each method."""
+    def measure(
+        what: Callable[[], Any],
+        untimed: Callable[[], Any],
+        name: str,
+        weights: Callable[[], float] | None = None,
+    ) -> Iterator[Any]:
+        """(row, untimed result, timed results) of each method; ``weights`` takes turns with them,
+        as its time, too, varies with the machine's load."""
         first = {}
         for method in methods:
             first[method.label] = attached(method, untimed)()
             on_step(f"{name} (untimed)")
         calls = {m.label: attached(m, what) for m in methods}
-        timed = in_turn(calls, workload.repeats, lambda: on_step(name), deadline)
+        beside = {} if weights is None else {_WEIGHTS: weights}
+        timed = in_turn(calls | beside, workload.repeats, lambda: on_step(name), deadline)
+        result.weights = timed.pop(_WEIGHTS, [])
         return ((table[label], first[label], timed[label]) for label in calls)
 
     if tokens:
         result.bandwidth = bandwidth or read_bandwidth(subject.device)
-        result.weights_only = weights_only_step(model, workload.batch)
         result.tower = _run_tower(subject, workload)
     if prefills:
         once = partial(prefill, model, prompt)
@@ -188,7 +203,8 @@ def run(
     if tokens:
         several = partial(generation, model, prompt, tokens)
         watched = partial(footprint, model, prompt, tokens)
-        for row, held, generations in measure(several, watched, "generation"):
+        weights = partial(weights_only_step, model, workload.batch)
+        for row, held, generations in measure(several, watched, "generation", weights):
             row.footprint, row.generations = held, generations
     return result
 
