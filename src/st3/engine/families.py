@@ -167,6 +167,8 @@ def parts_of(model: nn.Module) -> Parts:
         raise UnsupportedModelError(f"{model_type} is an encoder-decoder and cannot be trimmed")
     inner = getattr(model, "model", None)
     text = getattr(inner, "language_model", None) or getattr(inner, "text_model", None)
+    if text is None and hasattr(model, "get_placeholder_mask"):
+        inner, text = model, inner  # transformers 5.17: the Omni thinkers are in one piece
     layers = getattr(text, "layers", None)
     if inner is None or text is None or not isinstance(layers, nn.ModuleList):
         raise UnsupportedModelError(
