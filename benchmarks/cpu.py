@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--caption-policy",
         default="st3:first_drop=0.87,tau=128,floor=0.08",
-        help="for captions: the paper's C = 1 %%, annealed within 48 tokens",
+        help="for captions: 13 %% after the first layer, annealed to 8 %%",
     )
     parser.add_argument("--shape", choices=SHAPES, default="cpu-308m")
     parser.add_argument("--visual", type=int, help="visual tokens of one image, in place of 576")

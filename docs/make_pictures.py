@@ -28,7 +28,7 @@ PROMPT = "describe the image in detail."
 
 
 def schedule() -> None:
-    """ST3's defaults and the paper's 7B setting beside its baselines: by depth, and over the answer."""
+    """ST3's defaults, the paper's 7B setting and baselines: by depth, and over the answer."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), dpi=160)
     colours = [look[0] for look in looks(POLICIES).values()]
     for name, colour in zip(POLICIES, colours, strict=True):

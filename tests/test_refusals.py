@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import st3
-from st3.engine.families import FAMILIES
+from st3.engine.families import FAMILIES, VisualTokens
 from st3.schedule import Schedule
 from tests.helpers import ST3, Case
 from tests.test_cache import Run
@@ -197,12 +197,20 @@ def test_a_further_turn_whose_rows_would_differ_in_length() -> None:
 
 
 def test_an_image_whose_tokens_are_not_found() -> None:
+    """Neither by the model's own question for its placeholders, nor by the id of one."""
     case = Case.of("llava", SOLO)
-    with st3.trim(case.model, ST3), torch.no_grad():
-        case.model.model.get_placeholder_mask = type(case.model.model).get_placeholder_mask.__get__(
-            case.model.model
-        )  # somebody else puts the original back
-        with refused(r"pass visual_mask to st3.trim\(\)"):
+    inner = case.model.model
+    with st3.trim(case.model, ST3) as trimmer, torch.no_grad():
+        case.model(**case.batch)
+        asked = trimmer.report.kept
+        # Somebody else puts the original back.
+        inner.get_placeholder_mask = type(inner).get_placeholder_mask.__get__(inner)
+        case.model(**case.batch)
+        assert trimmer.report.kept == asked
+        with (
+            patch.object(VisualTokens, "_placeholders", return_value=None),
+            refused(r"pass visual_mask to st3.trim\(\)"),
+        ):
             case.model(**case.batch)
 
 

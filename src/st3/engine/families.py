@@ -215,24 +215,42 @@ class VisualTokens:
     """Listens to a model for which tokens of the chunk under way are visual.
 
     Most families ask their own ``get_placeholder_mask`` where image features go, which also answers
-    for ``inputs_embeds``; for the others the config's image token id is looked for.
+    for ``inputs_embeds``; where none asks, the config's image token id is looked for.
     """
 
     def __init__(self, model: Any, inner: Any) -> None:
         self.model = model
         self.inner = inner
-        self.mask: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._chunk: tuple[Tensor | None, Tensor | None] = (None, None)
         self.sizes: list[int] = []
         self.has_image = False
         self.unknown = False
-        self._asks = hasattr(inner, "get_placeholder_mask")
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[B, T] bool, the visual tokens of the chunk under way; None if none were found."""
+        if self._mask is None and self.has_image:
+            self._mask = self._placeholders(*self._chunk)
+        return self._mask
+
+    def _placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
+        token = getattr(self.model.config, "image_token_id", None)
+        if token is None:
+            return None
+        if ids is not None:
+            return ids == token
+        if embeds is None:
+            return None
+        row = self.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+        return (embeds == row).all(-1)
 
     def attach(self) -> None:
         """Listen on this instance alone; the class stays as it is."""
         for name in _ENCODERS:
             if hasattr(self.inner, name):
                 setattr(self.inner, name, self._counting(getattr(self.inner, name)))
-        if not self._asks:
+        if not hasattr(self.inner, "get_placeholder_mask"):
             return
         original: Callable[..., Any] = self.inner.get_placeholder_mask
 
@@ -245,7 +263,7 @@ class VisualTokens:
         self.inner.get_placeholder_mask = get_placeholder_mask
 
     def detach(self) -> None:
-        self.mask = None
+        self._mask, self._chunk = None, (None, None)
         self.sizes.clear()
         for name in ("get_placeholder_mask", *_ENCODERS):
             self.inner.__dict__.pop(name, None)
@@ -268,7 +286,8 @@ class VisualTokens:
 
     def begin(self, kwargs: dict[str, Any]) -> None:
         """A forward pass starts, with these arguments of the model inside."""
-        self.mask = None
+        self._mask = None
+        self._chunk = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         # Encoded features come as a tensor or as a dict that may be empty.
         given = (value for name, value in kwargs.items() if name.startswith(_IMAGE_ARGUMENTS))
         self.has_image = any(v is not None and (isinstance(v, Tensor) or bool(v)) for v in given)
@@ -278,19 +297,10 @@ class VisualTokens:
             and kwargs.get("input_ids") is None
             and (past is None or past.get_seq_length() == 0)
         )
-        if self._asks or not self.has_image:
-            return
-        token = self.model.config.image_token_id
-        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if ids is not None:
-            self._add(ids == token)
-        elif embeds is not None:
-            row = self.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
-            self._add((embeds == row).all(-1))
 
     def _add(self, mask: Tensor | None) -> None:
         """``mask`` is [B, T], [B, T, 1] or [B, T, D]."""
         if mask is None:
             return
         flat = mask[..., 0] if mask.dim() == 3 else mask
-        self.mask = flat if self.mask is None else self.mask | flat
+        self._mask = flat if self._mask is None else self._mask | flat

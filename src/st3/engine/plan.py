@@ -66,6 +66,20 @@ class Plan:
             users.setdefault(source(layer), []).append(layer)
         return users
 
+    @cached_property
+    def waits(self) -> tuple[bool, ...]:
+        """For each layer whether its score can wait until its cache is filed: when no drop and no
+        later layer asks for it, and ranks would not wait for each other."""
+        layers = range(self.schedule.num_layers)
+        if self.stage != "attention" or self.ranks is not None:
+            return (False,) * len(layers)
+        last_row = getattr(self.score, "last_row", False)
+        drops = {layer - 1 for layer in layers if self.schedule.prunes(layer)}
+        return tuple(
+            last_row and len(self.users.get(layer, ())) == 1 and layer not in drops
+            for layer in layers
+        )
+
     def anneals(self, rows: Rows) -> tuple[bool, ...]:
         """For each layer whether it will ever show less than it stores of these rows."""
         budgets = self.budgets(rows)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from st3.engine.parallel import mean_over_ranks
 from st3.scores import LayerView, TokenView
+from st3.scores.base import last_rows
 
 if TYPE_CHECKING:
+    from st3.engine.columns import Block
     from st3.engine.prefill import Prefill
 
 
@@ -65,25 +67,34 @@ class Scoring:
         users = plan.users[layer]
         if not any(map(self._wanted, users)):
             return
+        if plan.waits[layer] and not self.prefill.rows.tail and self._files(layer, key):
+            self._late[layer] = self._later(layer, query, key, kwargs)
+            return
         with torch.no_grad():
             view = self._layer_view(layer, query, key, kwargs)
-            if self._can_wait(layer, key):
-                view.keep_last_row()
-                self._late[layer] = partial(plan.score, view)
-                return
-            score = plan.score(view)
-            self.by_layer[layer] = mean_over_ranks(score, plan.ranks)
+            self.by_layer[layer] = mean_over_ranks(plan.score(view), plan.ranks)
         if len(users) > 1:
             self.carried = self.by_layer[layer]
 
-    def _can_wait(self, layer: int, key: Tensor) -> bool:
-        """Whether only the cache asks for the score of ``layer``, when it is filed: not a drop, not
-        the masks of candidates, no later layer; and not where ranks would wait for each other."""
-        prefill, plan = self.prefill, self.prefill.plan
-        drops = layer + 1 < plan.schedule.num_layers and plan.schedule.prunes(layer + 1)
-        alone = len(plan.users[layer]) == 1 and not prefill.rows.tail and plan.ranks is None
-        cached = prefill.cache is not None and prefill.cache[layer].holds(key)
-        return getattr(plan.score, "last_row", False) and alone and cached and not drops
+    def _files(self, layer: int, key: Tensor) -> bool:
+        """Whether the cache keeps ``key`` until it is filed."""
+        cache = self.prefill.cache
+        return cache is not None and cache[layer].holds(key)
+
+    def _later(
+        self, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+    ) -> Callable[[], Tensor]:
+        """Gives the score that ``layer`` has now, of which nothing but the last row is kept."""
+        score, block, prepared = self.prefill.plan.score, self.prefill.block, self._prepared
+        row = last_rows(query, block.last, self._at_end(block)).detach().clone()
+        key = key.detach()
+        given = {name: kwargs.get(name) for name in ("scaling", "softcap")}
+
+        def take() -> Tensor:
+            columns = self._columns(block, prepared)
+            return score(_view(layer, row, key, given, block.valid, columns, last_query=row))
+
+        return take
 
     def for_cache(self, layer: int) -> Callable[[], Tensor]:
         """Gives the score that the cache of ``layer`` is ordered by."""
@@ -128,9 +139,11 @@ class Scoring:
 
     # Views ------------------------------------------------------------------------------------
 
-    def _columns(self, device: torch.device) -> dict[str, Any]:
+    def _at_end(self, block: Block) -> bool:
+        return block.valid is None and not self.prefill.rows.tail
+
+    def _columns(self, block: Block, prepared: Tensor | None) -> dict[str, Any]:
         """What every view says of the block's columns."""
-        block = self.prefill.block.to(device)
         return {
             "visual": block.visual,
             "ordinal": block.ordinal,
@@ -139,8 +152,8 @@ class Scoring:
             "group": block.group,
             "images": self.prefill.rows.images,
             "complete": block.index is None,
-            "at_end": block.valid is None and not self.prefill.rows.tail,
-            "prepared": _to(self._prepared, device),
+            "at_end": self._at_end(block),
+            "prepared": _to(prepared, block.visual.device),
         }
 
     def _token_view(self, layer: int, hidden: Tensor) -> TokenView:
@@ -151,30 +164,52 @@ class Scoring:
             keys=_to(self._keys, hidden.device),
             tower=_to(self.tower, hidden.device),
             wanted=self._most_kept(layer),
-            **self._columns(hidden.device),
+            **self._columns(self.prefill.block.to(hidden.device), self._prepared),
         )
 
     def _layer_view(
         self, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]
     ) -> LayerView:
-        columns = self._columns(query.device)
-        scaling = kwargs.get("scaling")
         unrotate, tables = self.prefill.plan.unrotate, self.tables
         first_new = key.shape[2] - query.shape[2]
-        return LayerView(
-            layer=layer,
+        return _view(
+            layer,
+            query,
+            key,
+            kwargs,
+            self.prefill.valid_keys(layer, query, key),
+            self._columns(self.prefill.block.to(query.device), self._prepared),
             hidden=self.prefill.hidden,
-            query=query,
-            key=key,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=kwargs.get("softcap"),
-            key_valid=self.prefill.valid_keys(layer, query, key),
             over_ranks=partial(mean_over_ranks, group=self.prefill.plan.ranks),
             unrotate=None
             if unrotate is None
             else lambda: unrotate(query, key[:, :, first_new:], tables),
-            **columns,
         )
+
+
+def _view(
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    given: dict[str, Any],
+    key_valid: Tensor | None,
+    columns: dict[str, Any],
+    hidden: Tensor | None = None,
+    **more: Any,
+) -> LayerView:
+    """``given``: what the layer's attention function was given besides."""
+    scaling = given.get("scaling")
+    return LayerView(
+        layer=layer,
+        hidden=hidden,
+        query=query,
+        key=key,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=given.get("softcap"),
+        key_valid=key_valid,
+        **columns,
+        **more,
+    )
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

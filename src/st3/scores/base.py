@@ -112,15 +112,10 @@ class LayerView(TokenView):
             logits = logits.masked_fill(~self.key_valid[:, None], float("-inf"))
         return logits
 
-    def keep_last_row(self) -> None:
-        """Let go of what a score that looks at the last row alone does not read."""
-        self.query = self.last_query = self._last_query().clone()
-        self.hidden = self.before = None
-
     def _last_query(self) -> Tensor:
         if self.last_query is not None:
             return self.last_query
-        return self.query[:, :, -1:] if self.at_end else _pick(self.query, self.last[:, None])
+        return last_rows(self.query, self.last, self.at_end)
 
     def row_logits(self, rows: Tensor) -> Tensor:
         """Scaled attention logits of the columns ``rows`` [B, R] over the keys, [B, heads, R, K],
@@ -154,6 +149,12 @@ class LayerView(TokenView):
             raise ValueError("a score that removes RoPE must list 'rotary' in its needs")
         query, key = self.unrotate()
         return products(_pick(query, self.last[:, None]), key)[:, :, 0] * self.scaling
+
+
+def last_rows(query: Tensor, last: Tensor, at_end: bool) -> Tensor:
+    """``query`` [B, heads, N, size] at the columns ``last`` [B], which ``at_end`` says to be the
+    end of each row: [B, heads, 1, size]."""
+    return query[:, :, -1:] if at_end else _pick(query, last[:, None])
 
 
 def _pick(query: Tensor, rows: Tensor) -> Tensor:
@@ -216,8 +217,8 @@ def needs_of(score: Score) -> frozenset[str]:
 
 
 def ranks(score: Tensor, among: Tensor) -> Tensor:
-    """Place of each column of ``among`` [B, N] bool, 0 the best; others stand behind. On equal
-    scores the earlier column is the better."""
-    order = score.masked_fill(~among, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(score.shape[1], device=score.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, place)
+    """Place of each column of ``among`` [B, N] bool by ``score`` [..., B, N], 0 the best; others
+    stand behind. On equal scores the earlier column is the better."""
+    order = score.masked_fill(~among, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, place)

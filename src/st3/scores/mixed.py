@@ -59,7 +59,7 @@ class Mixed:
         cover = self.cover(view) if view.prepared is None else view.prepared
         # Before it is ranked: a mean of ranks is not the rank of a mean.
         attention = view.over_ranks(self.attention(view))
-        attended, covering = (ranks(score, view.visual) for score in (attention, cover))
+        attended, covering = ranks(torch.stack((attention, cover)), view.visual)
         turns = self.every - 1
         by_cover = covering + covering // turns  # all places but every sixth
         by_attention = attended * self.every + turns
