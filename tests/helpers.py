@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -198,11 +199,26 @@ class Case:
                 places = here[row][self.visual[row]].nonzero().flatten()
                 assert torch.equal(report.kept_positions(layer, row), places), (layer, row)
 
+    def _beams_agree(self, beams: int) -> bool:
+        """Whether the bare model's beams of each prompt start alike: 5.17's do not where a row has
+        several images."""
+        if beams == 1:
+            return True
+        with torch.no_grad():
+            out = self.model.generate(
+                **self.batch, max_new_tokens=1, num_beams=beams, do_sample=False,
+                output_logits=True, return_dict_in_generate=True,
+            )  # fmt: skip
+        first = out.logits[0].unflatten(0, (-1, beams))
+        return bool(torch.allclose(first, first[:, :1].expand_as(first), atol=1e-3))
+
     def check_generate(self, policy: st3.Policy, tokens: int = 8, **options: Any) -> None:
         """The trimmed model's answer and its logits are the reference's."""
         spans = options.pop("spans", None)
         seed = options.pop("seed", None)
         own = {"per_image": True} if spans is not None else {}
+        if not self._beams_agree(options.get("num_beams", 1)):
+            pytest.skip("this transformers gives the beams of a prompt with images other images")
         if seed is not None:
             torch.manual_seed(seed)
         out = self.generate(policy, tokens, **options, **own)

@@ -403,7 +403,10 @@ class TrimmedLayer(CacheLayerMixin):
         Raises:
             TrimStateError: if that reaches into a trimmed prompt, or before what a compaction kept.
         """
-        remove = -tokens_to_remove if tokens_to_remove <= 0 else self.length - tokens_to_remove
+        number = int(
+            tokens_to_remove
+        )  # transformers 5.17 gives a tensor: steps are looked up by number
+        remove = -number if number <= 0 else self.length - number
         if remove <= 0 or self._keys is None:
             return
         if self.length - remove < self.clock.dense_from:
