@@ -42,7 +42,10 @@ class ClassAttentionTap:
             raise UnsupportedModelError(
                 "this model takes the class token itself for a visual token: " + REMEDY
             )
-        self.attention = _attention_of(inner.vision_tower, config.vision_feature_layer)
+        chosen = getattr(config, "vision_feature_layer", None)
+        if chosen is None:  # ViP-LLaVA on transformers 5.17
+            chosen = config.vision_feature_layers
+        self.attention = _attention_of(inner.vision_tower, chosen)
         self._weights: list[Tensor] = []
         self._packed: list[Tensor] = []
         self._hook: Any = None
