@@ -323,7 +323,8 @@ def tower_weights(model: Any, batch: Any, family: Family) -> Tensor:
     with torch.no_grad():
         maps = tower(pixels, output_attentions=True).attentions
     tower.config._attn_implementation = before
-    feature_layer = config.vision_feature_layer
+    name = "vision_feature_layer"  # ViP-LLaVA's is in the plural on transformers 5.17
+    feature_layer = getattr(config, name if hasattr(config, name) else f"{name}s")
     if not isinstance(feature_layer, int):  # several layers, of which the last one counts
         feature_layer = feature_layer[-1]
     index = feature_layer if feature_layer < 0 else feature_layer - 1
