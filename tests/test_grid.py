@@ -123,7 +123,10 @@ class Real:
     nested: bool = False
 
     def process(self, images: list[Image.Image]) -> dict[str, Any]:
-        made = getattr(transformers, self.processor)(**self.options)
+        try:
+            made = getattr(transformers, self.processor)(**self.options)
+        except ImportError as error:  # transformers 5.17 has some for torchvision alone
+            pytest.skip(str(error).strip().splitlines()[0])
         given = [images] if self.nested else images
         return dict(made(images=given, return_tensors="pt"))
 
