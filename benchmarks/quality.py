@@ -39,7 +39,7 @@ REPRODUCE = """
 
 <!-- no-test: takes hours on one core -->
 ```bash
-python -m benchmarks.quality
+python -m benchmarks.quality --limit 40   # without: all scenes
 ```
 """
 
