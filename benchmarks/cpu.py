@@ -96,6 +96,10 @@ class Session:
         self.console.print(f"done: {title}")
         return result
 
+    def lengths(self, *usual: int) -> list[int]:
+        """Visual tokens of a section: the usual ones, unless others are asked for."""
+        return self.given.lengths or list(usual)
+
     def bar(self, name: str, measured: float | None, goal: float, at_most: bool = False) -> None:
         self.bars.append(Bar(name, measured, goal, at_most))
 
@@ -103,6 +107,7 @@ class Session:
         name = "cpu-quick" if self.given.quick else "cpu"
         if self.given.sections != list(SECTIONS):
             name += "-" + "-".join(self.given.sections)
+        name += "".join(f"-{visual}" for visual in self.given.lengths or ())
         where = conditions(CPU, dtype_of(self.given.dtypes[0]))
         where["dtype"] = " and ".join(self.given.dtypes)
         where["freed_memory"] = (
@@ -140,7 +145,7 @@ def prefill(session: Session) -> None:
     every = [attached(), *compare([session.given.policy])]
     every.sort(key=lambda method: method.label != untouched().label)
     for dtype in session.given.dtypes:
-        for visual in (FEW, MANY):
+        for visual in session.lengths(FEW, MANY):
             if quick and visual == MANY and dtype != session.given.dtypes[0]:
                 continue
             brief = quick and (visual == MANY or dtype != session.given.dtypes[0])
@@ -179,7 +184,7 @@ def decode(session: Session) -> None:
     quick, dtype = session.given.quick, session.given.dtypes[0]
     methods = [untouched(), own_cache(), *own(session.given.policy)]
     for batch in (1,) if quick else (1, 8):
-        for visual in (FEW, MANY):
+        for visual in session.lengths(FEW, MANY):
             rounds = session.given.repeats or ((2 if visual == FEW else 1) if quick else 5)
             workload = session.workload(
                 visual, batch=batch, new_tokens=16 if quick else 32, repeats=rounds
@@ -197,7 +202,8 @@ def _bound_bars(session: Session, result: Result) -> None:
 def caption(session: Session) -> None:
     """Batch 8, 128 new tokens; 2,880 visual tokens in the full table alone."""
     quick, dtype = session.given.quick, session.given.dtypes[0]
-    for visual, goal in ((FEW, 2.3),) if quick else ((FEW, 2.3), (MANY, 3.3)):
+    for visual in session.lengths(FEW) if quick else session.lengths(FEW, MANY):
+        goal = 2.3 if visual == FEW else 3.3
         methods = [
             untouched(),
             *([] if quick else [own_cache()]),
@@ -247,6 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="about ten minutes in place of hours")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--lengths", nargs="+", type=int, choices=(FEW, MANY), metavar="TOKENS")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--policy", default="st3")
     parser.add_argument(
