@@ -51,10 +51,10 @@ def _scores(*names: str) -> dict[str, str]:
 
 
 def _tapers(*parts: float) -> dict[str, str]:
-    named = {
-        f"{part:.0%}": f"st3:curve=none,first_drop=0.5,final_keep={part / 2}" for part in parts
+    return {
+        f"{100 * part:.0f} %": f"st3:curve=none,first_drop=0.5,final_keep={part / 2}"
+        for part in parts
     }
-    return {label.replace("%", " %"): text for label, text in named.items()}
 
 
 _ONLY_VTA = "st3:first_drop=0,final_keep=1"

@@ -52,6 +52,7 @@ from transformers import (
 import st3
 from st3.bench.bars import Bar, as_markdown
 from st3.bench.conditions import conditions, in_words
+from st3.chats import ask, encode
 from st3.serve import Engine, Settings, create_app
 
 RESULTS = Path(__file__).with_name("results")
@@ -174,9 +175,8 @@ def capacity(size: Size, untrimmed: int, progress: Progress) -> tuple[dict[str, 
         for _ in range(size.requests)
     ]
     probe = Engine(model, processor, "none", 1 << 40)
-    turn = [{"type": "image", "image": _noise(pixels, rng)}] * size.images
-    turn = [{"role": "user", "content": [*turn, {"type": "text", "text": bodies[0]["messages"][0]
-            ["content"][-1]["text"]}]}]  # fmt: skip
+    text = bodies[0]["messages"][0]["content"][-1]["text"]
+    turn = ask([_noise(pixels, rng)] * size.images, text)
     columns = probe.prepare(turn, max_tokens=size.max_tokens).columns
     budget = untrimmed * probe.budget.bytes([columns])
     probe.close()
@@ -257,11 +257,7 @@ def kinds(model: Any, processor: Any, number: int, longest: int) -> list[Kind]:
     for i in range(number):
         policy, text = POLICIES[i % len(POLICIES)], texts[i % len(texts)]
         image, tokens = images[i % len(images)], 4 + 11 * i % longest
-        turn = [{"role": "user", "content": [{"type": "image", "image": image},
-                                             {"type": "text", "text": text}]}]  # fmt: skip
-        inputs = processor.apply_chat_template(
-            turn, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        inputs = encode(model, processor, [ask([image], text)])
         with torch.no_grad(), st3.trim(model, policy):
             out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         new = out[0, inputs["input_ids"].shape[1] :]

@@ -519,15 +519,15 @@ def test_pictures_are_drawn_with_one_look_for_each_method(result: Any, tmp_path:
     from PIL import Image
 
     from st3.bench.plot import draw
-    from st3.palette import looks as styles
+    from st3.palette import looks
 
     target = tmp_path / "bench.png"
     draw(result, target, "somewhere")
     assert Image.open(target).size[0] > 1000
     labels = [row.label for row in result.rows]
-    looks = styles([*labels, "st3:stride=2", "divprune"])
-    assert len(set(looks.values())) == len(looks)
-    assert styles(["st3"])["st3"] == looks["st3"] == styles(["st3:stride=2"])["st3:stride=2"]
+    chosen = looks([*labels, "st3:stride=2", "divprune"])
+    assert len(set(chosen.values())) == len(chosen)
+    assert looks(["st3"])["st3"] == chosen["st3"] == looks(["st3:stride=2"])["st3:stride=2"]
 
 
 def test_drawing_without_matplotlib_names_the_remedy(

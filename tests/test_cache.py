@@ -147,9 +147,8 @@ def test_crop_then_another_continuation(name: str, relative: bool) -> None:
     ids, other = words(2, 6, 1)["input_ids"], words(2, 3, 2)["input_ids"]
     for column in ids.T:
         run.feed(column[:, None])
-    run.cache.crop(
-        torch.tensor(-4) if relative else run.case.width + 2
-    )  # transformers gives either
+    # transformers gives either.
+    run.cache.crop(torch.tensor(-4) if relative else run.case.width + 2)
     assert type(run.cache.layers[0].length) is int
     run.mask = run.mask[:, :-4]
     assert run.cache.get_seq_length() == run.case.width + 2

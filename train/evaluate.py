@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from st3.chats import ask, encode
 from train.scenes import IMAGE_SIZE
 from train.tasks import DESCRIBE, mentioned_objects
 from train.testset import Example, held_out, read_set
@@ -50,23 +51,8 @@ def answer(
     """The greedy answers to (image, question) pairs, in left-padded batches."""
     answers: list[str] = []
     for start in tqdm(range(0, len(prompts), batch_size), leave=False):
-        chats = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image", "image": image}, {"type": "text", "text": text}],
-                }
-            ]
-            for image, text in prompts[start : start + batch_size]
-        ]
-        inputs = processor.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        )
+        chats = [ask([image], text) for image, text in prompts[start : start + batch_size]]
+        inputs = encode(model, processor, chats, padding=True)
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

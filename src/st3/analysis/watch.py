@@ -315,14 +315,12 @@ def last_row(
     """
     if kwargs.get("s_aux") is not None:
         raise UnsupportedModelError("attention with learned sinks cannot be watched")
-    scaling = kwargs.get("scaling")
     columns = query.shape[2]
-    view = LayerView(
+    view = LayerView.of(
+        query,
+        key,
+        kwargs,
         layer=layer,
-        query=query,
-        key=key,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=kwargs.get("softcap"),
         hidden=None,
         visual=torch.zeros(1, columns, dtype=torch.bool, device=key.device),
         ordinal=torch.zeros(1, columns, dtype=torch.long, device=key.device),

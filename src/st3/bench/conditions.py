@@ -51,6 +51,8 @@ def in_words(given: dict[str, Any]) -> str:
         parts.append(f"load average at the start {given['load_average']:.1f}")
     if given["commit"]:
         parts.append(f"commit {given['commit']}")
+    if "remark" in given:  # written into a result by hand
+        parts.append(given["remark"])
     return "; ".join(parts)
 
 

@@ -28,7 +28,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     data, page = folder / f"{name}.json", folder / f"{name}.md"
     data.write_text(json.dumps(to_dict(results, conditions), indent=1) + "\n", encoding="utf-8")
-    pictures = [folder / f"{name}-{_slug(result)}.png" for result in results]
+    pictures = [folder / f"{name}-{slug}.png" for slug in _slugs(results)]
     text = as_markdown(results, conditions, name)
     if plots:
         text += "".join(f"\n![{p.stem}]({p.name})\n" for p in pictures)
@@ -41,6 +41,13 @@ def save(
             draw(result, picture, in_words(conditions))
             written.append(picture)
     return written
+
+
+def _slugs(results: Sequence[Result]) -> list[str]:
+    """A name for each; a workload that comes again, with other methods, has a number behind it."""
+    slugs = [_slug(result) for result in results]
+    counts = [slugs[: i + 1].count(slug) for i, slug in enumerate(slugs)]
+    return [slug if n == 1 else f"{slug}-{n}" for slug, n in zip(slugs, counts, strict=True)]
 
 
 def _slug(result: Result) -> str:

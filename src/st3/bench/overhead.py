@@ -20,7 +20,6 @@ from st3.bench.prompts import Prompt
 from st3.engine.cache import TrimmedLayer
 from st3.engine.columns import Memo, memoised
 from st3.engine.director import Director
-from st3.engine.plan import Plan
 from st3.engine.prefill import Prefill
 
 RANGES = ("begin", "gather", "score", "file", "finish")
@@ -134,7 +133,9 @@ def probed(range_: Range) -> Iterator[None]:
         self: Prefill, layer: int, base: Any, module: Any, *args: Any, **kwargs: Any
     ) -> Any:
         plan = self.plan
-        other: Any = memoised(watched, plan, lambda: _with_watched_score(plan, range_))
+        other: Any = memoised(
+            watched, plan, lambda: dataclasses.replace(plan, score=_Watched(plan.score, range_))
+        )
         self.plan = other
         model: Any = memoised(bases, base, lambda: _wrap(base, range_, MODEL))
         try:
@@ -151,10 +152,6 @@ def probed(range_: Range) -> Iterator[None]:
     ]
     with _exchanged(wrapped):
         yield
-
-
-def _with_watched_score(plan: Plan, range_: Range) -> Plan:
-    return dataclasses.replace(plan, score=_Watched(plan.score, range_))
 
 
 class _Watched:

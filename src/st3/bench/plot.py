@@ -30,7 +30,8 @@ def draw(result: Result, path: Path, where: str) -> None:
     FigureCanvasAgg(figure)
     figures = [summary(result, row) for row in result.rows]
     generated = bool(result.reference.generations)
-    axes: Any = figure.subplots(1, 4 if generated else 2)
+    compared = bool(result.reference.prefill)
+    axes: Any = figure.subplots(1, (3 if generated else 1) + compared, squeeze=False)[0]
     for axis in axes:
         _dress(axis)
     if generated:
@@ -40,10 +41,8 @@ def draw(result: Result, path: Path, where: str) -> None:
         _kv(axes[2], result)
     else:
         _bars(axes[0], result, figures, "prefill_s", "prefill, ms")
-    if result.reference.prefill:
+    if compared:
         _gains(axes[-1], result, figures)
-    else:
-        axes[-1].set_visible(False)
     figure.suptitle(f"{result.subject}: {result.workload.title}", color=INK, fontsize=12)
     figure.supxlabel(where, color=INK, fontsize=7)
     figure.savefig(path, dpi=150, facecolor=PAPER)
@@ -70,6 +69,7 @@ def _bars(axis: Any, result: Result, figures: list[dict[str, Any]], key: str, ti
     axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8, color=INK)
     axis.invert_yaxis()
     axis.margins(x=0.18)
+    axis.locator_params(axis="x", nbins=4)  # long numbers would run into each other
     axis.set_title(title, fontsize=10)
 
 

@@ -26,6 +26,9 @@ PolicyName = Annotated[
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
+DeviceMap = Annotated[
+    str | None, typer.Option(metavar="auto|balanced|...", help="Spread the layers (accelerate).")
+]
 Precision = Annotated[DType, typer.Option(help="auto: as the model was saved.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model's folder run its own code.")

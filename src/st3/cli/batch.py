@@ -12,6 +12,7 @@ import typer
 from st3.cli._common import BUNDLED_MODEL, CliError, first_line, stderr, stdout
 from st3.cli._options import (
     Device,
+    DeviceMap,
     DType,
     MaxNewTokens,
     Model,
@@ -52,10 +53,7 @@ def batch(
         int | None, typer.Option(min=0, help="Ray; more than 1 with --device-map. Default: 1.")
     ] = None,
     device: Device = "auto",
-    device_map: Annotated[
-        str | None,
-        typer.Option(metavar="auto|balanced|...", help="Spread the layers (accelerate)."),
-    ] = None,
+    device_map: DeviceMap = None,
     dtype: Precision = DType.auto,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

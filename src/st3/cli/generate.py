@@ -15,6 +15,7 @@ import typer
 from st3.cli._common import CliError, first_line, stderr, stdout
 from st3.cli._options import (
     Device,
+    DeviceMap,
     DType,
     MaxNewTokens,
     Model,
@@ -62,10 +63,7 @@ def generate(
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
     ] = False,
     device: Device = "auto",
-    device_map: Annotated[
-        str | None,
-        typer.Option(metavar="auto|balanced|...", help="Spread the layers (accelerate)."),
-    ] = None,
+    device_map: DeviceMap = None,
     tp: Annotated[
         int | None, typer.Option(min=2, help="Tensor parallel processes, started by torchrun.")
     ] = None,

@@ -105,13 +105,11 @@ def decode_attention_row(
     starts = torch.tensor(row_starts, device=key.device)[:, None]
     place = torch.arange(first, past.end, device=key.device)
     nothing = torch.zeros(batch, 1, dtype=torch.bool, device=key.device)
-    scaling = kwargs.get("scaling")
-    view = LayerView(
+    view = LayerView.of(
+        query,
+        key,
+        kwargs,
         layer=past.layer,
-        query=query,
-        key=key,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=kwargs.get("softcap"),
         hidden=None,
         visual=nothing,
         ordinal=nothing.long(),

@@ -403,9 +403,8 @@ class TrimmedLayer(CacheLayerMixin):
         Raises:
             TrimStateError: if that reaches into a trimmed prompt, or before what a compaction kept.
         """
-        number = int(
-            tokens_to_remove
-        )  # transformers 5.17 gives a tensor: steps are looked up by number
+        # transformers 5.17 gives a tensor; steps are looked up by number.
+        number = int(tokens_to_remove)
         remove = -number if number <= 0 else self.length - number
         if remove <= 0 or self._keys is None:
             return

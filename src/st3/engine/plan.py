@@ -74,11 +74,14 @@ class Plan:
         if self.stage != "attention" or self.ranks is not None:
             return (False,) * len(layers)
         last_row = getattr(self.score, "last_row", False)
-        drops = {layer - 1 for layer in layers if self.schedule.prunes(layer)}
         return tuple(
-            last_row and len(self.users.get(layer, ())) == 1 and layer not in drops
+            last_row and len(self.users.get(layer, ())) == 1 and not self.drops_behind(layer)
             for layer in layers
         )
+
+    def drops_behind(self, layer: int) -> bool:
+        """Whether the layer behind ``layer`` sees fewer visual tokens."""
+        return layer + 1 < self.schedule.num_layers and self.schedule.prunes(layer + 1)
 
     def anneals(self, rows: Rows) -> tuple[bool, ...]:
         """For each layer whether it will ever show less than it stores of these rows."""

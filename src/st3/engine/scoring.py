@@ -92,7 +92,8 @@ class Scoring:
 
         def take() -> Tensor:
             columns = self._columns(block, prepared)
-            return score(_view(layer, row, key, given, block.valid, columns, last_query=row))
+            facts = {"layer": layer, "hidden": None, "key_valid": block.valid, "last_query": row}
+            return score(LayerView.of(row, key, given, **facts, **columns))
 
         return take
 
@@ -122,9 +123,7 @@ class Scoring:
 
     def _wanted(self, layer: int) -> bool:
         """Whether a score is wanted in ``layer``: for its cache, or for the drop behind it."""
-        schedule = self.prefill.plan.schedule
-        drops = layer + 1 < schedule.num_layers and schedule.prunes(layer + 1)
-        return drops or self.prefill.ranks(layer)
+        return self.prefill.plan.drops_behind(layer) or self.prefill.ranks(layer)
 
     def _most_kept(self, layer: int) -> int | None:
         """The most visual tokens of a row that the next drop keeps; None if the whole order counts:
@@ -172,44 +171,19 @@ class Scoring:
     ) -> LayerView:
         unrotate, tables = self.prefill.plan.unrotate, self.tables
         first_new = key.shape[2] - query.shape[2]
-        return _view(
-            layer,
+        return LayerView.of(
             query,
             key,
             kwargs,
-            self.prefill.valid_keys(layer, query, key),
-            self._columns(self.prefill.block.to(query.device), self._prepared),
+            layer=layer,
             hidden=self.prefill.hidden,
+            key_valid=self.prefill.valid_keys(layer, query, key),
             over_ranks=partial(mean_over_ranks, group=self.prefill.plan.ranks),
             unrotate=None
             if unrotate is None
             else lambda: unrotate(query, key[:, :, first_new:], tables),
+            **self._columns(self.prefill.block.to(query.device), self._prepared),
         )
-
-
-def _view(
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    given: dict[str, Any],
-    key_valid: Tensor | None,
-    columns: dict[str, Any],
-    hidden: Tensor | None = None,
-    **more: Any,
-) -> LayerView:
-    """``given``: what the layer's attention function was given besides."""
-    scaling = given.get("scaling")
-    return LayerView(
-        layer=layer,
-        hidden=hidden,
-        query=query,
-        key=key,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=given.get("softcap"),
-        key_valid=key_valid,
-        **columns,
-        **more,
-    )
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

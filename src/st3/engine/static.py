@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from st3.engine import decode
+from st3.engine.append import Behind
 from st3.engine.cache import TrimmedLayer
 from st3.engine.clock import Clock
 from st3.engine.errors import UnsupportedModelError
@@ -32,7 +33,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 
 @dataclass
-class StaticAppend:
+class StaticAppend(Behind):
     """A decode step of one token per row, without a decision of Python's that could change.
 
     Attributes:
@@ -80,10 +81,8 @@ class StaticAppend:
             layer.end += 1
             layer.length = self.clock.start + 1
 
-    def enter(
-        self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, ...]:
-        """Give the layer a mask over the whole of its buffer."""
+    def _mask(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """A mask over the whole of the layer's buffer."""
         past = self.cache[layer]
         column = torch.arange(past.buffer.shape[2], device=hidden.device)
         seen = (column >= self.starts[layer][:, None]) & (column <= self.ends[layer])
@@ -91,9 +90,7 @@ class StaticAppend:
         if window is not None:
             past.place_position(self.position)
             seen = seen & (past.stored_positions > self.position - window)
-        kwargs["attention_mask"] = finish(seen[:, None, None], self.plan.kind, hidden.dtype)
-        kwargs["position_ids"] = None
-        return (hidden, *args)
+        return finish(seen[:, None, None], self.plan.kind, hidden.dtype)
 
     def attend(
         self, layer: int, base: Attend, module: Any, query: Tensor, key: Tensor, value: Tensor,
@@ -103,9 +100,6 @@ class StaticAppend:
         if self.plan.kind == "sdpa" and decode.applies(query, kwargs):
             base = decode.matmul_decode
         return base(module, query, key, value, mask, **kwargs)
-
-    def finish(self, hidden: Tensor) -> Tensor:
-        return hidden
 
 
 def compile_text(forward: Callable[..., Any], options: str | dict[str, Any]) -> Callable[..., Any]:

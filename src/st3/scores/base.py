@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -96,6 +96,18 @@ class LayerView(TokenView):
     last_query: Tensor | None = None
     over_ranks: Callable[[Tensor], Tensor] = lambda score: score
     unrotate: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, given: Mapping[str, Any], **facts: Any) -> LayerView:
+        """The view of a call of an attention function; ``given`` are its keyword arguments."""
+        scaling = given.get("scaling")
+        return cls(
+            query=query,
+            key=key,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=given.get("softcap"),
+            **facts,
+        )
 
     @property
     def first_column(self) -> int:
