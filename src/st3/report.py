@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,7 @@ class Report:
         n_text: for each row its other prompt tokens.
         n_past: for each row the tokens of earlier turns, in the cache before the prompt. FLOPs are
             those of the prompt alone: what it spends on attention to earlier turns is not counted.
-        kept: for each row the visual tokens that entered each decoder layer.
+        budgets: for each row the original counts that the schedule's shares are taken of.
         samples: KV bytes after the prefill and after each decode step.
         entry_bytes: bytes of one KV entry (key and value) in each layer.
     """
@@ -55,7 +56,7 @@ class Report:
     visual_per_image: tuple[tuple[int, ...], ...]
     n_text: tuple[int, ...]
     n_past: tuple[int, ...]
-    kept: tuple[tuple[int, ...], ...]
+    budgets: tuple[tuple[int, ...], ...]
     dims: TextDims | None
     entry_bytes: tuple[int, ...]
     samples: list[KVSample] = field(default_factory=list)
@@ -71,7 +72,7 @@ class Report:
         policy: str,
         schedule: Schedule,
         rows: Rows,
-        budgets: Sequence[Sequence[int]],
+        budgets: tuple[tuple[int, ...], ...],
         dims: TextDims | None,
         dtype: torch.dtype,
         prefill: Prefill | None = None,
@@ -81,7 +82,6 @@ class Report:
         """A report on a prompt whose prefill starts now.
 
         Args:
-            budgets: the original counts that the schedule's shares are taken of, per row.
             dims: of the decoder; None if the cost model does not describe it.
             prefill: the pass that fills in which tokens were kept; None if nothing is dropped.
             n_past: tokens of earlier turns, per row; None without any.
@@ -89,13 +89,9 @@ class Report:
         """
         size = torch.empty((), dtype=dtype).element_size()
         entries = tuple(2 * la.kv_heads * la.head_dim * size for la in dims.layers) if dims else ()
-        kept = tuple(
-            tuple(sum(schedule.kept(layer, n) for n in row) for layer in range(schedule.num_layers))
-            for row in budgets
-        )
         n_text = tuple(n - rows.tail for n in rows.n_text)
         past = tuple(n_past) if n_past is not None else (0,) * len(n_text)
-        report = cls(policy, schedule, rows.images, n_text, past, kept, dims, entries)
+        report = cls(policy, schedule, rows.images, n_text, past, budgets, dims, entries)
         report._end = start + rows.length - rows.tail
         if prefill is not None:
             report._prefill, report._clock = prefill, prefill.clock
@@ -123,11 +119,6 @@ class Report:
             self.entry_bytes = tuple(
                 sum(t.shape[1] * t.shape[-1] * t.element_size() for t in pair) for pair in pairs
             )
-        if not self.entry_bytes:
-            self.entry_bytes = tuple(
-                sum(t.shape[1] * t.shape[3] * t.element_size() for t in (la.keys, la.values))
-                for la in cache.layers
-            )
 
     def freeze(self) -> None:
         """Another prompt comes: what the cache does from now on is not this report's."""
@@ -148,6 +139,12 @@ class Report:
         return self._steps if self._clock is None else self._clock.steps
 
     # Counts ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def kept(self) -> tuple[tuple[int, ...], ...]:
+        """For each row the visual tokens that entered each decoder layer."""
+        kept, layers = self.schedule.kept, range(self.schedule.num_layers)
+        return tuple(tuple(sum(kept(la, n) for n in row) for la in layers) for row in self.budgets)
 
     @property
     def n_visual(self) -> list[int]:

@@ -22,7 +22,7 @@ from st3.engine.columns import Memo, memoised
 from st3.engine.director import Director
 from st3.engine.prefill import Prefill
 
-RANGES = ("begin", "gather", "score", "file", "finish")
+RANGES = ("begin", "gather", "score", "choose", "finish")
 MODEL = "model"
 PREFIX = "st3."
 
@@ -47,19 +47,21 @@ class Overhead:
 
 
 def selection_overhead(
-    model: Any, prompt: Prompt, method: Method, runs: int = 3
+    model: Any, prompt: Prompt, method: Method, runs: int = 5
 ) -> Overhead | None:
-    """Medians over ``runs`` prefills behind an unmeasured one. None where st3's engine is not used,
-    and on CUDA, where :func:`st3.bench.profile.selection_share` asks the profiler."""
+    """Medians over ``runs`` prefills behind an unmeasured one, all on a model that stays attached,
+    as in a server. None where st3's engine is not used, and on CUDA, where
+    :func:`st3.bench.profile.selection_share` asks the profiler."""
     if not method.own_engine or prompt.device.type != "cpu":
         return None
+    watch = Stopwatch()
     samples: list[dict[str, float]] = []
     totals: list[float] = []
-    for _ in range(runs + 1):
-        watch = Stopwatch()
-        with probed(watch.range), method.attach(model, prompt):
+    with probed(watch.range), method.attach(model, prompt):
+        for _ in range(runs + 1):
+            watch.seconds = {}
             totals.append(prefill(model, prompt))
-        samples.append(watch.seconds)
+            samples.append(watch.seconds)
     ranges = {
         name: statistics.median(sample.get(name, 0.0) for sample in samples[1:]) for name in RANGES
     }
@@ -79,38 +81,37 @@ def copying_share(model: Any, prompt: Prompt, method: Method, new_tokens: int) -
 class _Range:
     """Cheaper than a generator: what timers cost is in the ranges, too."""
 
-    __slots__ = ("name", "watch")
+    __slots__ = ("before", "name", "since", "watch")
 
     def __init__(self, watch: Stopwatch, name: str) -> None:
         self.watch, self.name = watch, name
 
     def __enter__(self) -> None:
-        self.watch._switch()
-        self.watch._open.append(self.name)
+        self.before, self.watch.inner = self.watch.inner, 0.0
+        self.since = time.perf_counter()
 
     def __exit__(self, *error: object) -> None:
-        self.watch._switch()
-        self.watch._open.pop()
+        spent = time.perf_counter() - self.since
+        watch, name = self.watch, self.name
+        watch.seconds[name] = watch.seconds.get(name, 0.0) + spent - watch.inner
+        watch.inner = self.before + spent
 
 
 class Stopwatch:
-    """Time spent in named ranges; a range within another is taken off the outer one."""
+    """Time spent in named ranges; a range within another is taken off the outer one.
+
+    Attributes:
+        seconds: by name.
+        inner: what ranges within the open one have taken.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._open: list[str] = []
-        self._since = 0.0
+        self.inner = 0.0
 
     def range(self, name: str) -> _Range:
         """A context whose time goes to ``name``."""
         return _Range(self, name)
-
-    def _switch(self) -> None:
-        now = time.perf_counter()
-        if self._open:
-            name = self._open[-1]
-            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
-        self._since = now
 
 
 def record_range(name: str) -> AbstractContextManager[Any]:
@@ -120,9 +121,9 @@ def record_range(name: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def probed(range_: Range) -> Iterator[None]:
-    """Put ranges around the engine's entry points: *begin* (read the batch), *gather* (choose and
-    shrink a layer's inputs), *score*, *file* (order and store keys and values), *finish*. What the
-    model itself computes inside of them is in the range *model*.
+    """Put ranges around the engine's entry points: *begin* (read the batch), *gather* (shrink a
+    layer's inputs), *score*, *choose* (who stays), *finish* (file keys and values, restore the
+    output's shape). What the model itself computes inside of them is in the range *model*.
 
     Enter it before a trimmer is attached. st3's own classes are wrapped, while in the block."""
     attend = Prefill.attend
@@ -139,7 +140,7 @@ def probed(range_: Range) -> Iterator[None]:
         self.plan = other
         model: Any = memoised(bases, base, lambda: _wrap(base, range_, MODEL))
         try:
-            with range_("file"):
+            with range_("choose"):
                 return attend(self, layer, model, module, *args, **kwargs)
         finally:
             self.plan = plan

@@ -85,7 +85,7 @@ def selection_share(model: Any, prompt: Prompt, method: Method) -> float:
         )
         for name in (*RANGES, MODEL)
     }
-    # "score" and "model" lie within "file", so that the score is in the sum already.
+    # "score" and "model" lie within "choose", so that the score is in the sum already.
     own = sum(inside[name] for name in RANGES if name != "score") - inside[MODEL]
     if cuda:
         total = sum(e.self_device_time_total for e in events if _is_kernel(e))

@@ -25,6 +25,7 @@ from st3.engine.layout import (
     allocate,
     copy_columns,
     entry_bytes,
+    is_lean,
     is_size_first,
     select_rows,
 )
@@ -200,9 +201,7 @@ class TrimmedLayer(CacheLayerMixin):
             images: the rows' original visual tokens, by budget: one number, or one per image.
             width: columns to keep; None: those of the longest row.
         """
-        if self._pending is None:
-            raise TrimStateError(f"layer {self.layer} stored nothing: its cache was not updated")
-        (key, value), self._pending = self._pending, None
+        (key, value), self._pending = self.given, None
         width = max(counts) if width is None else width
         self.base, self.end = 0, width
         self.pad = tuple(width - count for count in counts)
@@ -213,8 +212,15 @@ class TrimmedLayer(CacheLayerMixin):
         self.length = self.clock.start + self.clock.tokens
         self.bytes_per_token = entry_bytes(key, value)
         self._unfiled = Unfiled(key.detach(), value.detach(), order, positions, width)
-        if not self._unfiled.lean:
+        if not is_lean(key, value):
             self._file(self._unfiled)
+
+    @property
+    def given(self) -> tuple[Tensor, Tensor]:
+        """The keys and values of the prompt under way, as :meth:`update` was given them."""
+        if self._pending is None:
+            raise TrimStateError(f"layer {self.layer} stored nothing: its cache was not updated")
+        return self._pending
 
     def holds(self, key: Tensor) -> bool:
         """Whether ``key`` is what the prompt under way has given to :meth:`update`."""

@@ -238,16 +238,17 @@ def _select_equally(
     columns = block.visual.shape[1]
     width = columns - (block.n_kept[0] - sum(kept[0]))
     first = score.nan_to_num().masked_fill(~block.visual, float("inf"))  # text before all others
-    order = torch.argsort(first, dim=1, descending=True, stable=True)
+    order = first.sort(dim=1, descending=True, stable=True).indices
     chosen = order[:, :width].sort(dim=1).values
-    return replace(
-        block,
+    return Block(
         index=chosen if block.index is None else block.index.gather(1, chosen),
         visual=block.visual.gather(1, chosen),
         ordinal=block.ordinal.gather(1, chosen),
+        group=None,
+        valid=None,
         last=block.last - (columns - width),
         counts=(width,) * len(kept),
-        kept=tuple(tuple(row) for row in kept),
+        kept=tuple(map(tuple, kept)),
     ), chosen
 
 

@@ -344,7 +344,7 @@ class Director:
         else:
             output.last_hidden_state = current.finish(output.last_hidden_state)
         if isinstance(current, Prefill) and current.cache is not None and not current.extends:
-            missing = [i for i in range(len(current.cache)) if i not in current.stored]
+            missing = [i for i in range(len(current.cache)) if i not in current.attended]
             if missing:
                 raise UnsupportedModelError(
                     f"decoder layers {missing} did not call their attention through transformers' "

@@ -31,13 +31,12 @@ class Unfiled:
     positions: Tensor
     width: int
 
-    @property
-    def lean(self) -> bool:
-        """Whether keeping them keeps nothing else alive (projections can be parts of a whole)."""
-        return all(
-            4 * t.untyped_storage().nbytes() <= 5 * t.numel() * t.element_size()
-            for t in (self.key, self.value)
-        )
+
+def is_lean(*tensors: Tensor) -> bool:
+    """Whether keeping them keeps nothing else alive (projections can be parts of a whole)."""
+    return all(
+        4 * t.untyped_storage().nbytes() <= 5 * t.numel() * t.element_size() for t in tensors
+    )
 
 
 def is_size_first(buffer: Tensor) -> bool:

@@ -75,13 +75,19 @@ class Plan:
             return (False,) * len(layers)
         last_row = getattr(self.score, "last_row", False)
         return tuple(
-            last_row and len(self.users.get(layer, ())) == 1 and not self.drops_behind(layer)
+            last_row and len(self.users.get(layer, ())) == 1 and not self.drops_behind[layer]
             for layer in layers
         )
 
-    def drops_behind(self, layer: int) -> bool:
-        """Whether the layer behind ``layer`` sees fewer visual tokens."""
-        return layer + 1 < self.schedule.num_layers and self.schedule.prunes(layer + 1)
+    @cached_property
+    def prunes(self) -> tuple[bool, ...]:
+        """For each layer whether visual tokens leave right before it."""
+        return tuple(map(self.schedule.prunes, range(self.schedule.num_layers)))
+
+    @cached_property
+    def drops_behind(self) -> tuple[bool, ...]:
+        """For each layer whether the one behind it sees fewer visual tokens."""
+        return (*self.prunes[1:], False)
 
     def anneals(self, rows: Rows) -> tuple[bool, ...]:
         """For each layer whether it will ever show less than it stores of these rows."""

@@ -1,14 +1,19 @@
 """The pass of a prompt with visual tokens, decoder layer by decoder layer.
 
 ``enter`` runs in the pre-hook of each decoder layer and shrinks what goes in; ``attend`` runs in
-place of the layer's attention function, scores the visual tokens and files keys and values;
-``finish`` runs on the text model's output.
+place of the layer's attention function, scores the visual tokens and chooses those that the next
+layer sees; ``finish`` runs on the text model's output and files keys and values.
+
+Between two layers' matrix products all else has left the processor's caches, and even a small step
+then takes 10 to 100 microseconds, 20 times what it takes in a loop. So what can be done once, or
+for all layers in a row, is not done between layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -29,6 +34,7 @@ from st3.engine.columns import (
     select,
 )
 from st3.engine.errors import TrimStateError
+from st3.engine.layout import is_lean
 from st3.engine.masks import as_bool, causal, finish, gather_mask, is_plain, prefill_mask
 from st3.engine.plan import Attend, Plan
 from st3.engine.scoring import Scoring
@@ -62,10 +68,12 @@ class Prefill:
     tower: InitVar[Tensor | None] = None
     blocks: dict[int, Block] = field(default_factory=dict)
     columns: dict[int, Tensor] = field(default_factory=dict)
-    stored: set[int] = field(default_factory=set)
+    attended: set[int] = field(default_factory=set)
     hidden: Tensor | None = None
     scoring: Scoring = field(init=False)
-    _gathered: dict[int, Memo] = field(default_factory=dict)
+    _waiting: list[tuple[int, Block, bool]] = field(default_factory=list)
+    _lean: bool | None = None
+    _shared: dict[tuple[int, ...], tuple[dict[str, Any], Any]] = field(default_factory=dict)
     _plain: Memo = field(default_factory=dict)
 
     def __post_init__(self, tower: Tensor | None) -> None:
@@ -82,36 +90,29 @@ class Prefill:
         """Drop what ``layer`` no longer sees from its inputs: the hidden states [B, N, D], further
         positional arguments and, in place, the keyword arguments."""
         if layer not in self.blocks:
-            self.scoring.at_input(layer, hidden)
-            if self.plan.schedule.prunes(layer):
+            if self.scoring.reads_input[layer]:
+                self.scoring.at_input(layer, hidden)
+            if self.plan.prunes[layer]:
                 self._prune(layer)
-            self.blocks[layer] = self.block
+            else:
+                self.blocks[layer] = self.block
         # Gradient checkpointing may run a layer again: its block and columns are replayed.
         self.block = self.blocks[layer]
         if layer in self.columns:
             hidden = gather_columns(hidden, self.columns[layer])
         self.hidden = hidden
-        self.scoring.tables = kwargs.get("position_embeddings")
+        mask, tables = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+        self.scoring.tables = tables
         if self.block.index is None and not self.extends:
             return (hidden, *args)
-        index = self.block.source_columns()
-        mask = kwargs.get("attention_mask")
-        kwargs["attention_mask"] = (
-            self._extension_mask(layer, mask, hidden) if self.extends else self._mask(mask, hidden)
-        )
-        # Flash attention takes jumps in batch-1 position ids for packed sequences and would cut
-        # the prompt there, silently.
-        kwargs["position_ids"] = None
-        tables = kwargs.get("position_embeddings")
-        if tables is not None and self.block.index is not None:
-            kwargs["position_embeddings"] = memoised(
-                self._memo(), tables, lambda: _gather_tables(tables, index)
-            )
-            self.scoring.tables = kwargs["position_embeddings"]
+        kwargs.update(self._narrowed(mask, tables, hidden))
+        if self.extends:
+            kwargs["attention_mask"] = self._extension_mask(layer, mask, hidden)
+        self.scoring.tables = kwargs.get("position_embeddings")
         for name, value in kwargs.items():
-            if name not in _HANDLED:
+            if isinstance(value, Tensor) and name not in _HANDLED:
                 kwargs[name] = self._per_token(value)
-        return (hidden, *(self._per_token(value) for value in args))
+        return (hidden, *map(self._per_token, args))
 
     def _per_token(self, value: Any) -> Any:
         """Inputs with one entry per token, [B, T, ...], as experts' or layers' inputs."""
@@ -124,15 +125,22 @@ class Prefill:
         flat = gather_columns(value.reshape(*value.shape[:2], -1), index)
         return flat.view(*index.shape, *value.shape[2:])
 
-    def ranks(self, layer: int) -> bool:
-        """Whether the cache will want an order of the layer's visual tokens."""
-        return self._ranked[layer]
-
     @cached_property
-    def _ranked(self) -> tuple[bool, ...]:
+    def ranked(self) -> tuple[bool, ...]:
+        """For each layer whether the cache will want an order of its visual tokens."""
         if self.cache is None or self.extends:
             return (False,) * self.plan.schedule.num_layers
         return self.plan.anneals(self.rows)
+
+    @cached_property
+    def _kept(self) -> dict[int, list[list[int]]]:
+        """For each layer that visual tokens leave, those that enter it, by row and budget."""
+        kept, budgets = self.plan.schedule.kept, self.plan.budgets(self.rows)
+        return {
+            layer: [[kept(layer, n) for n in row] for row in budgets]
+            for layer, prunes in enumerate(self.plan.prunes)
+            if prunes
+        }
 
     def _prune(self, layer: int) -> None:
         score = self.scoring.before_drop(layer)
@@ -141,33 +149,38 @@ class Prefill:
                 f"decoder layer {layer - 1} ran without a score: its attention was not called "
                 "through transformers' attention interface"
             )
-        schedule = self.plan.schedule
-        kept = [[schedule.kept(layer, n) for n in row] for row in self.plan.budgets(self.rows)]
+        kept = self._kept[layer]
         with torch.no_grad():
-            self.block, columns = select(self.block.to(score.device), score, kept)
-            self.columns[layer] = columns
+            block, columns = select(self.block.to(score.device), score, kept)
+            self.blocks[layer], self.columns[layer] = block, columns
             self.scoring.dropped(columns)
-        if self.extends and len(set(self.block.counts)) > 1:
+        if self.extends and len(set(block.counts)) > 1:
             raise TrimStateError(
                 "a new image in a continued batch needs rows of equal length: continue the "
                 "rows one by one"
             )
 
+    def _narrowed(self, mask: Any, tables: Any, hidden: Tensor) -> dict[str, Any]:
+        """What becomes of the mask and of the position tables, which a text model shares between
+        layers, and of the position ids, in the block under way."""
+        key = id(self.block), id(mask), id(tables)
+        if key not in self._shared:
+            # Flash attention takes jumps in batch-1 position ids for packed sequences and would cut
+            # the prompt there, silently.
+            found: dict[str, Any] = {"position_ids": None}
+            if not self.extends:
+                found["attention_mask"] = self._mask(mask, hidden)
+            if tables is not None and self.block.index is not None:
+                found["position_embeddings"] = _gather_tables(tables, self.block.index)
+            self._shared[key] = found, (mask, tables)  # held, so that their ids stay their own
+        return self._shared[key][0]
+
     def _mask(self, mask: Any, hidden: Tensor) -> Tensor | None:
         """The mask of left-aligned rows."""
-        kind, block = self.plan.kind, self.block
-
-        def make() -> Tensor | None:
-            if mask is None or mask.dim() == 2 or self._is_plain(mask):
-                return prefill_mask(hidden.shape[1], kind, hidden.dtype, hidden.device)
-            there = block.to(mask.device)
-            return gather_mask(mask, there.source_columns(), there.valid)
-
-        return memoised(self._memo(), mask, make)  # type: ignore[return-value]
-
-    def _memo(self) -> Memo:
-        """Gathered masks and tables of the block under way."""
-        return self._gathered.setdefault(id(self.block), {})
+        if mask is None or mask.dim() == 2 or self._is_plain(mask):
+            return prefill_mask(hidden.shape[1], self.plan.kind, hidden.dtype, hidden.device)
+        block = self.block.to(mask.device)
+        return gather_mask(mask, block.source_columns(), block.valid)
 
     def _is_plain(self, mask: Tensor) -> bool:
         return bool(memoised(self._plain, mask, lambda: is_plain(mask, self.attention_mask)))
@@ -205,36 +218,41 @@ class Prefill:
         self, layer: int, base: Attend, module: Any, query: Tensor, key: Tensor, value: Tensor,
         mask: Tensor | None, kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Run the attention ``base``, score the visual tokens, file keys and values."""
+        """Run the attention ``base``; score the visual tokens and choose those that stay."""
         self.block = self.block.to(query.device)  # layers may be spread over devices
-        store = self.cache is not None and not self.extends and layer not in self.stored
-        ranks = store and self.ranks(layer)
         self.scoring.in_attention(layer, query, key, kwargs)
         # Flash attention takes no mask per query: there candidates see what the prompt sees.
-        if self.rows.tail and ranks and self.plan.kind != "flash":
+        if self.rows.tail and self.ranked[layer] and self.plan.kind != "flash":
             mask = self._tail_mask(layer, query, mask)
+        if self.scoring.chooses[layer] and layer + 1 not in self.blocks:
+            self._prune(layer + 1)
         output = base(module, query, key, value, mask, **kwargs)
-        if store and self.cache is not None:
-            self.stored.add(layer)
-            block, rows = self.block, self.rows
-            score = self.scoring.for_cache(layer) if ranks else None
-            stays = self.plan.stays
-            past = self.cache[layer]
-            past.size_first = self.plan.kind == "sdpa" and decode.suits(key) and past.holds(key)
-
-            def order() -> Tensor | None:
-                return cache_order(block, score() if score else None, stays(layer, rows))
-
-            past.store(
-                order,
-                block.source_columns(),
-                block.counts,
-                block.n_kept,
-                self.plan.budgets(rows),
-            )
-        elif self.extends and self.cache is not None:
-            self.cache[layer].note_positions(self.clock.start + self.block.source_columns())
+        if self.cache is None:
+            return output
+        past = self.cache[layer]
+        if self.extends:
+            past.note_positions(self.clock.start + self.block.source_columns())
+        elif layer not in self.attended:
+            self.attended.add(layer)
+            if self._lean is None:  # asked of the first layer only: others are made alike
+                self._lean = is_lean(*past.given)
+            self._waiting.append((layer, self.block, past.holds(key)))
+            if not self._lean:
+                self._file()
         return output
+
+    def _file(self) -> None:
+        """Let the cache take over what waiting layers have given to it."""
+        if self.cache is None:
+            return
+        budgets, stays = self.plan.budgets(self.rows), self.plan.stays
+        for layer, block, holds in self._waiting:
+            past = self.cache[layer]
+            past.size_first = holds and self.plan.kind == "sdpa" and decode.suits(past.given[0])
+            score = self.scoring.for_cache(layer) if self.ranked[layer] else None
+            order = partial(_order, block, score, partial(stays, layer, self.rows))
+            past.store(order, block.source_columns(), block.counts, block.n_kept, budgets)
+        self._waiting.clear()
 
     def valid_keys(self, layer: int, query: Tensor, key: Tensor) -> Tensor | None:
         """[B, K] bool, keys that are neither padding nor dropped; None when all are."""
@@ -269,6 +287,7 @@ class Prefill:
         """Back to the prompt's own columns [B, T, D]: zeros where visual tokens were dropped, so
         that logits_to_keep and labels mean what they mean on the bare model."""
         self.hidden = None
+        self._file()
         self.scoring.release()
         self.block = self.block.to(hidden.device)
         index = self.block.index
@@ -281,6 +300,14 @@ class Prefill:
         full = hidden.new_zeros(batch * self.rows.length, size)
         full = full.index_copy(0, (index + offset).flatten(), hidden.reshape(-1, size))
         return full.view(batch, self.rows.length, size)
+
+
+def _order(
+    block: Block,
+    score: Callable[[], Tensor] | None,
+    stays: Callable[[], Sequence[Sequence[int]]],
+) -> Tensor | None:
+    return cache_order(block, score() if score else None, stays())
 
 
 def _gather_tables(tables: Any, index: Tensor) -> Any:

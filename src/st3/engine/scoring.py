@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from st3.scores.base import last_rows
 if TYPE_CHECKING:
     from st3.engine.columns import Block
     from st3.engine.prefill import Prefill
+
+When = Literal["now", "late", "carried"]
 
 
 class Scoring:
@@ -38,42 +40,66 @@ class Scoring:
         self._prepared: Tensor | None = None
         self._keys: Tensor | None = None
 
+    @cached_property
+    def reads_input(self) -> tuple[bool, ...]:
+        """For each layer whether :meth:`at_input` has something to take."""
+        plan, ranked = self.prefill.plan, self.prefill.ranked
+        prepares = plan.prepare is not None
+        later = [plan.stage == "input" and any(of) for of in zip(plan.prunes, ranked, strict=True)]
+        return (prepares or plan.stage == "embeds" or later[0], *later[1:])
+
     def at_input(self, layer: int, hidden: Tensor) -> None:
         """Take the score that is taken at the input of ``layer``, from its columns before any is
-        dropped there, if the plan's score is of that kind."""
+        dropped there."""
         plan = self.prefill.plan
-        if plan.stage == "attention" and plan.prepare is None:
-            return
         with torch.no_grad():
             if layer == 0 and plan.prepare is not None:
                 self._prepared = plan.prepare(self._token_view(layer, hidden))
-            if (plan.stage == "embeds" and layer == 0) or (
-                plan.stage == "input" and (plan.schedule.prunes(layer) or self.prefill.ranks(layer))
-            ):
+            if plan.stage != "attention":
                 score = cast(Any, plan.score)(self._token_view(layer, hidden))
                 self.carried = mean_over_ranks(score, plan.ranks)
 
+    @cached_property
+    def chooses(self) -> tuple[bool, ...]:
+        """For each layer whether the next layer's tokens are chosen in its attention."""
+        plan = self.prefill.plan
+        early = plan.stage != "attention"
+        return tuple(drops and not early for drops in plan.drops_behind)
+
+    @cached_property
+    def _when(self) -> tuple[When | None, ...]:
+        """For each layer what to do for a score in its attention; None if none is wanted."""
+        plan, ranked, tail = self.prefill.plan, self.prefill.ranked, self.prefill.rows.tail
+        wanted = [a or b for a, b in zip(plan.drops_behind, ranked, strict=True)]
+
+        def when(layer: int) -> When | None:
+            users = plan.users.get(layer) if plan.stage == "attention" else None
+            if users is None:
+                return "carried" if wanted[layer] else None
+            if not any(wanted[user] for user in users):
+                return None
+            return "late" if plan.waits[layer] and not tail else "now"
+
+        return tuple(map(when, range(plan.schedule.num_layers)))
+
     def in_attention(self, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
         """File the score that ``layer`` ranks by, and by which the layer behind it drops."""
-        plan = self.prefill.plan
-        if layer in self.by_layer:
-            return  # gradient checkpointing runs it again
+        plan, when = self.prefill.plan, self._when[layer]
         if "keys" in plan.needs:
             self._keys = key[:, :, key.shape[2] - query.shape[2] :].detach()
-        if plan.stage != "attention" or layer not in plan.users:
-            if self._wanted(layer) and self.carried is not None:
+        if when is None or layer in self.by_layer:  # gradient checkpointing runs it again
+            return
+        if when == "carried":
+            if self.carried is not None:
                 self.by_layer[layer] = self.carried.to(query.device)
             return
-        users = plan.users[layer]
-        if not any(map(self._wanted, users)):
-            return
-        if plan.waits[layer] and not self.prefill.rows.tail and self._files(layer, key):
+        if when == "late" and self._files(layer, key):
             self._late[layer] = self._later(layer, query, key, kwargs)
             return
         with torch.no_grad():
             view = self._layer_view(layer, query, key, kwargs)
             self.by_layer[layer] = mean_over_ranks(plan.score(view), plan.ranks)
-        if len(users) > 1:
+        if len(plan.users[layer]) > 1:
             self.carried = self.by_layer[layer]
 
     def _files(self, layer: int, key: Tensor) -> bool:
@@ -85,17 +111,25 @@ class Scoring:
         self, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]
     ) -> Callable[[], Tensor]:
         """Gives the score that ``layer`` has now, of which nothing but the last row is kept."""
-        score, block, prepared = self.prefill.plan.score, self.prefill.block, self._prepared
-        row = last_rows(query, block.last, self._at_end(block)).detach().clone()
-        key = key.detach()
+        block = self.prefill.block
+        row = last_rows(query, block.last, self._at_end(block)).clone()
+        if row.requires_grad:
+            row, key = row.detach(), key.detach()
         given = {name: kwargs.get(name) for name in ("scaling", "softcap")}
+        return partial(self._take, layer, row, key, given, block, self._prepared)
 
-        def take() -> Tensor:
-            columns = self._columns(block, prepared)
-            facts = {"layer": layer, "hidden": None, "key_valid": block.valid, "last_query": row}
-            return score(LayerView.of(row, key, given, **facts, **columns))
-
-        return take
+    def _take(
+        self,
+        layer: int,
+        row: Tensor,
+        key: Tensor,
+        given: dict[str, Any],
+        block: Block,
+        prepared: Tensor | None,
+    ) -> Tensor:
+        facts = {"layer": layer, "hidden": None, "key_valid": block.valid, "last_query": row}
+        view = LayerView.of(row, key, given, **facts, **self._columns(block, prepared))
+        return cast(Any, self.prefill.plan.score)(view)
 
     def for_cache(self, layer: int) -> Callable[[], Tensor]:
         """Gives the score that the cache of ``layer`` is ordered by."""
@@ -120,10 +154,6 @@ class Scoring:
     def release(self) -> None:
         """Let go of what only the layers needed."""
         self.tables = self._keys = self.tower = None
-
-    def _wanted(self, layer: int) -> bool:
-        """Whether a score is wanted in ``layer``: for its cache, or for the drop behind it."""
-        return self.prefill.plan.drops_behind(layer) or self.prefill.ranks(layer)
 
     def _most_kept(self, layer: int) -> int | None:
         """The most visual tokens of a row that the next drop keeps; None if the whole order counts:

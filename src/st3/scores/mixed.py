@@ -63,7 +63,7 @@ class Mixed:
         turns = self.every - 1
         by_cover = covering + covering // turns  # all places but every sixth
         by_attention = attended * self.every + turns
-        return -torch.minimum(by_cover, by_attention).float()
+        return torch.minimum(by_cover, by_attention) * -1.0
 
 
 def mixed_named(name: str) -> Mixed | None:
