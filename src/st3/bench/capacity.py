@@ -18,7 +18,7 @@ from st3.bench.models import Subject
 from st3.bench.suite import Workload
 from st3.cost import TextDims, as_needed, kv_allocated_bytes, with_headroom
 from st3.cost.kv import bytes_per_value
-from st3.engine.cache import HEADROOM
+from st3.engine.layout import capacity_for
 from st3.schedule import Schedule
 
 
@@ -130,7 +130,7 @@ def row_bytes(subject: Subject, workload: Workload, method: Method) -> int:
         schedule,
         max(0, workload.new_tokens - 1),
         subject.dtype,
-        rule=as_needed if schedule is None else with_headroom(HEADROOM),
+        rule=as_needed if schedule is None else with_headroom(capacity_for),
     )
     return max(worst * size, end)
 

@@ -18,8 +18,6 @@ from st3.bench.overhead import Overhead, selection_overhead
 from st3.bench.tower import tower
 from st3.cost import TextDims, prefill_flops
 
-_WEIGHTS = "weights only"
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -70,6 +68,7 @@ class Row:
     flops_ratio: float | None  # untrimmed / trimmed, of the decoder's prefill
     prefill: list[float] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # a weights-only step, right behind each
     footprint: Footprint | None = None
     overhead: Overhead | None = None
 
@@ -95,7 +94,6 @@ class Result:
     workload: Workload
     rows: list[Row]
     tower: list[float] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)  # weights-only steps, one in each round
     bandwidth: float | None = None
 
     @property
@@ -117,16 +115,16 @@ class Result:
 
     @property
     def weights_only(self) -> float | None:
-        """Seconds of a weights-only step, median over the rounds."""
-        return median(self.weights)
+        """Seconds of a weights-only step, median over rounds and methods."""
+        return median([seconds for row in self.rows for seconds in row.weights])
 
     def over_bound(self, row: Row) -> float | None:
-        """Decode step over its bound, median of the ratios within each round."""
-        if not self.weights or self.bandwidth is None or row.footprint is None:
+        """Decode step over its bound, median over the rounds."""
+        if not row.weights or self.bandwidth is None or row.footprint is None:
             return None
         ratios = [
             over_bound(made.steps, row.footprint.kv_live, weights, self.bandwidth)
-            for made, weights in zip(row.generations, self.weights, strict=True)
+            for made, weights in zip(row.generations, row.weights, strict=True)
         ]
         return median([ratio for ratio in ratios if ratio is not None])
 
@@ -134,8 +132,7 @@ class Result:
 def steps_of(workload: Workload, methods: Sequence[Method], prefills: bool = True) -> int:
     """How often :func:`run` reports progress, at most."""
     kinds = bool(workload.new_tokens) + prefills
-    beside = workload.repeats if workload.new_tokens else 0  # weights-only steps
-    return (kinds * (workload.repeats + 1) + prefills) * len(methods) + beside
+    return (kinds * (workload.repeats + 1) + prefills) * len(methods)
 
 
 def run(
@@ -176,18 +173,18 @@ def run(
         what: Callable[[], Any],
         untimed: Callable[[], Any],
         name: str,
-        weights: Callable[[], float] | None = None,
+        behind: Callable[[], Any] | None = None,
     ) -> Iterator[Any]:
-        """(row, untimed result, timed results) of each method; ``weights`` takes turns with them,
-        as its time, too, varies with the machine's load."""
+        """(row, untimed result, timed results) of each method; with ``behind``, which is called
+        when the model is let go of, a timed result is a pair."""
         first = {}
         for method in methods:
             first[method.label] = attached(method, untimed)()
             on_step(f"{name} (untimed)")
         calls = {m.label: attached(m, what) for m in methods}
-        beside = {} if weights is None else {_WEIGHTS: weights}
-        timed = in_turn(calls | beside, workload.repeats, lambda: on_step(name), deadline)
-        result.weights = timed.pop(_WEIGHTS, [])
+        if behind is not None:
+            calls = {label: partial(_both, call, behind) for label, call in calls.items()}
+        timed = in_turn(calls, workload.repeats, lambda: on_step(name), deadline)
         return ((table[label], first[label], timed[label]) for label in calls)
 
     if tokens:
@@ -204,9 +201,14 @@ def run(
         several = partial(generation, model, prompt, tokens)
         watched = partial(footprint, model, prompt, tokens)
         weights = partial(weights_only_step, model, workload.batch)
-        for row, held, generations in measure(several, watched, "generation", weights):
-            row.footprint, row.generations = held, generations
+        for row, held, pairs in measure(several, watched, "generation", weights):
+            row.footprint = held
+            row.generations, row.weights = map(list, zip(*pairs, strict=True))
     return result
+
+
+def _both(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
+    return first(), second()
 
 
 def _run_tower(subject: Subject, workload: Workload) -> list[float]:

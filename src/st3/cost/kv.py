@@ -120,22 +120,20 @@ def as_needed(live: Sequence[int]) -> int:
     return live[-1]
 
 
-def with_headroom(columns: int) -> AllocationRule:
-    """A buffer with ``columns`` entries to spare that is copied when it is full: the copy takes
-    what is live then and ``columns`` more, so that annealed entries are given back only then.
-    This is how st3's cache layers allocate, with ``st3.engine.cache.HEADROOM`` columns."""
-    if columns < 0:
-        raise ValueError(f"headroom cannot be negative, got {columns}")
+def with_headroom(capacity: Callable[[int], int]) -> AllocationRule:
+    """A buffer with entries to spare, ``capacity(n)`` for ``n`` of them, that is copied when it is
+    full: the copy takes what is live then, so that annealed entries are given back only then. This
+    is how st3's cache layers allocate, with :func:`st3.engine.layout.capacity_for`."""
 
     def rule(live: Sequence[int]) -> int:
         if len(live) == 1:
             return live[0]  # a prompt is filed when the first further token comes
-        used, capacity = live[0], live[0] + columns
+        used, room = live[0], capacity(live[0])
         for now in live[1:]:
             used += 1  # entries are appended; what annealing hides stays in the buffer
-            if used > capacity:
-                used, capacity = now, now + columns
-        return capacity
+            if used > room:
+                used, room = now, capacity(now)
+        return room
 
     return rule
 

@@ -45,14 +45,22 @@ class Append(Behind):
     clock: Clock
     known: dict[Starts, Tensor]
 
+    def __post_init__(self) -> None:
+        step, single = self.clock.step(self.clock.start), self.clock.tokens == 1
+        rows = [layer.row_starts(step) for layer in self.cache]
+        self._unmasked = [
+            single and window is None and min(row) == max(row)
+            for row, window in zip(rows, self.plan.windows, strict=True)
+        ]
+        for layer in self.cache:
+            layer.make_room(self.clock.tokens)
+
     def _mask(self, layer: int, hidden: Tensor) -> Tensor | None:
+        if self._unmasked[layer]:
+            return None
         past = self.cache[layer]
         queries = hidden.shape[1]
         window = self.plan.windows[layer]
-        if queries == 1 and window is None:
-            row = past.row_starts(self.clock.step(self.clock.start))
-            if min(row) == max(row):
-                return None
         starts = [past.row_starts(self.clock.step(self.clock.start + q)) for q in range(queries)]
         first, end = min(starts[0]), past.end + queries
         kind, dtype, device = self.plan.kind, hidden.dtype, hidden.device

@@ -23,6 +23,7 @@ from st3.engine.errors import TrimStateError
 from st3.engine.layout import (
     Unfiled,
     allocate,
+    capacity_for,
     copy_columns,
     entry_bytes,
     is_lean,
@@ -30,10 +31,6 @@ from st3.engine.layout import (
     select_rows,
 )
 from st3.schedule import Schedule
-
-# Free columns behind the last one when a buffer is allocated. Growing copies what is live, so a
-# larger block copies less often but keeps what annealing released for longer.
-HEADROOM = 16
 
 
 def _buffer(name: str) -> Any:
@@ -95,6 +92,8 @@ class TrimmedLayer(CacheLayerMixin):
         self._unfiled: Unfiled | None = None
         self._buffers: dict[str, Tensor] = {}
         self._pending: tuple[Tensor, Tensor] | None = None
+        # Where a pass writes its keys and values, and what it then reads.
+        self._room: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.next_column: Tensor | None = None  # set while a compiled step runs
         self._starts: dict[int, tuple[int, ...]] = {}
         self.size_first = False  # how keys lie in memory: engine/layout.py
@@ -231,7 +230,7 @@ class TrimmedLayer(CacheLayerMixin):
         self._unfiled = None
         with torch.no_grad():
             order = prompt.order()
-            capacity = self._capacity(prompt.width)
+            capacity = capacity_for(prompt.width, self.size_first)
             for name, source in (("_keys", prompt.key), ("_values", prompt.value)):
                 size_first = self.size_first and name == "_keys"
                 buffer = allocate(source, capacity, size_first=size_first)
@@ -265,39 +264,47 @@ class TrimmedLayer(CacheLayerMixin):
         if clock.phase is Phase.PREFILL:
             self._pending = (key_states, value_states)
             return key_states, value_states
+        new = key_states.shape[2]
+        if self._room is None:
+            self.make_room(new)
+        room, self._room = self._room, None
+        if room is None:
+            raise TrimStateError(f"layer {self.layer} of the cache is empty: no prompt was stored")
+        to_keys, to_values, keys, values = room
+        to_keys.copy_(key_states)
+        to_values.copy_(value_states)
+        self.end += new
+        self.length = clock.start + clock.tokens
+        # Kernels for several queries want the head size last.
+        return (keys.contiguous() if self.size_first and new > 1 else keys), values
+
+    def make_room(self, new: int) -> None:
+        """Ready the layer for ``new`` columns: file a prompt that waits, let buffers grow. Done for
+        all layers in a row at the begin of a pass, which is much faster than between two layers."""
         if self._unfiled is not None:
             self._file(self._unfiled)
         if not self._buffers:
-            raise TrimStateError(f"layer {self.layer} of the cache is empty: no prompt was stored")
-        new = key_states.shape[2]
-        first = min(self.row_starts(clock.step(clock.start)))
-        keys, values = self._buffers["keys"], self._buffers["values"]
-        if self.end + new - self.base > keys.shape[2]:
+            return
+        first, end = min(self.row_starts(self.clock.step(self.clock.start))), self.end + new
+        if end - self.base > self._buffers["keys"].shape[2]:
             # What lies before the first column is given up on the way.
             keep = min(first, *self.pad) if self.recalls else first
-            self._move(keep, self._capacity(self.end - keep + new))
-            keys, values = self._buffers["keys"], self._buffers["values"]
-        place = self.end - self.base
-        keys.narrow(2, place, new).copy_(key_states)
-        values.narrow(2, place, new).copy_(value_states)
-        self.end += new
-        self.length = clock.start + clock.tokens
-        live = (2, first - self.base, self.end - first)
-        keys, values = keys.narrow(*live), values.narrow(*live)
-        # Kernels for several queries want the head size last.
-        return (keys.contiguous() if self.size_first and new > 1 else keys), values
+            self._move(keep, capacity_for(end - keep, self.size_first))
+        keys, values = self._buffers["keys"], self._buffers["values"]
+        fresh, live = (2, self.end - self.base, new), (2, first - self.base, end - first)
+        self._room = (
+            keys.narrow(*fresh), values.narrow(*fresh), keys.narrow(*live), values.narrow(*live)
+        )  # fmt: skip
+
+    def forget_room(self) -> None:
+        """A pass that was broken off may have left room that fits no other."""
+        self._room = None
 
     def note_positions(self, positions: Tensor) -> None:
         """Original columns of the tokens just appended, [B, new]; sliding layers only."""
         if self._positions is not None:
             new = positions.shape[1]
             self._positions[:, self.end - self.base - new : self.end - self.base] = positions
-
-    def _capacity(self, width: int) -> int:
-        """Columns to allocate for ``width``."""
-        capacity = width + HEADROOM
-        # Lines of the cache, and few different row lengths: embedding_bag makes code for each.
-        return (capacity + 8) // 16 * 16 if self.size_first else capacity
 
     def _move(self, first: int, capacity: int) -> None:
         """Copy the columns from ``first`` on into buffers of ``capacity`` columns."""

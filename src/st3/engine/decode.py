@@ -44,9 +44,13 @@ def dense_decode(
     columns, capacity, first = key.shape[2], key.stride(3), key.storage_offset()
     # Each of the head size's places is a row, over all columns of the buffer.
     table = key.as_strided((batch * heads * size, capacity), (capacity, 1), 0)
+    # The scale goes to the query, as softmax reads the sums as they are: they are 16-bit already.
+    query = query * (size**-0.5 if scaling is None else scaling)
     found = _weighted_rows(table, _bags(batch * heads, size, size), query)
-    logits = found.view(batch, heads, 1, capacity)[..., first : first + columns].float()
-    weights = _softmax(logits, attention_mask, query, scaling)
+    logits = found.view(batch, heads, 1, capacity)[..., first : first + columns]
+    if attention_mask is not None:
+        logits = logits.masked_fill(~attention_mask, float("-inf"))
+    weights = logits.softmax(dim=-1)  # in fp32 within
 
     capacity, size = value.stride(1) // value.stride(2), value.shape[3]
     stored = (batch * heads - 1) * capacity + columns
@@ -66,7 +70,10 @@ def matmul_decode(
 ) -> tuple[Tensor, None]:
     """The same as two matrix products: for queries that share keys, and for compiled graphs."""
     batch, heads = query.shape[:2]
-    weights = _softmax(products(query, key), attention_mask, query, scaling)
+    logits = products(query, key) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        logits = logits.masked_fill(~attention_mask, float("-inf"))
+    weights = logits.softmax(dim=-1).to(query.dtype)
     output = torch.matmul(weights.view(batch, key.shape[1], -1, key.shape[2]), value)
     return output.view(batch, 1, heads, value.shape[-1]), None
 
@@ -89,14 +96,6 @@ def suits(states: Tensor) -> bool:
     return states.device.type == "cpu" and states.dtype in (torch.bfloat16, torch.float16)
 
 
-def _softmax(logits: Tensor, mask: Tensor | None, query: Tensor, scaling: float | None) -> Tensor:
-    """Weights [B, heads, 1, K] of the unscaled fp32 ``logits``, in the dtype of ``query``."""
-    logits = logits * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf"))
-    return logits.softmax(dim=-1).to(query.dtype)
-
-
 def _are_rows(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether all keys and values of the batch are rows of two tables, one query to each head."""
     _, heads, columns, size = key.shape
@@ -115,8 +114,15 @@ def _are_rows(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def _bags(bags: int, width: int, stride: int) -> tuple[Tensor, Tensor]:
     """The first ``width`` of the ``stride`` rows that a table has for each bag, one bag behind the
     other, and where each bag begins and the last one ends."""
-    rows = torch.arange(bags)[:, None] * stride + torch.arange(width)
-    return rows.flatten(), torch.arange(bags + 1) * width
+    rows = _numbers(1 << (bags * stride - 1).bit_length())[: bags * stride]
+    offsets = torch.arange(0, bags * width + 1, width, dtype=rows.dtype)
+    return rows.view(bags, stride)[:, :width].reshape(-1), offsets
+
+
+@lru_cache(maxsize=1)
+def _numbers(count: int) -> Tensor:
+    # Half the bytes of torch's usual integers: they are read along with the rows.
+    return torch.arange(count, dtype=torch.int32)
 
 
 def _weighted_rows(table: Tensor, bags: tuple[Tensor, Tensor], weights: Tensor) -> Tensor:

@@ -198,6 +198,8 @@ class Director:
         clock, layers = Clock(), None
         if cache is not None:
             layers = self._own_layers(cache, past)
+            for layer in layers:
+                layer.forget_room()
             clock = layers[0].clock
             self._cache = weakref.ref(cache)
         clock.phase = Phase.APPEND if past else Phase.PREFILL

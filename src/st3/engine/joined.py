@@ -29,6 +29,8 @@ class JoinedAppend(Behind):
         self._even = [max(row) == first for row, first in zip(starts, self._first, strict=True)]
         # One copy to the device for all layers: each copy makes the host wait.
         self._starts = torch.tensor(starts).to(device)  # [layers, B]
+        for layer in cache:
+            layer.make_room(1)
         self._logical: Tensor | None = None
         if any(window is not None for window in plan.windows):
             lengths = [row.length for row in self.rows]

@@ -49,6 +49,15 @@ def entry_bytes(key: Tensor, value: Tensor) -> int:
     return sum(t.shape[1] * t.shape[3] * t.element_size() for t in (key, value))
 
 
+def capacity_for(width: int, size_first: bool = False) -> int:
+    """Columns of a buffer for ``width`` of them. Growing copies what is live, so spare columns make
+    copies rare, but keep what annealing released for longer. A share of the width bounds what
+    copies take of a step, however long the prompt is."""
+    capacity = width + 16 + width // 32
+    # Lines of the cache, and few different row lengths: embedding_bag makes code for each.
+    return (capacity + 8) // 16 * 16 if size_first else capacity
+
+
 def allocate(
     like: Tensor, columns: int, rows: int | None = None, size_first: bool = False
 ) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from st3.engine.cache import TrimmedLayer
 from st3.engine.clock import Clock
 from st3.engine.errors import TrimStateError
-from st3.engine.layout import allocate, entry_bytes, is_size_first
+from st3.engine.layout import allocate, capacity_for, entry_bytes, is_size_first
 from st3.schedule import Schedule
 
 
@@ -136,7 +136,7 @@ class JoinedLayer(TrimmedLayer):
         first = parts[0]
         batch = len(parts)
         self.size_first = is_size_first(first.keys)
-        capacity = self._capacity(width)
+        capacity = capacity_for(width, self.size_first)
         self.bytes_per_token = entry_bytes(first.keys, first.values)
         self._keys = allocate(first.keys, capacity, batch, self.size_first)
         self._values = allocate(first.values, capacity, batch)

@@ -13,7 +13,7 @@ from typing import Any
 
 from st3.cost import TextDims
 from st3.cost.kv import bytes_per_value
-from st3.engine.cache import HEADROOM
+from st3.engine.layout import capacity_for
 from st3.engine.rows import VisibleCounts
 
 Columns = tuple[int, ...]
@@ -27,7 +27,8 @@ def columns_at_peak(counts: VisibleCounts, text: int, max_tokens: int) -> Column
         text: prompt tokens that are not visual.
         max_tokens: of the answer; the last one is never fed back.
     """
-    return tuple(text + peak + HEADROOM for peak in counts.peaks(max_tokens - 1))
+    most = (text + peak for peak in counts.peaks(max_tokens - 1))
+    return tuple(max(capacity_for(n), capacity_for(n, size_first=True)) for n in most)
 
 
 def entry_bytes(model: Any, layers: int) -> tuple[int, ...]:
