@@ -185,7 +185,7 @@ def decode(session: Session) -> None:
     methods = [untouched(), own_cache(), *own(session.given.policy)]
     for batch in (1,) if quick else (1, 8):
         for visual in session.lengths(FEW, MANY):
-            rounds = session.given.repeats or ((2 if visual == FEW else 1) if quick else 5)
+            rounds = session.given.repeats or (3 if quick else 5)
             workload = session.workload(
                 visual, batch=batch, new_tokens=16 if quick else 32, repeats=rounds
             )

@@ -193,12 +193,12 @@ def test_speed_up_by_hand() -> None:
     assert clock.speed_up([], [1.0]) is None
 
 
-def test_a_stopwatch_gives_time_to_the_innermost_range(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopwatch_gives_time_to_the_innermost_function(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 1.0, 4.0, 6.0])
     monkeypatch.setattr("st3.bench.overhead.time.perf_counter", lambda: next(times))
     watch = Stopwatch()
-    with watch.range("outer"), watch.range("inner"):
-        pass
+    inner = watch.wrap(lambda: 7, "inner")
+    assert watch.wrap(lambda: inner(), "outer")() == 7
     assert watch.seconds == {"outer": 1.0 + 2.0, "inner": 3.0}
 
 
@@ -398,7 +398,7 @@ def test_probing_changes_nothing_and_is_taken_back(subject: Subject) -> None:
     method, made, watch = compare(["st3"], peers=False)[2], prompt(), Stopwatch()
     with method.attach(subject.model, made):
         expected = logits(subject.model, made)
-    with probed(watch.range), method.attach(subject.model, made):
+    with probed(watch.wrap), method.attach(subject.model, made):
         assert torch.equal(logits(subject.model, made), expected)
     assert set(watch.seconds) == {*RANGES, MODEL}
     assert originals == (Director.on_text, Director.after_text, Prefill.enter, Prefill.attend)

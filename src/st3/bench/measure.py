@@ -52,9 +52,19 @@ def prefill(model: Any, prompt: Prompt) -> float:
     the last position, as generate() does."""
     marks = Marks(prompt.device)
     marks.mark()
-    model(input_ids=prompt.ids, attention_mask=prompt.mask, use_cache=True, logits_to_keep=1)
+    model(
+        input_ids=prompt.ids,
+        attention_mask=prompt.mask,
+        past_key_values=_new_cache(model),
+        use_cache=True,
+        logits_to_keep=1,
+    )
     marks.mark()
     return marks.seconds()[0]
+
+
+def _new_cache(model: Any) -> DynamicCache:
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def generation(model: Any, prompt: Prompt, new_tokens: int) -> Generation:
@@ -69,7 +79,7 @@ def generation(model: Any, prompt: Prompt, new_tokens: int) -> Generation:
 
 def footprint(model: Any, prompt: Prompt, new_tokens: int) -> Footprint:
     """Generate once more, untimed, and read what the cache and the process hold."""
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache = _new_cache(model)
     watch = _WatchCache(cache)
     with Peak(prompt.device) as peak:
         _generate(model, prompt, new_tokens, watch, past_key_values=cache)

@@ -4,11 +4,10 @@ around the engine's entry points."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ RANGES = ("begin", "gather", "score", "choose", "finish")
 MODEL = "model"
 PREFIX = "st3."
 
-Range = Callable[[str], AbstractContextManager[Any]]
+Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def selection_overhead(
     watch = Stopwatch()
     samples: list[dict[str, float]] = []
     totals: list[float] = []
-    with probed(watch.range), method.attach(model, prompt):
+    with probed(watch.wrap), method.attach(model, prompt):
         for _ in range(runs + 1):
             watch.seconds = {}
             totals.append(prefill(model, prompt))
@@ -72,99 +71,95 @@ def copying_share(model: Any, prompt: Prompt, method: Method, new_tokens: int) -
     """Share of a generation's decode steps, 0..1, spent in copying full buffers to new ones, which
     is also how annealed entries are given back. On a CPU: elsewhere copies are queued."""
     watch = Stopwatch()
-    move = _wrap(TrimmedLayer._move, watch.range, "copy")
+    move = watch.wrap(TrimmedLayer._move, "copy")
     with _exchanged([(TrimmedLayer, "_move", move)]), method.attach(model, prompt):
         steps = generation(model, prompt, new_tokens).steps
     return watch.seconds.get("copy", 0.0) / sum(steps)
 
 
-class _Range:
-    """Cheaper than a generator: what timers cost is in the ranges, too."""
-
-    __slots__ = ("before", "name", "since", "watch")
-
-    def __init__(self, watch: Stopwatch, name: str) -> None:
-        self.watch, self.name = watch, name
-
-    def __enter__(self) -> None:
-        self.before, self.watch.inner = self.watch.inner, 0.0
-        self.since = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        spent = time.perf_counter() - self.since
-        watch, name = self.watch, self.name
-        watch.seconds[name] = watch.seconds.get(name, 0.0) + spent - watch.inner
-        watch.inner = self.before + spent
-
-
 class Stopwatch:
-    """Time spent in named ranges; a range within another is taken off the outer one.
+    """Time spent in named functions; one called within another is taken off the outer one.
 
     Attributes:
         seconds: by name.
-        inner: what ranges within the open one have taken.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.inner = 0.0
+        self._inner = 0.0  # what functions called by the one under way have taken
 
-    def range(self, name: str) -> _Range:
-        """A context whose time goes to ``name``."""
-        return _Range(self, name)
+    def wrap(self, function: Function, name: str) -> Function:
+        """The same function, its time noted under ``name``. Written for least cost: what the timers
+        take is in the figures, too."""
+        clock = time.perf_counter
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            before, self._inner = self._inner, 0.0
+            start = clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent = clock() - start
+                self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inner
+                self._inner = before + spent
+
+        return timed
 
 
-def record_range(name: str) -> AbstractContextManager[Any]:
-    """The same ranges for torch.profiler, under ``st3.<name>``."""
-    return record_function(PREFIX + name)
+def as_range(function: Function, name: str) -> Function:
+    """The same function, in the range ``st3.<name>`` of torch.profiler."""
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with record_function(PREFIX + name):
+            return function(*args, **kwargs)
+
+    return inside
 
 
 @contextmanager
-def probed(range_: Range) -> Iterator[None]:
-    """Put ranges around the engine's entry points: *begin* (read the batch), *gather* (shrink a
-    layer's inputs), *score*, *choose* (who stays), *finish* (file keys and values, restore the
-    output's shape). What the model itself computes inside of them is in the range *model*.
+def probed(wrap: Callable[[Function, str], Function]) -> Iterator[None]:
+    """Wrap the engine's entry points by name: *begin* (read the batch), *gather* (shrink a layer's
+    inputs), *score*, *choose* (who stays), *finish* (file keys and values, restore the output's
+    shape). What the model itself computes inside of them is *model*.
 
     Enter it before a trimmer is attached. st3's own classes are wrapped, while in the block."""
-    attend = Prefill.attend
+    attend = wrap(Prefill.attend, "choose")
     watched: Memo = {}  # made once: a plan looks things up when first asked
     bases: Memo = {}
 
-    def timed_attend(
+    def wrapped_attend(
         self: Prefill, layer: int, base: Any, module: Any, *args: Any, **kwargs: Any
     ) -> Any:
         plan = self.plan
         other: Any = memoised(
-            watched, plan, lambda: dataclasses.replace(plan, score=_Watched(plan.score, range_))
+            watched, plan, lambda: dataclasses.replace(plan, score=_Watched(plan.score, wrap))
         )
         self.plan = other
-        model: Any = memoised(bases, base, lambda: _wrap(base, range_, MODEL))
+        model: Any = memoised(bases, base, lambda: wrap(base, MODEL))
         try:
-            with range_("choose"):
-                return attend(self, layer, model, module, *args, **kwargs)
+            return attend(self, layer, model, module, *args, **kwargs)
         finally:
             self.plan = plan
 
     wrapped = [
-        (Director, "on_text", _wrap(Director.on_text, range_, "begin")),
-        (Prefill, "enter", _wrap(Prefill.enter, range_, "gather")),
-        (Prefill, "attend", timed_attend),
-        (Director, "after_text", _wrap(Director.after_text, range_, "finish")),
+        (Director, "on_text", wrap(Director.on_text, "begin")),
+        (Prefill, "enter", wrap(Prefill.enter, "gather")),
+        (Prefill, "attend", wrapped_attend),
+        (Director, "after_text", wrap(Director.after_text, "finish")),
     ]
     with _exchanged(wrapped):
         yield
 
 
 class _Watched:
-    """A score in the range *score*; all that is asked of it is asked of the score."""
+    """A score, wrapped; all that is asked of it is asked of the score."""
 
-    def __init__(self, score: Any, range_: Range) -> None:
+    def __init__(self, score: Any, wrap: Callable[[Function, str], Function]) -> None:
         self._score = score
-        self._range = range_
+        self._call = wrap(score, "score")
 
     def __call__(self, view: Any) -> Any:
-        with self._range("score"):
-            return self._score(view)
+        return self._call(view)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._score, name)
@@ -181,12 +176,3 @@ def _exchanged(methods: Sequence[tuple[type, str, Any]]) -> Iterator[None]:
     finally:
         for cls, name, function in originals:
             setattr(cls, name, function)
-
-
-def _wrap(function: Any, range_: Range, name: str) -> Any:
-    @functools.wraps(function)
-    def inside(*args: Any, **kwargs: Any) -> Any:
-        with range_(name):
-            return function(*args, **kwargs)
-
-    return inside

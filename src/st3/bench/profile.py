@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from st3.bench.measure import generation, prefill
 from st3.bench.methods import Method
-from st3.bench.overhead import MODEL, PREFIX, RANGES, probed, record_range
+from st3.bench.overhead import MODEL, PREFIX, RANGES, as_range, probed
 from st3.bench.prompts import Prompt
 
 # Calls in which the host waits for the device, or reads a value from it. (A copy to the host is
@@ -70,7 +70,7 @@ def profile_decode(
 
 def selection_share(model: Any, prompt: Prompt, method: Method) -> float:
     """Share of a trimmed prefill's kernel time (on a CPU: of its time) that is st3's own work."""
-    ranges = probed(record_range) if method.own_engine else nullcontext()
+    ranges = probed(as_range) if method.own_engine else nullcontext()
     with ranges, method.attach(model, prompt):
         prefill(model, prompt)
         with _profiler(prompt) as profiler:

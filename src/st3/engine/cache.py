@@ -205,7 +205,7 @@ class TrimmedLayer(CacheLayerMixin):
         self.base, self.end = 0, width
         self.pad = tuple(width - count for count in counts)
         self.kept = tuple(kept)
-        self.images = tuple(tuple(row) for row in images)
+        self.images = tuple(map(tuple, images))
         self.is_initialized = True
         self._starts = {}
         self.length = self.clock.start + self.clock.tokens

@@ -10,7 +10,7 @@ place for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -67,7 +67,7 @@ class Block:
     counts: tuple[int, ...]
     kept: tuple[tuple[int, ...], ...]
 
-    @property
+    @cached_property  # of a block that several layers share
     def n_kept(self) -> tuple[int, ...]:
         return tuple(sum(row) for row in self.kept)
 
@@ -75,19 +75,19 @@ class Block:
         """The same block on the device of the layer that needs it."""
         if self.visual.device == device:
             return self
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {
-            name: value.to(device)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
     def source_columns(self) -> Tensor:
         """Original column of each column, [B, N]."""
-        if self.index is not None:
-            return self.index
-        batch, columns = self.visual.shape
-        return torch.arange(columns, device=self.visual.device).expand(batch, columns)
+        return self._identity if self.index is None else self.index
+
+    @cached_property
+    def _identity(self) -> Tensor:
+        return torch.arange(self.visual.shape[1], device=self.visual.device).expand_as(self.visual)
 
 
 def first_block(

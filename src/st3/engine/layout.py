@@ -46,7 +46,8 @@ def is_size_first(buffer: Tensor) -> bool:
 
 def entry_bytes(key: Tensor, value: Tensor) -> int:
     """Bytes of one KV entry."""
-    return sum(t.shape[1] * t.shape[3] * t.element_size() for t in (key, value))
+    size = key.shape[1] * key.shape[3] + value.shape[1] * value.shape[3]
+    return size * key.element_size()
 
 
 def capacity_for(width: int, size_first: bool = False) -> int:

@@ -246,9 +246,10 @@ class Prefill:
         if self.cache is None:
             return
         budgets, stays = self.plan.budgets(self.rows), self.plan.stays
+        dense = self.plan.kind == "sdpa"
         for layer, block, holds in self._waiting:
             past = self.cache[layer]
-            past.size_first = holds and self.plan.kind == "sdpa" and decode.suits(past.given[0])
+            past.size_first = dense and holds and decode.suits(past.given[0])
             score = self.scoring.for_cache(layer) if self.ranked[layer] else None
             order = partial(_order, block, score, partial(stays, layer, self.rows))
             past.store(order, block.source_columns(), block.counts, block.n_kept, budgets)
@@ -286,8 +287,10 @@ class Prefill:
     def finish(self, hidden: Tensor) -> Tensor:
         """Back to the prompt's own columns [B, T, D]: zeros where visual tokens were dropped, so
         that logits_to_keep and labels mean what they mean on the bare model."""
-        self.hidden = None
         self._file()
+        self.hidden = None
+        self._shared.clear()
+        self._plain.clear()
         self.scoring.release()
         self.block = self.block.to(hidden.device)
         index = self.block.index
