@@ -149,7 +149,7 @@ def prefill(session: Session) -> None:
             if quick and visual == MANY and dtype != session.given.dtypes[0]:
                 continue
             brief = quick and (visual == MANY or dtype != session.given.dtypes[0])
-            rounds = session.given.repeats or ((3 if brief else 4) if quick else 9)
+            rounds = session.given.repeats or (4 if quick else 9)
             workload = session.workload(visual, new_tokens=0, repeats=rounds)
             result = session.run(dtype, workload, some if brief else every)
             _prefill_bars(session, result, dtype, visual)
@@ -170,7 +170,7 @@ def _prefill_bars(session: Session, result: Result, dtype: str, visual: int) -> 
 
 def idle(session: Session) -> None:
     """Attached, but dropping nothing."""
-    rounds = session.given.repeats or (6 if session.given.quick else 15)
+    rounds = session.given.repeats or (12 if session.given.quick else 15)
     dtype = session.given.dtypes[0]
     workload = session.workload(FEW, new_tokens=0, repeats=rounds)
     result = session.run(dtype, workload, [untouched(), attached()])

@@ -150,10 +150,9 @@ class Prefill:
                 "through transformers' attention interface"
             )
         kept = self._kept[layer]
-        with torch.no_grad():
-            block, columns = select(self.block.to(score.device), score, kept)
-            self.blocks[layer], self.columns[layer] = block, columns
-            self.scoring.dropped(columns)
+        block, columns = select(self.block.to(score.device), score, kept)
+        self.blocks[layer], self.columns[layer] = block, columns
+        self.scoring.dropped(columns)
         if self.extends and len(set(block.counts)) > 1:
             raise TrimStateError(
                 "a new image in a continued batch needs rows of equal length: continue the "

@@ -230,11 +230,13 @@ def needs_of(score: Score) -> frozenset[str]:
     return frozenset(getattr(score, "needs", ()))
 
 
-def ranks(score: Tensor, among: Tensor) -> Tensor:
+def ranks(score: Tensor, among: Tensor, names: Tensor | None = None) -> Tensor:
     """Place of each column of ``among`` [B, N] bool by ``score`` [..., B, N], 0 the best; others
-    stand behind. On equal scores the earlier column is the better."""
+    stand behind. On equal scores the earlier column is the better. With ``names`` [..., 1, N] the
+    place ``i`` is called ``names[..., i]``."""
     order = (
         score.masked_fill(~among, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
     )
-    place = torch.arange(score.shape[-1], device=score.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, place)
+    if names is None:
+        names = torch.arange(score.shape[-1], device=score.device)
+    return names.new_empty(order.shape).scatter_(-1, order, names.expand_as(order))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -59,11 +60,22 @@ class Mixed:
         cover = self.cover(view) if view.prepared is None else view.prepared
         # Before it is ranked: a mean of ranks is not the rank of a mean.
         attention = view.over_ranks(self.attention(view))
-        attended, covering = ranks(torch.stack((attention, cover)), view.visual)
-        turns = self.every - 1
-        by_cover = covering + covering // turns  # all places but every sixth
-        by_attention = attended * self.every + turns
-        return torch.minimum(by_cover, by_attention) * -1.0
+        worth = _worth(self.every, attention.shape[-1], attention.device)
+        return ranks(torch.stack((attention, cover)), view.visual, worth).amax(dim=0)
+
+
+def _worth(every: int, columns: int, device: torch.device) -> Tensor:
+    """What it is worth to be the n-th by attention, and the n-th of the cover, [2, 1, N]: minus the
+    place that a token gets by it."""
+    return _all_worth(every, 1 << (columns - 1).bit_length(), device)[..., :columns]
+
+
+@lru_cache(maxsize=8)
+def _all_worth(every: int, columns: int, device: torch.device) -> Tensor:
+    number, turns = torch.arange(columns, device=device), every - 1
+    by_attention = number * every + turns
+    by_cover = number + number // turns  # all places but every sixth
+    return torch.stack((by_attention, by_cover))[:, None] * -1.0
 
 
 def mixed_named(name: str) -> Mixed | None:
