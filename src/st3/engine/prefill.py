@@ -300,7 +300,7 @@ class Prefill:
             hidden = hidden.masked_fill(~self.block.valid[..., None], 0)
         offset = torch.arange(batch, device=index.device)[:, None] * self.rows.length
         full = hidden.new_zeros(batch * self.rows.length, size)
-        full = full.index_copy(0, (index + offset).flatten(), hidden.reshape(-1, size))
+        full.index_copy_(0, (index + offset).flatten(), hidden.reshape(-1, size))
         return full.view(batch, self.rows.length, size)
 
 

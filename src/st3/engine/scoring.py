@@ -199,8 +199,13 @@ class Scoring:
     def _layer_view(
         self, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]
     ) -> LayerView:
-        unrotate, tables = self.prefill.plan.unrotate, self.tables
-        first_new = key.shape[2] - query.shape[2]
+        plan, tables = self.prefill.plan, self.tables
+        facts = self._columns(self.prefill.block.to(query.device), self._prepared)
+        if plan.ranks is not None:
+            facts["over_ranks"] = partial(mean_over_ranks, group=plan.ranks)
+        if plan.unrotate is not None:
+            own = key[:, :, key.shape[2] - query.shape[2] :]
+            facts["unrotate"] = partial(plan.unrotate, query, own, tables)
         return LayerView.of(
             query,
             key,
@@ -208,11 +213,7 @@ class Scoring:
             layer=layer,
             hidden=self.prefill.hidden,
             key_valid=self.prefill.valid_keys(layer, query, key),
-            over_ranks=partial(mean_over_ranks, group=self.prefill.plan.ranks),
-            unrotate=None
-            if unrotate is None
-            else lambda: unrotate(query, key[:, :, first_new:], tables),
-            **self._columns(self.prefill.block.to(query.device), self._prepared),
+            **facts,
         )
 
 
