@@ -8,8 +8,7 @@ output is bitwise what it is without a watcher, on a bare model and on a trimmed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -240,27 +239,21 @@ class Watch:
             found = self._ranges[first] = torch.arange(first, end, device=key.device)
         return found
 
-    @contextmanager
-    def noting_order(self, handle: LayerHandle) -> Iterator[None]:
-        """Note in which order a trimmed layer's cache is given the prompt."""
+    def note_order(self, handle: LayerHandle) -> None:
+        """Note in which order a trimmed layer is given the prompt, at the end of the pass."""
         inside = handle.current
         if not self._listening or not isinstance(inside, Prefill) or inside.cache is None:
-            yield
             return
         held = inside.cache[handle.layer]
-        store = held.store
 
         def noted(order: Callable[[], Tensor | None], positions: Tensor, *rest: Any) -> None:
+            del held.__dict__["store"]
             found = order()
             stored = positions if found is None else positions.gather(1, found)
             self._stored[handle.layer] = stored[0]
-            store(lambda: found, positions, *rest)
+            held.store(lambda: found, positions, *rest)
 
         held.__dict__["store"] = noted
-        try:
-            yield
-        finally:
-            del held.__dict__["store"]
 
     def stored(self, layer: int) -> Tensor | None:
         """[M] columns of the prompt as the cache of a trimmed layer holds them: its visual tokens
@@ -297,8 +290,8 @@ class _Spy:
         inside = self.handle.current
         if inside is None:
             return base(module, query, key, value, mask, **kwargs)
-        with self.watch.noting_order(self.handle):
-            return inside.attend(layer, base, module, query, key, value, mask, kwargs)
+        self.watch.note_order(self.handle)
+        return inside.attend(layer, base, module, query, key, value, mask, kwargs)
 
 
 def last_row(

@@ -16,7 +16,7 @@ _BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 
 
 @torch.no_grad()
-def read_bandwidth(device: torch.device, runs: int = 7) -> float:
+def read_bandwidth(device: torch.device, runs: int = 25) -> float:
     """Bytes per second at which ``device`` reads memory, with torch's current threads: the better
     of a sum and of a matrix-vector product over a buffer that no cache holds, best of ``runs``."""
     size = _BYTES.get(device.type, 1 << 28)

@@ -77,15 +77,22 @@ def _load() -> float | None:
 
 def _commit() -> str | None:
     """Of the checkout that this file lies in; None for an installed package."""
+    # The results of earlier runs say nothing about what runs now.
+    changes = ("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results")
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        commit = _git("describe", "--always")
+        return f"{commit}-dirty" if commit and _git(*changes) else commit or None
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+
+
+def _git(*arguments: str) -> str:
+    found = subprocess.run(
+        ["git", *arguments],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    )
+    return found.stdout.strip()

@@ -37,6 +37,7 @@ def _row(result: Result, row: Row) -> dict[str, Any]:
         "summary": summary(result, row),
         "prefill_s": row.prefill,
         "generations": [dataclasses.asdict(g) for g in row.generations],
+        "weights_only_s": row.weights,
         "footprint": dataclasses.asdict(row.footprint) if row.footprint else None,
         "overhead_s": {**overhead.ranges, "prefill": overhead.prefill} if overhead else None,
     }
