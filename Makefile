@@ -44,7 +44,7 @@ format: $(STAMP) ## let ruff correct what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# For example BENCH_ARGS=--quick (ten minutes) or BENCH_ARGS="--sections prefill idle".
+# For example BENCH_ARGS=--quick (a quarter of an hour) or BENCH_ARGS="--sections prefill idle".
 BENCH_ARGS ?=
 
 bench: $(STAMP) ## the CPU table: prefill, decode, captions against the untrimmed model (hours)

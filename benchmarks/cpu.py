@@ -1,7 +1,7 @@
 """The CPU table: prefill, decode, captions and ragged batches of a 24-layer model, one thread.
 
     python benchmarks/cpu.py            # everything; hours
-    python benchmarks/cpu.py --quick    # the important parts; about ten minutes
+    python benchmarks/cpu.py --quick    # the important parts; about a quarter of an hour
     python benchmarks/cpu.py --sections prefill idle --dtypes bfloat16
 
 Weights are random (shape cpu-308m: 24 layers, d 1024). Results go to benchmarks/results as JSON and
@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="about ten minutes in place of hours")
+    parser.add_argument("--quick", action="store_true", help="15 minutes in place of hours")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--lengths", nargs="+", type=int, choices=(FEW, MANY), metavar="TOKENS")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])

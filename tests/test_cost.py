@@ -431,8 +431,7 @@ def test_annealing_shrinks_live_kv_at_once_and_buffers_when_they_move() -> None:
     assert kv_entries(DIMS_7B, 64, 100, schedule, 20) == [64 + 20] * 32
     one = 32 * 2 * 4096 * 2  # bytes of one entry in all layers
     held = [
-        kv_allocated_bytes(DIMS_7B, 64, 100, schedule, step, rule=with_headroom(lambda n: n + 16))
-        / one
+        kv_allocated_bytes(DIMS_7B, 64, 100, schedule, step, rule=with_headroom(16)) / one
         for step in (0, 1, 10, 16, 17, 18)
     ]
     # A prompt is filed, with room behind it, when the first further token comes.
@@ -525,6 +524,7 @@ def test_shared_kv_layers_are_refused() -> None:
         (lambda: kv_bytes(DIMS_7B, 5, 5, step=-1), "cannot be negative"),
         (lambda: kv_bytes(DIMS_7B, 5, 5, dtype="int3"), "unknown dtype.*bfloat16"),
         (lambda: mean_kv_bytes(DIMS_7B, 5, 5, new_tokens=0), "at least 1"),
+        (lambda: with_headroom(-1), "cannot be negative"),
         (lambda: cost_table(shape("cpu-308m").config, 5, 0, {}), "at least 1"),
         (lambda: vision_flops(VisionDims.from_config(shape("cpu-308m").config), -5), "negative"),
     ],

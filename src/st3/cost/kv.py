@@ -120,10 +120,16 @@ def as_needed(live: Sequence[int]) -> int:
     return live[-1]
 
 
-def with_headroom(capacity: Callable[[int], int]) -> AllocationRule:
-    """A buffer with entries to spare, ``capacity(n)`` for ``n`` of them, that is copied when it is
-    full: the copy takes what is live then, so that annealed entries are given back only then. This
-    is how st3's cache layers allocate, with :func:`st3.engine.layout.capacity_for`."""
+def with_headroom(columns: int | Callable[[int], int]) -> AllocationRule:
+    """A buffer with ``columns`` entries to spare that is copied when it is full: the copy takes
+    what is live then and as many more, so that annealed entries are given back only then. A
+    function says what is allocated for so many live ones; with
+    :func:`st3.engine.layout.capacity_for` this is how st3's cache layers allocate."""
+    if not callable(columns) and columns < 0:
+        raise ValueError(f"headroom cannot be negative, got {columns}")
+
+    def capacity(live: int) -> int:
+        return columns(live) if callable(columns) else live + columns
 
     def rule(live: Sequence[int]) -> int:
         if len(live) == 1:

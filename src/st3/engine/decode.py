@@ -48,9 +48,7 @@ def dense_decode(
     query = query * (size**-0.5 if scaling is None else scaling)
     found = _weighted_rows(table, _bags(batch * heads, size, size), query)
     logits = found.view(batch, heads, 1, capacity)[..., first : first + columns]
-    if attention_mask is not None:
-        logits = logits.masked_fill(~attention_mask, float("-inf"))
-    weights = logits.softmax(dim=-1)  # in fp32 within
+    weights = _softmax(logits, attention_mask)
 
     capacity, size = value.stride(1) // value.stride(2), value.shape[3]
     stored = (batch * heads - 1) * capacity + columns
@@ -71,9 +69,7 @@ def matmul_decode(
     """The same as two matrix products: for queries that share keys, and for compiled graphs."""
     batch, heads = query.shape[:2]
     logits = products(query, key) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        logits = logits.masked_fill(~attention_mask, float("-inf"))
-    weights = logits.softmax(dim=-1).to(query.dtype)
+    weights = _softmax(logits, attention_mask).to(query.dtype)
     output = torch.matmul(weights.view(batch, key.shape[1], -1, key.shape[2]), value)
     return output.view(batch, 1, heads, value.shape[-1]), None
 
@@ -94,6 +90,13 @@ def suits(states: Tensor) -> bool:
     """Whether entries such as these are ones that :func:`dense_decode` is made for."""
     # fp32: sdpa is as fast, in fewer calls.
     return states.device.type == "cpu" and states.dtype in (torch.bfloat16, torch.float16)
+
+
+def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Weights [B, heads, 1, K], in the dtype of ``logits``; torch computes them in fp32."""
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    return logits.softmax(dim=-1)
 
 
 def _are_rows(query: Tensor, key: Tensor, value: Tensor) -> bool:

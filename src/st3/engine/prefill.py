@@ -5,8 +5,8 @@ place of the layer's attention function, scores the visual tokens and chooses th
 layer sees; ``finish`` runs on the text model's output and files keys and values.
 
 Between two layers' matrix products all else has left the processor's caches, and even a small step
-then takes 10 to 100 microseconds, 20 times what it takes in a loop. So what can be done once, or
-for all layers in a row, is not done between layers.
+then takes many times what it takes in a loop. So what can be done once, or for all layers in a row,
+is not done between layers.
 """
 
 from __future__ import annotations

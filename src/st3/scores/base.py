@@ -181,13 +181,12 @@ def products(query: Tensor, key: Tensor) -> Tensor:
     batch, heads, rows, size = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     picked = query.reshape(batch, kv_heads, -1, size)
-    if key.stride(-1) != 1:  # stored as key^T
+    if key.stride(-1) == 1:
+        # Long operand first: on CPUs `key @ row` is up to 40 times faster than `row @ key^T`. (A
+        # matmul comes to the same, by many small steps.)
+        found = torch.bmm(key.flatten(0, 1), picked.flatten(0, 1).transpose(1, 2)).transpose(1, 2)
+    else:  # unless keys are stored as key^T
         found = torch.matmul(picked, key.transpose(-1, -2))
-    # Long operand first: on CPUs `key @ row` is up to 40 times faster than `row @ key^T`.
-    elif batch == 1:  # matmul takes many small steps to come to this
-        found = torch.bmm(key[0], picked[0].transpose(-1, -2)).transpose(-1, -2)
-    else:
-        found = torch.matmul(key, picked.transpose(-1, -2)).transpose(-1, -2)
     return found.reshape(batch, heads, rows, keys).float()
 
 
