@@ -44,7 +44,7 @@ from st3.bench.bars import Bar
 from st3.bench.bars import as_markdown as bars_table
 from st3.bench.compiled import compiled_decode
 from st3.bench.fastv_official import fastv_official
-from st3.bench.measure import Generation, footprint, generation
+from st3.bench.measure import Footprint, Generation, footprint, generation
 from st3.bench.overhead import (
     MODEL,
     RANGES,
@@ -124,7 +124,6 @@ def test_a_shape_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -
         (lambda: compare([]), "no policy"),
         (lambda: compare(["st4"]), "unknown policy"),
         (lambda: clock.speed_up([1.0], [1.0, 2.0]), "cannot be paired"),
-        (lambda: bound.over_bound([1.0], [1], 1.0, 1.0), "KV sizes"),
     ],
 )
 def test_bad_input_is_refused(call: Any, message: str) -> None:
@@ -350,16 +349,43 @@ def test_the_peak_is_that_of_what_was_allocated() -> None:
 
 def test_the_bound_by_hand() -> None:
     # Bounds: 1 + 10 / 10 = 2 and 1 + 30 / 10 = 4; the size after the prefill is not used.
-    assert bound.over_bound([3.0, 4.0], [999, 10, 30], weights=1.0, bandwidth=10.0) == 1.25
-    assert bound.over_bound([], [1], 1.0, 1.0) is None
+    held = Footprint((999, 10, 30), (0, 0, 0), None, steps=(3.0, 4.0), weights=(1.0, 1.0))
+    assert bound.over_bound(held, bandwidth=10.0) == 1.25
+    assert bound.over_bound(Footprint((1,), (1,), None), 1.0) is None
 
 
-def test_bandwidth_and_weights_only_steps_are_measured(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bandwidth_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bound._BYTES, "cpu", 1 << 20)
     assert bound.read_bandwidth(CPU, runs=1) > 0
-    assert bound.weights_only_step(subject.model, 2, 3) > 0
+
+
+@pytest.mark.parametrize("policy", ["none", "st3"])
+def test_a_weights_only_step_before_each_decode_step_changes_nothing(
+    subject: Subject, policy: str
+) -> None:
+    """The model answers as without them, and knows each for what it is: text without a cache."""
+    made = prompts.build(prompts.uniform(2, 24, 8), subject.vocab, CPU)
+    seen: list[int] = []
+    tokens: list[torch.Tensor] = []
+
+    def listen(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        seen.append(kwargs["input_ids"].shape[1])
+        if kwargs.get("past_key_values") is not None:
+            tokens.append(output.logits[:, -1].argmax(-1))
+
+    with st3.trim(subject.model, policy, own_cache=True, visual_mask=made.visual):
+        handle = subject.model.register_forward_hook(listen, with_kwargs=True)
+        try:
+            held = footprint(subject.model, made, 4)
+            noted, steps = list(tokens), list(seen)
+            tokens.clear()
+            generation(subject.model, made, 4)
+        finally:
+            handle.remove()
+    assert steps == [32, 1, 1, 1, 1, 1, 1, 1]
+    assert [t.tolist() for t in noted] == [t.tolist() for t in tokens]
+    assert len(held.steps) == len(held.weights) == 3
+    assert min(*held.steps, *held.weights) > 0
 
 
 # -- the vision tower -----------------------------------------------------------------------------

@@ -205,6 +205,16 @@ def test_generate_from_ready_embeddings_with_a_visual_mask() -> None:
     assert torch.equal(ids, case.reference_generate(ST3, 8)[0])
 
 
+@pytest.mark.filterwarnings("error:st3 trims nothing")
+def test_arguments_given_by_position() -> None:
+    case = Case.of("llava")
+    named, _ = case.prefill(ST3)
+    with st3.trim(case.model, ST3), torch.no_grad():
+        ids, pixels = case.batch["input_ids"], case.batch["pixel_values"]
+        logits = case.model(ids, pixels, case.batch["attention_mask"]).logits
+    assert torch.equal(logits, named)
+
+
 def test_ready_embeddings_without_a_visual_mask_are_not_trimmed_and_warned_of() -> None:
     case = Case.of("llava")
     embeds, mask = merged(case), case.batch["attention_mask"]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from st3.reasons import first_line
+
 
 def size(image: str | bytes, base: Path) -> tuple[int, int]:
     """(width, height), read off the header. Raises ValueError with the reason."""
@@ -51,5 +53,4 @@ def _reason(error: Exception, image: str | bytes) -> str:
         return f"{name} is a folder"
     if isinstance(error, UnidentifiedImageError):
         return f"{name} is not an image that Pillow can read"
-    lines = str(error).strip().splitlines()
-    return f"{name} cannot be read: {lines[0] if lines else type(error).__name__}"
+    return f"{name} cannot be read: {first_line(error)}"

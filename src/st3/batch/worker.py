@@ -14,6 +14,7 @@ from st3.batch import images
 from st3.batch.inputs import BadRow, Row
 from st3.chats import ask, encode
 from st3.engine import trim
+from st3.reasons import first_line
 
 # What processors and models raise about a prompt or image; anything else ends the run.
 ABOUT_A_ROW = (ValueError, TypeError, IndexError, KeyError, torch.OutOfMemoryError)
@@ -151,5 +152,4 @@ class Worker:
 
 
 def _error(row_id: str, error: BaseException) -> dict[str, Any]:
-    lines = str(error).strip().splitlines()
-    return {"id": row_id, "error": lines[0] if lines else type(error).__name__}
+    return {"id": row_id, "error": first_line(error)}

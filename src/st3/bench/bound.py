@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from st3.bench.clock import Marks
-from st3.bench.measure import generation
-from st3.bench.prompts import Row, build
+from st3.bench.measure import Footprint
 
 _BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 
@@ -38,28 +37,10 @@ def _fastest(kernel: Callable[[], Any], device: torch.device, runs: int) -> floa
     return min(times[1:])
 
 
-def weights_only_step(model: Any, batch: int, new_tokens: int = 16) -> float:
-    """Median seconds of a decode step of the untouched model behind a prompt of one text token:
-    next to no KV cache, all the weights."""
-    vocab = model.config.get_text_config(decoder=True).vocab_size
-    prompt = build([Row(1, ())] * batch, vocab, model.device)
-    return statistics.median(generation(model, prompt, max(3, new_tokens)).steps)
-
-
-def over_bound(
-    steps: Sequence[float], kv_live: Sequence[int], weights: float, bandwidth: float
-) -> float | None:
-    """Median over decode steps of time / (weights-only time + live KV bytes / bandwidth).
-
-    Args:
-        steps: seconds of decode steps 1, 2, ...
-        kv_live: bytes after the prefill and after each decode step; step ``t`` reads what is live
-            after it.
-    """
-    if not steps:
+def over_bound(held: Footprint, bandwidth: float) -> float | None:
+    """Median over decode steps of time / (weights-only time + live KV bytes / bandwidth). Step
+    ``t`` reads what is live after it. None without steps."""
+    if not held.steps:
         return None
-    if len(kv_live) != len(steps) + 1:
-        raise ValueError(f"{len(steps)} decode steps need {len(steps) + 1} KV sizes")
-    return statistics.median(
-        step / (weights + live / bandwidth) for step, live in zip(steps, kv_live[1:], strict=True)
-    )
+    triples = zip(held.steps, held.weights, held.kv_live[1:], strict=True)
+    return statistics.median(step / (weights + live / bandwidth) for step, weights, live in triples)

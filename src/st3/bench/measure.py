@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,17 +33,22 @@ class Generation:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes during one generate() call.
+    """Bytes during one generate() call, and its decode steps beside others without a KV cache.
 
     Attributes:
         kv_live: KV entries that can still be seen, after the prefill and after each decode step.
         kv_allocated: the tensors that hold them.
         peak: highest memory use above that before the call; None where it cannot be measured.
+        steps: seconds of each decode step.
+        weights: seconds of a weights-only step right before each of them: one token a row behind
+            nothing, so next to no KV cache, and all the weights.
     """
 
     kv_live: tuple[int, ...]
     kv_allocated: tuple[int, ...]
     peak: int | None
+    steps: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 @torch.no_grad()
@@ -78,12 +83,23 @@ def generation(model: Any, prompt: Prompt, new_tokens: int) -> Generation:
 
 
 def footprint(model: Any, prompt: Prompt, new_tokens: int) -> Footprint:
-    """Generate once more, untimed, and read what the cache and the process hold."""
-    cache = _new_cache(model)
-    watch = _WatchCache(cache)
-    with Peak(prompt.device) as peak:
-        _generate(model, prompt, new_tokens, watch, past_key_values=cache)
-    return Footprint(tuple(watch.live), tuple(watch.allocated), peak.bytes)
+    """Generate once more, and read what the cache and the process hold. Before each decode step
+    comes a weights-only step: a shared machine's speed changes within seconds, so that figures of
+    different runs do not add up. Both are timed from the forward pass's begin to its end."""
+    cache, marks = _new_cache(model), Marks(prompt.device)
+    token = prompt.ids[:, -1:]
+    watch = _WatchCache(cache, marks, lambda: model(input_ids=token, use_cache=False))
+    begins = model.register_forward_pre_hook(lambda *call: marks.mark(), prepend=True)
+    try:
+        with Peak(prompt.device) as peak:
+            _generate(model, prompt, new_tokens, watch, past_key_values=cache)
+    finally:
+        begins.remove()
+    spans = marks.seconds()  # prefill; then what is between, weights, what is between, step ...
+    weights, steps = spans[2:-1:4], spans[4::4]
+    return Footprint(
+        tuple(watch.live), tuple(watch.allocated), peak.bytes, tuple(steps), tuple(weights)
+    )
 
 
 def _generate(
@@ -106,14 +122,20 @@ def _generate(
 
 
 class _WatchCache(LogitsProcessor):
-    """Notes the bytes of a cache behind every forward pass."""
+    """Behind every forward pass: marks its end, runs ``spare``, which marks its begin, marks its
+    end, and notes the bytes of a cache."""
 
-    def __init__(self, cache: DynamicCache) -> None:
+    def __init__(self, cache: DynamicCache, marks: Marks, spare: Callable[[], Any]) -> None:
         self.cache = cache
+        self.marks = marks
+        self.spare = spare
         self.live: list[int] = []
         self.allocated: list[int] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.marks.mark()
+        self.spare()
+        self.marks.mark()
         sizes = [_bytes_of(layer) for layer in self.cache.layers]
         self.live.append(sum(live for live, _ in sizes))
         self.allocated.append(sum(allocated for _, allocated in sizes))

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from st3.bench.memory import available_bytes
+from st3.reasons import first_line
 from st3.shapes import SHAPES as MODEL_SHAPES
 from st3.shapes import Shape
 
@@ -107,8 +108,7 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts when built without the device
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
+        raise ValueError(f"device {name!r} cannot be used here: {first_line(error)}") from error
     return device
 
 

@@ -37,7 +37,6 @@ def _row(result: Result, row: Row) -> dict[str, Any]:
         "summary": summary(result, row),
         "prefill_s": row.prefill,
         "generations": [dataclasses.asdict(g) for g in row.generations],
-        "weights_only_s": row.weights,
         "footprint": dataclasses.asdict(row.footprint) if row.footprint else None,
         "overhead_s": {**overhead.ranges, "prefill": overhead.prefill} if overhead else None,
     }
@@ -144,7 +143,8 @@ first row, the untouched model on transformers' DynamicCache: the median of the 
 round (in files also the ratio of the smallest times, and the largest minus the smallest ratio over
 the median). FLOPs ratio: untrimmed over trimmed, of the decoder's prefill, counted. / FLOPs: the
 prefill's speed-up over that ratio. step / bound: time of a decode step over (weights-only step +
-live KV bytes / read bandwidth), median over steps."""
+live KV bytes / read bandwidth), median over the steps of a generation of its own, in which each
+comes right behind a weights-only step."""
 
 
 def _mib(size: int | None) -> str:

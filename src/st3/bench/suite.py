@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from st3.bench import prompts
-from st3.bench.bound import over_bound, read_bandwidth, weights_only_step
+from st3.bench.bound import over_bound, read_bandwidth
 from st3.bench.clock import Deadline, Ratio, in_turn, median, speed_up
 from st3.bench.measure import Footprint, Generation, footprint, generation, prefill
 from st3.bench.methods import Method
@@ -68,7 +68,6 @@ class Row:
     flops_ratio: float | None  # untrimmed / trimmed, of the decoder's prefill
     prefill: list[float] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)  # a weights-only step, right behind each
     footprint: Footprint | None = None
     overhead: Overhead | None = None
 
@@ -115,18 +114,15 @@ class Result:
 
     @property
     def weights_only(self) -> float | None:
-        """Seconds of a weights-only step, median over rounds and methods."""
-        return median([seconds for row in self.rows for seconds in row.weights])
+        """Seconds of a weights-only step, median over steps and methods."""
+        held = [row.footprint for row in self.rows if row.footprint is not None]
+        return median([seconds for one in held for seconds in one.weights])
 
     def over_bound(self, row: Row) -> float | None:
-        """Decode step over its bound, median over the rounds."""
-        if not row.weights or self.bandwidth is None or row.footprint is None:
+        """Decode step over its bound, median over the steps."""
+        if self.bandwidth is None or row.footprint is None:
             return None
-        ratios = [
-            over_bound(made.steps, row.footprint.kv_live, weights, self.bandwidth)
-            for made, weights in zip(row.generations, row.weights, strict=True)
-        ]
-        return median([ratio for ratio in ratios if ratio is not None])
+        return over_bound(row.footprint, self.bandwidth)
 
 
 def steps_of(workload: Workload, methods: Sequence[Method], prefills: bool = True) -> int:
@@ -169,21 +165,13 @@ def run(
 
         return call
 
-    def measure(
-        what: Callable[[], Any],
-        untimed: Callable[[], Any],
-        name: str,
-        behind: Callable[[], Any] | None = None,
-    ) -> Iterator[Any]:
-        """(row, untimed result, timed results) of each method; with ``behind``, which is called
-        when the model is let go of, a timed result is a pair."""
+    def measure(what: Callable[[], Any], untimed: Callable[[], Any], name: str) -> Iterator[Any]:
+        """(row, untimed result, timed results) of each method."""
         first = {}
         for method in methods:
             first[method.label] = attached(method, untimed)()
             on_step(f"{name} (untimed)")
         calls = {m.label: attached(m, what) for m in methods}
-        if behind is not None:
-            calls = {label: partial(_both, call, behind) for label, call in calls.items()}
         timed = in_turn(calls, workload.repeats, lambda: on_step(name), deadline)
         return ((table[label], first[label], timed[label]) for label in calls)
 
@@ -200,15 +188,9 @@ def run(
     if tokens:
         several = partial(generation, model, prompt, tokens)
         watched = partial(footprint, model, prompt, tokens)
-        weights = partial(weights_only_step, model, workload.batch)
-        for row, held, pairs in measure(several, watched, "generation", weights):
-            row.footprint = held
-            row.generations, row.weights = map(list, zip(*pairs, strict=True))
+        for row, held, made in measure(several, watched, "generation"):
+            row.footprint, row.generations = held, made
     return result
-
-
-def _both(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
-    return first(), second()
 
 
 def _run_tower(subject: Subject, workload: Workload) -> list[float]:

@@ -20,12 +20,6 @@ class CliError(Exception):
         return str(self)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def stdout() -> Console:
     """Made at each call, because tests and pipes exchange sys.stdout."""
     return Console(highlight=False)

@@ -16,7 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from st3.chats import ask, encode
-from st3.cli._common import BUNDLED_MODEL, CliError, assets, first_line
+from st3.cli._common import BUNDLED_MODEL, CliError, assets
+from st3.reasons import first_line
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 

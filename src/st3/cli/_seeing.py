@@ -11,8 +11,9 @@ from PIL.Image import Image
 from st3 import grid
 from st3.analysis.record import record
 from st3.cli import _loading
-from st3.cli._common import CliError, first_line
+from st3.cli._common import CliError
 from st3.cli._loading import Loaded
+from st3.reasons import first_line
 from st3.tiles import UnknownPlaces
 
 

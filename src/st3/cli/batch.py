@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from st3.cli._common import BUNDLED_MODEL, CliError, first_line, stderr, stdout
+from st3.cli._common import BUNDLED_MODEL, CliError, stderr, stdout
 from st3.cli._options import (
     Device,
     DeviceMap,
@@ -20,6 +20,7 @@ from st3.cli._options import (
     Precision,
     TrustRemoteCode,
 )
+from st3.reasons import first_line
 
 if TYPE_CHECKING:
     from st3.batch import Done

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from st3.cli._common import CliError, first_line, stderr, stdout
+from st3.cli._common import CliError, stderr, stdout
+from st3.reasons import first_line
 
 if TYPE_CHECKING:
     from st3.bench import Result, Subject, Workload

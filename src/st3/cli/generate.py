@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from st3.cli._common import CliError, first_line, stderr, stdout
+from st3.cli._common import CliError, stderr, stdout
 from st3.cli._options import (
     Device,
     DeviceMap,
@@ -23,6 +23,7 @@ from st3.cli._options import (
     Precision,
     TrustRemoteCode,
 )
+from st3.reasons import first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image

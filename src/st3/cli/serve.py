@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from st3.cli._common import BUNDLED_MODEL, CliError, first_line, stderr
+from st3.cli._common import BUNDLED_MODEL, CliError, stderr
 from st3.cli._options import Device, DType, Model, Precision, TrustRemoteCode
+from st3.reasons import first_line
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

@@ -3,6 +3,7 @@ a prompt to trim, text behind one, or nothing of ours."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -93,11 +94,12 @@ class Director:
         return before - sum(layer.footprint()[1] for layer in layers)
 
     def on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._logits_to_keep = kwargs.get("logits_to_keep", 0)
+        self._logits_to_keep = _by_name(module, args, kwargs).get("logits_to_keep", 0)
 
     def on_inner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._attention_mask = kwargs.get("attention_mask")
-        self.visual.begin(kwargs)
+        given = _by_name(module, args, kwargs)
+        self._attention_mask = given.get("attention_mask")
+        self.visual.begin(given)
 
     def on_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -366,6 +368,14 @@ class Director:
         self.current = current
         for handle in self.handles:
             handle.current = current
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward call; some families hand the token ids on by position."""
+    if not args:
+        return kwargs
+    names = inspect.signature(module.forward).parameters
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def trimmed_layers(cache: Cache | None) -> list[TrimmedLayer]:

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from st3.reasons import first_line
 from st3.serve.errors import ServeError, refused
 from st3.serve.fetch import fetch
 from st3.serve.settings import Settings
@@ -114,9 +115,7 @@ def decode(data: bytes, settings: Settings, pixels: int = 0) -> Image.Image:
         known = ", ".join(FORMATS)
         raise refused(f"this is not an image of a known format ({known})", PARAM) from error
     except Exception as error:  # Pillow's readers raise all kinds of them on broken files
-        reason = str(error).strip().splitlines()
-        shown = reason[0] if reason else type(error).__name__
-        raise refused(f"the image cannot be read: {shown}", PARAM) from error
+        raise refused(f"the image cannot be read: {first_line(error)}", PARAM) from error
     return rgb
 
 
