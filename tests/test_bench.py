@@ -44,7 +44,7 @@ from st3.bench.bars import Bar
 from st3.bench.bars import as_markdown as bars_table
 from st3.bench.compiled import compiled_decode
 from st3.bench.fastv_official import fastv_official
-from st3.bench.measure import Footprint, Generation, footprint, generation
+from st3.bench.measure import Footprint, Generation, WeightsOnly, footprint, generation
 from st3.bench.overhead import (
     MODEL,
     RANGES,
@@ -328,7 +328,7 @@ def test_kv_bytes_are_those_of_the_cost_model(subject: Subject) -> None:
         (policy.schedule(8), st3.trim(subject.model, policy, visual_mask=made.visual)),
     ):
         with context:
-            held = footprint(subject.model, made, 6)
+            held = footprint(subject.model, made, 6, WeightsOnly(subject.model, 2))
         live = [2 * kv_bytes(dims, 8, 24, schedule, step, "float32") for step in range(6)]
         assert list(held.kv_live) == live
         assert all(a >= b for a, b in zip(held.kv_allocated, held.kv_live, strict=True))
@@ -363,20 +363,21 @@ def test_the_bandwidth_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_weights_only_step_before_each_decode_step_changes_nothing(
     subject: Subject, policy: str
 ) -> None:
-    """The model answers as without them, and knows each for what it is: text without a cache."""
+    """The model answers as without them, and what they are behind does not grow."""
     made = prompts.build(prompts.uniform(2, 24, 8), subject.vocab, CPU)
     seen: list[int] = []
     tokens: list[torch.Tensor] = []
 
     def listen(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         seen.append(kwargs["input_ids"].shape[1])
-        if kwargs.get("past_key_values") is not None:
+        if kwargs["past_key_values"] is not spare.cache:
             tokens.append(output.logits[:, -1].argmax(-1))
 
+    spare = WeightsOnly(subject.model, 2)
     with st3.trim(subject.model, policy, own_cache=True, visual_mask=made.visual):
         handle = subject.model.register_forward_hook(listen, with_kwargs=True)
         try:
-            held = footprint(subject.model, made, 4)
+            held = footprint(subject.model, made, 4, spare)
             noted, steps = list(tokens), list(seen)
             tokens.clear()
             generation(subject.model, made, 4)
@@ -385,6 +386,7 @@ def test_a_weights_only_step_before_each_decode_step_changes_nothing(
     assert steps == [32, 1, 1, 1, 1, 1, 1, 1]
     assert [t.tolist() for t in noted] == [t.tolist() for t in tokens]
     assert len(held.steps) == len(held.weights) == 3
+    assert spare.cache.get_seq_length() == 3
     assert min(*held.steps, *held.weights) > 0
 
 

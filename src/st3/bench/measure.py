@@ -40,8 +40,7 @@ class Footprint:
         kv_allocated: the tensors that hold them.
         peak: highest memory use above that before the call; None where it cannot be measured.
         steps: seconds of each decode step.
-        weights: seconds of a weights-only step right before each of them: one token a row behind
-            nothing, so next to no KV cache, and all the weights.
+        weights: seconds of a weights-only step right before each of them.
     """
 
     kv_live: tuple[int, ...]
@@ -82,13 +81,30 @@ def generation(model: Any, prompt: Prompt, new_tokens: int) -> Generation:
     return Generation(spans[0], tuple(spans[1:-1]), sum(spans))
 
 
-def footprint(model: Any, prompt: Prompt, new_tokens: int) -> Footprint:
+class WeightsOnly:
+    """Decode steps behind two text tokens: next to no KV cache, all the weights. Made of the
+    untouched model, its steps can be run within a method's context, whose work is on prompts."""
+
+    @torch.no_grad()
+    def __init__(self, model: Any, batch: int) -> None:
+        self.model, self.cache = model, _new_cache(model)
+        ids = torch.ones(batch, 2, dtype=torch.long, device=model.device)
+        self.token = ids[:, 1:]
+        model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        if self.cache.get_seq_length() > 2:
+            self.cache.crop(-1)
+        self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+
+
+def footprint(model: Any, prompt: Prompt, new_tokens: int, spare: WeightsOnly) -> Footprint:
     """Generate once more, and read what the cache and the process hold. Before each decode step
     comes a weights-only step: a shared machine's speed changes within seconds, so that figures of
     different runs do not add up. Both are timed from the forward pass's begin to its end."""
     cache, marks = _new_cache(model), Marks(prompt.device)
-    token = prompt.ids[:, -1:]
-    watch = _WatchCache(cache, marks, lambda: model(input_ids=token, use_cache=False))
+    watch = _WatchCache(cache, marks, spare)
     begins = model.register_forward_pre_hook(lambda *call: marks.mark(), prepend=True)
     try:
         with Peak(prompt.device) as peak:

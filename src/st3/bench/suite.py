@@ -11,7 +11,14 @@ from typing import Any
 from st3.bench import prompts
 from st3.bench.bound import over_bound, read_bandwidth
 from st3.bench.clock import Deadline, Ratio, in_turn, median, speed_up
-from st3.bench.measure import Footprint, Generation, footprint, generation, prefill
+from st3.bench.measure import (
+    Footprint,
+    Generation,
+    WeightsOnly,
+    footprint,
+    generation,
+    prefill,
+)
 from st3.bench.methods import Method
 from st3.bench.models import Subject
 from st3.bench.overhead import Overhead, selection_overhead
@@ -187,7 +194,7 @@ def run(
             on_step("selection")
     if tokens:
         several = partial(generation, model, prompt, tokens)
-        watched = partial(footprint, model, prompt, tokens)
+        watched = partial(footprint, model, prompt, tokens, WeightsOnly(model, workload.batch))
         for row, held, made in measure(several, watched, "generation"):
             row.footprint, row.generations = held, made
     return result
