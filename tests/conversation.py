@@ -82,6 +82,8 @@ class Conversation:
         full = mask[..., :keys].masked_fill(hidden[:, None], torch.finfo(query.dtype).min)
         eager = sys.modules[type(module).__module__].eager_attention_forward
         output = eager(module, query, key, value, full, **kwargs)
+        if self.visual is not None and (window := getattr(module, "sliding_window", None)):
+            hidden |= torch.arange(keys) <= past - window  # old, and behind every window
         self._measure(layer, query, key, hidden, kwargs["scaling"])
         return output
 
@@ -117,7 +119,7 @@ class Conversation:
     def _measure(
         self, layer: int, query: Tensor, key: Tensor, hidden: Tensor, scaling: float
     ) -> None:
-        """The last token's attention over what it sees, mean over heads, without windows."""
+        """The last token's attention over what is there, mean over heads, without windows."""
         assert self.valid is not None
         keys = key.shape[2]
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)

@@ -125,6 +125,30 @@ def test_a_trimmed_model_is_heard_on_what_it_still_sees() -> None:
     assert len(set(notes.heard[7][7][1].tolist()) & set(visual.tolist())) == 0
 
 
+def test_a_trimmed_model_is_heard_behind_its_windows() -> None:
+    """Windows of 16 tokens, a longer prompt, and an answer during which layers are cleared."""
+    family, model = build("gemma3")
+    batch = family.inputs(model, [[T(21), I(), T(30)]])
+    windows = parts_of(model).windows
+    notes = Notes()
+    with st3.trim(model, "st3", stride=2):
+        plain = generate(model, batch, 40)
+        with Watch(model, notes):
+            assert torch.equal(generate(model, batch, 40), plain)
+    width, visual = batch["input_ids"].shape[1], set(notes.prompts[0].visual.tolist())
+    for step, heard in enumerate(notes.heard[1:-1], 1):
+        end = width + step
+        for layer, (attention, columns) in heard.items():
+            window, found = windows[layer], columns.tolist()
+            assert attention.shape == columns.shape
+            assert len(set(found)) == len(found)
+            first = 0 if window is None else end - window
+            assert set(range(first, end)) - visual <= set(found) <= set(range(end))
+            assert float(attention[columns < first].sum()) == 0
+            if window is not None:
+                assert len(found) <= 16 + window + 20
+
+
 @pytest.mark.parametrize("trimmed", [False, True])
 def test_nothing_is_left_behind(trimmed: bool) -> None:
     model, batch = one("llava_next")

@@ -111,6 +111,10 @@ def test_live_entries_are_those_that_the_schedule_leaves(name: str, policy: str)
             case.model(**run.inputs(token), past_key_values=full)
         for index, (fast, slow) in enumerate(zip(run.cache.layers, full.layers, strict=True)):
             shown = now.decode(index, step) & case.valid
+            if fast.window is not None:  # what stands in its order and is seen by no later token
+                assert case.width > fast.window
+                near = torch.arange(case.width) > case.width - fast.window
+                shown &= near | case.visual if any(fast.leading) else near
             shown = torch.nn.functional.pad(shown, (0, step), value=True)
             starts = fast.row_starts(step)
             for row in range(2):

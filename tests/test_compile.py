@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import st3
+from st3.engine.layout import allocate
 from tests.helpers import ST3, Case, assert_same, parts
 from tests.test_modes import SOLO
 from tests.test_trimmer import traces
@@ -27,6 +28,23 @@ def test_answers_are_those_of_plain_decoding(name: str, rows: Any) -> None:
     assert traces(case.model) == before
     assert_same(torch.stack(out.logits), torch.stack(plain.logits))
     assert torch.equal(out.sequences, plain.sequences)
+
+
+def test_free_columns_reach_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a prompt's own buffer is already as long as a bucket."""
+    case = Case.of("llava", SOLO)
+    plain = case.generate(ST3, 8)
+    with st3.trim(case.model, ST3, own_cache=True):
+        cache = case.generate(None, 2).past_key_values
+    bucket = cache.layers[0].buffer.shape[2]
+
+    def full_of_nans(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return allocate(*args, **kwargs).fill_(float("nan"))
+
+    monkeypatch.setattr("st3.engine.cache.allocate", full_of_nans)
+    with st3.trim(case.model, ST3, compile_decode=EAGER, decode_bucket=bucket):
+        out = case.generate(None, 8)
+    assert_same(torch.stack(out.logits), torch.stack(plain.logits))
 
 
 def test_beams() -> None:

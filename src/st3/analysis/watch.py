@@ -210,10 +210,15 @@ class Watch:
         if isinstance(inside, Prefill):
             columns = inside.block.source_columns()[0]
         elif isinstance(inside, Append):
-            stored = self._stored[layer]
-            first = min(inside.cache[layer].row_starts(self._step))
-            appended = torch.arange(prompt.length, end, device=key.device)
-            columns = torch.cat([stored[first:].to(key.device), appended])
+            past = inside.cache[layer]
+            first = min(past.row_starts(self._step))
+            if past.window is None:
+                stored, new = self._stored[layer][first:], end - prompt.length
+            else:  # which may have given up text since
+                new = query.shape[2]
+                stored = past.positions(first)[0, :-new]
+            appended = torch.arange(end - new, end, device=key.device)
+            columns = torch.cat([stored.to(key.device), appended])
         elif inside is not None:  # joined rows, compiled steps
             raise TrimStateError(ONE_ROW)
         else:
@@ -246,12 +251,14 @@ class Watch:
             return
         held = inside.cache[handle.layer]
 
-        def noted(order: Callable[[], Tensor | None], positions: Tensor, *rest: Any) -> None:
+        def noted(
+            order: Callable[[], Tensor | None], positions: Tensor, *rest: Any, **more: Any
+        ) -> None:
             del held.__dict__["store"]
             found = order()
             stored = positions if found is None else positions.gather(1, found)
             self._stored[handle.layer] = stored[0]
-            held.store(lambda: found, positions, *rest)
+            held.store(lambda: found, positions, *rest, **more)
 
         held.__dict__["store"] = noted
 

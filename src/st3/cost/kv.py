@@ -39,7 +39,8 @@ def kv_entries(
 
     Live is what a later step can still see: in a layer with a sliding window at most ``window - 1``
     entries, which is what transformers' DynamicCache keeps. ``windows=False`` counts such layers
-    like all others, as st3's own cache layers keep them (they hide by a mask what lies behind).
+    like all others: what st3's own cache layers keep of prompts shorter than the window, and more
+    than they keep of longer ones.
     """
     check(dims, n_text, n_visual, schedule)
     if step < 0:

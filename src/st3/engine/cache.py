@@ -7,6 +7,9 @@ columns); ``base`` is the first that is still allocated.
 
 A prompt is brought into that order, and into the buffer, when the first further token comes: until
 then its keys and values stay where the model made them, so that the first token waits for neither.
+
+Text that a sliding window has left behind is given up, when a prompt is filed and when a buffer is
+full; what stands before it moves up.
 """
 
 from __future__ import annotations
@@ -57,6 +60,8 @@ class TrimmedLayer(CacheLayerMixin):
         window: sliding window of the layer in tokens, or None.
         recalls: whether a new ranking covers what annealing has hidden, so that none of it is given
             up.
+        forgets: whether to give up what has left the window. A new ranking asks for attention over
+            all of a row's text.
     """
 
     is_compileable = False
@@ -71,6 +76,7 @@ class TrimmedLayer(CacheLayerMixin):
         clock: Clock,
         window: int | None = None,
         recalls: bool = False,
+        forgets: bool = True,
     ) -> None:
         # No super().__init__(): it assigns `keys` and `values`, which are views here.
         self.layer = layer
@@ -78,6 +84,7 @@ class TrimmedLayer(CacheLayerMixin):
         self.clock = clock
         self.window = window
         self.recalls = recalls
+        self.forgets = forgets
         self.reset()
 
     def reset(self) -> None:
@@ -88,13 +95,16 @@ class TrimmedLayer(CacheLayerMixin):
         self.base = self.end = 0
         self.pad: tuple[int, ...] = ()
         self.kept: tuple[int, ...] = ()
+        self.leading: tuple[int, ...] = ()  # of them those that stand by importance
         self.images: tuple[tuple[int, ...], ...] = ()
         self._unfiled: Unfiled | None = None
         self._buffers: dict[str, Tensor] = {}
         self._pending: tuple[Tensor, Tensor] | None = None
         # Where a pass writes its keys and values, and what it then reads.
         self._room: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._seen_from = 0  # the first later token for which nothing is missing
         self.next_column: Tensor | None = None  # set while a compiled step runs
+        self._is_static = False  # whether buffers are as compiled steps want them
         self._starts: dict[int, tuple[int, ...]] = {}
         self.size_first = False  # how keys lie in memory: engine/layout.py
 
@@ -188,6 +198,7 @@ class TrimmedLayer(CacheLayerMixin):
         kept: Sequence[int],
         images: Sequence[Sequence[int]],
         width: int | None = None,
+        ranked: bool = False,
     ) -> None:
         """Take over the prompt last given to :meth:`update`.
 
@@ -199,18 +210,20 @@ class TrimmedLayer(CacheLayerMixin):
             kept: visual columns of each row.
             images: the rows' original visual tokens, by budget: one number, or one per image.
             width: columns to keep; None: those of the longest row.
+            ranked: whether the order is the cache's; if not, all columns stand as in the prompt.
         """
         (key, value), self._pending = self.given, None
         width = max(counts) if width is None else width
         self.base, self.end = 0, width
         self.pad = tuple(width - count for count in counts)
         self.kept = tuple(kept)
+        self.leading = self.kept if ranked else (0,) * len(self.kept)
         self.images = tuple(map(tuple, images))
         self.is_initialized = True
         self._starts = {}
         self.length = self.clock.start + self.clock.tokens
         self.bytes_per_token = entry_bytes(key, value)
-        self._unfiled = Unfiled(key.detach(), value.detach(), order, positions, width)
+        self._unfiled = Unfiled(key.detach(), value.detach(), order, positions)
         if not is_lean(key, value):
             self._file(self._unfiled)
 
@@ -229,18 +242,101 @@ class TrimmedLayer(CacheLayerMixin):
         """Write a prompt into new buffers, in cache order."""
         self._unfiled = None
         with torch.no_grad():
-            order = prompt.order()
-            capacity = capacity_for(prompt.width, self.size_first)
-            for name, source in (("_keys", prompt.key), ("_values", prompt.value)):
-                size_first = self.size_first and name == "_keys"
-                buffer = allocate(source, capacity, size_first=size_first)
-                copy_columns(source, order, buffer[:, :, : prompt.width])
-                setattr(self, name, buffer)
+            order, positions = prompt.order(), None
             if self.window is not None:
-                places = prompt.positions
-                stored = places if order is None else places.gather(1, order.to(places.device))
-                self._positions = stored.new_zeros(len(stored), capacity)
-                self._positions[:, : prompt.width] = stored
+                positions = prompt.positions
+                if order is not None:
+                    positions = positions.gather(1, order.to(positions.device))
+                # A turn behind it may be under way already, whose first token sees furthest back.
+                appends = self.clock.phase is Phase.APPEND
+                gone = self._out_of_sight(
+                    positions, self._next(self.clock.start if appends else self.clock.dense_from)
+                )
+                if gone is not None:
+                    closed = self._close(gone, positions.device, step=0)
+                    order = closed if order is None else order.gather(1, closed.to(order.device))
+                    positions = positions.gather(1, closed)
+            self._fill(prompt.key, prompt.value, positions, order)
+
+    def _fill(
+        self, key: Tensor, value: Tensor, positions: Tensor | None, order: Tensor | None
+    ) -> None:
+        """Make new buffers, with room for more, of the columns ``order`` [B, width] of ``key`` and
+        ``value``, all if None; ``positions`` are in that order already."""
+        width = self.end - self.base
+        capacity = capacity_for(width, self.size_first)
+        for name, source in (("_keys", key), ("_values", value)):
+            size_first = self.size_first and name == "_keys"
+            buffer = allocate(source, capacity, size_first=size_first)
+            copy_columns(source, order, buffer[:, :, :width])
+            setattr(self, name, buffer)
+        if positions is not None:
+            self._positions = positions.new_zeros(len(positions), capacity)
+            self._positions[:, :width] = positions
+        self._is_static = False
+
+    # Sliding windows ----------------------------------------------------------------------------
+
+    def _next(self, length: int) -> list[int] | None:
+        """The original column of each row's next token, at logical length ``length``; None where
+        everything stays."""
+        return [length] * len(self.pad) if self.forgets else None
+
+    def _out_of_sight(self, positions: Tensor, ahead: Sequence[int] | None) -> list[int] | None:
+        """How many entries of each row, the oldest of those that stand in their order, lie before
+        the windows of the tokens at original columns ``ahead`` and of all behind them; None if none
+        do.
+
+        Args:
+            positions: original columns of the columns from ``base`` on, [B, columns].
+        """
+        if self.window is None or ahead is None or max(ahead) < self.window:
+            return None
+        device = positions.device
+        place = torch.arange(self.base, self.end, device=device)
+        limit = torch.tensor(ahead, device=device)[:, None] - self.window
+        gone = (place >= self._ordered_from(device)) & (positions <= limit)
+        counts: list[int] = gone.sum(1).tolist()
+        self._seen_from = max(self._seen_from, min(ahead))
+        return counts if any(counts) else None
+
+    def _ordered_from(self, device: torch.device) -> Tensor:
+        """Absolute column from which on each row stands in its original order, [B, 1]."""
+        places = [pad + count for pad, count in zip(self.pad, self.leading, strict=True)]
+        return torch.tensor(places, device=device)[:, None]
+
+    def _close(self, gone: Sequence[int], device: torch.device, step: int) -> Tensor:
+        """Let each row begin ``gone`` columns later, and the layer at the first column that step
+        ``step`` or a later one sees.
+
+        Returns:
+            the columns that are left, by their places so far, [B, columns].
+        """
+        base = self.base
+        self.pad = tuple(pad + count for pad, count in zip(self.pad, gone, strict=True))
+        self._starts = {}
+        self.base = max(base, min(self.pad if self.recalls else self.row_starts(step)))
+        place = torch.arange(self.base, self.end, device=device)
+        shift = torch.tensor(gone, device=device)[:, None]
+        moved = torch.where(place >= self._ordered_from(device), place, place - shift)
+        return moved.clamp_min(base) - base
+
+    def settle(self) -> None:
+        """At the begin of a pass, before its masks are made: file a prompt that waits and, where
+        the buffer is full, give up what no later token sees."""
+        if self._unfiled is not None:
+            self._file(self._unfiled)
+        if self._positions is None or self.end - self.base < self.buffer.shape[2]:
+            return
+        stored = self._positions[:, : self.end - self.base]
+        gone = self._out_of_sight(stored, self._next(self.clock.start))
+        if gone is not None:
+            columns = self.end - self.base
+            keys, values = self.buffer[:, :, :columns], self._buffers["values"][:, :, :columns]
+            order = self._close(gone, stored.device, self.clock.step(self.clock.start))
+            self._fill(keys, values, stored.gather(1, order), order)
+
+    # Appending ----------------------------------------------------------------------------------
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -320,6 +416,7 @@ class TrimmedLayer(CacheLayerMixin):
             fresh[:, :width] = self._positions[:, live]
             self._positions = fresh
         self.base = first
+        self._is_static = False
 
     # Compiled decoding (engine/static.py) --------------------------------------------------------
 
@@ -346,8 +443,11 @@ class TrimmedLayer(CacheLayerMixin):
     def fix_room(self, first: int, bucket: int) -> None:
         """Make sure that one more column fits; if not, move what is live from ``first`` on into a
         buffer whose capacity is a multiple of ``bucket``, its free columns zero."""
-        full = self._keys is None or self.end - self.base >= self._keys.shape[2]
-        if self._keys is None or not (full or self._keys.shape[2] % bucket):
+        if self._keys is None or (
+            self._is_static
+            and self.end - self.base < self._keys.shape[2]
+            and self._keys.shape[2] % bucket == 0
+        ):
             return
         live = self.end - first
         self._move(first, -(-(live + bucket // 2) // bucket) * bucket)
@@ -355,6 +455,7 @@ class TrimmedLayer(CacheLayerMixin):
             if buffer is not None:
                 buffer[:, :, live:] = 0
                 torch._dynamo.mark_static_address(buffer)
+        self._is_static = True
 
     def compact(self) -> None:
         """Free what annealing has released; a later crop cannot bring it back."""
@@ -426,6 +527,11 @@ class TrimmedLayer(CacheLayerMixin):
                 f"cannot crop {remove} tokens: the cache would end inside a trimmed prompt "
                 f"({self.clock.dense_from} tokens). Start again from the whole prompt"
             )
+        if self.length - remove < self._seen_from:
+            raise TrimStateError(
+                f"cannot crop {remove} tokens: text that those before them see has left the "
+                "sliding window and is freed. Start again from the whole prompt"
+            )
         self.length -= remove
         self.end -= remove
         self.clock.tokens = self.length - self.clock.start
@@ -454,14 +560,16 @@ class TrimmedLayer(CacheLayerMixin):
             self._values.copy_(values)
         else:
             self._keys, self._values = keys, values
+            self._is_static = False
         if self._positions is not None:
             self._positions = self._positions.index_select(0, indices.to(self._positions.device))
-        facts = list(zip(self.pad, self.kept, self.images, strict=True))
+        facts = list(zip(self.pad, self.kept, self.leading, self.images, strict=True))
         alike = len(set(facts)) == 1
         rows = [0] * len(indices) if alike else indices.tolist()  # no wait for the device if alike
         self.pad = tuple(facts[row][0] for row in rows)
         self.kept = tuple(facts[row][1] for row in rows)
-        self.images = tuple(facts[row][2] for row in rows)
+        self.leading = tuple(facts[row][2] for row in rows)
+        self.images = tuple(facts[row][3] for row in rows)
         self._starts = {}
 
     def offload(self) -> None:

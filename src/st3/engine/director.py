@@ -206,6 +206,9 @@ class Director:
             self._cache = weakref.ref(cache)
         clock.phase = Phase.APPEND if past else Phase.PREFILL
         clock.start, clock.tokens = past, rows.length
+        if past:
+            for layer in layers or ():
+                layer.settle()
         if not past:
             clock.prompt = rows.length - rows.tail
         clock.dense_from = past + rows.length - rows.tail
@@ -272,7 +275,12 @@ class Director:
         count = len(self.setup.parts.layers)
         fresh = [
             TrimmedLayer(
-                i, self.setup.schedule, clock, self.setup.parts.windows[i], self.plan.recalls
+                i,
+                self.setup.schedule,
+                clock,
+                self.setup.parts.windows[i],
+                recalls=self.plan.recalls,
+                forgets=not self.plan.rerank,
             )
             for i in range(count)
         ]

@@ -22,14 +22,12 @@ class Unfiled:
     Attributes:
         order: gives the columns in cache order [B, width], or None when they stand so.
         positions: original columns [B, N].
-        width: columns of the longest row.
     """
 
     key: Tensor
     value: Tensor
     order: Callable[[], Tensor | None]
     positions: Tensor
-    width: int
 
 
 def is_lean(*tensors: Tensor) -> bool:

@@ -251,21 +251,30 @@ class Prefill:
             past.size_first = dense and holds and decode.suits(past.given[0])
             score = self.scoring.for_cache(layer) if self.ranked[layer] else None
             order = partial(_order, block, score, partial(stays, layer, self.rows))
-            past.store(order, block.source_columns(), block.counts, block.n_kept, budgets)
+            past.store(
+                order,
+                block.source_columns(),
+                block.counts,
+                block.n_kept,
+                budgets,
+                ranked=self.ranked[layer],
+            )
         self._waiting.clear()
 
     def valid_keys(self, layer: int, query: Tensor, key: Tensor) -> Tensor | None:
-        """[B, K] bool, keys that are neither padding nor dropped; None when all are."""
+        """[B, K] bool, keys that are neither padding nor dropped, nor of an earlier turn and behind
+        the sliding window of this chunk's first token (which may be freed); None when all are."""
         valid = self.block.valid
         if not self.extends:
             return valid
         past = self._cache_layer(layer)
         starts = past.row_starts(self.clock.step(self.clock.start))
-        place = torch.arange(min(starts), past.end, device=key.device)
-        old = (
-            place[: key.shape[2] - query.shape[2]]
-            >= torch.tensor(starts, device=key.device)[:, None]
-        )
+        first, n_old = min(starts), key.shape[2] - query.shape[2]
+        place = torch.arange(first, first + n_old, device=key.device)
+        old = place >= torch.tensor(starts, device=key.device)[:, None]
+        window = self.plan.windows[layer]
+        if window is not None:
+            old &= past.positions(first)[:, :n_old].to(key.device) > self.clock.start - window
         new = valid if valid is not None else old.new_ones(query.shape[0], query.shape[2])
         return torch.cat([old, new], dim=1)
 

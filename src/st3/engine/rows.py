@@ -94,17 +94,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """What one row holds in one layer: its visual tokens by rising importance, then its text.
+    """What one row holds in one layer: its visual tokens, by rising importance if they are to be
+    annealed, then its text.
 
     Attributes:
         keys, values: [1, KV heads, columns, head size].
-        visual: how many of the first columns are visual tokens.
+        visual: how many of the columns are visual tokens.
+        leading: how many of the first columns are visual tokens by rising importance; 0 where all
+            stand as in the prompt.
         positions: original columns [1, columns]; layers with a sliding window only.
     """
 
     keys: Tensor
     values: Tensor
     visual: int
+    leading: int
     positions: Tensor | None = None
 
     @property
@@ -127,7 +131,6 @@ class JoinedLayer(TrimmedLayer):
     ) -> None:
         self.rows = rows
         self._shift: tuple[int, ...] = ()
-        self._text: tuple[int, ...] = ()
         super().__init__(layer, rows[0].counts.schedule, clock, window)
 
     def fill(self, parts: Sequence[Part]) -> None:
@@ -145,7 +148,7 @@ class JoinedLayer(TrimmedLayer):
                 batch, capacity, dtype=torch.long, device=first.keys.device
             )
         self.base, self.end = 0, width
-        self.pad, self.kept = (0,) * batch, (0,) * batch
+        self.pad = self.kept = self.leading = (0,) * batch
         self.is_initialized = True
         for row, part in enumerate(parts):
             self.place(row, part)
@@ -165,13 +168,12 @@ class JoinedLayer(TrimmedLayer):
             self._positions[row, start:stop] = part.positions[0]
         self.pad = _replaced(self.pad, row, self.base + start)
         self.kept = _replaced(self.kept, row, part.visual)
+        self.leading = _replaced(self.leading, row, part.leading)
 
     def synchronise(self) -> None:
         """Set the batch's time by its rows, after some were exchanged."""
         self.length = max(row.length for row in self.rows)
         self._shift = tuple(self.length - row.steps for row in self.rows)
-        # Where the text begins; the visual tokens end there.
-        self._text = tuple(p + k for p, k in zip(self.pad, self.kept, strict=True))
         self._starts = {}
 
     def part(self, row: int) -> Part:
@@ -184,7 +186,8 @@ class JoinedLayer(TrimmedLayer):
         return Part(
             self._keys[here, :, live],
             self._values[here, :, live],
-            self._text[row] - start,
+            self.pad[row] + self.kept[row] - start,
+            max(0, self.pad[row] + self.leading[row] - start),
             None if self._positions is None else self._positions[here, live],
         )
 
@@ -206,14 +209,20 @@ class JoinedLayer(TrimmedLayer):
         """First absolute column that each row sees; each row's own step is the batch's, shifted."""
         starts = self._starts.get(step)
         if starts is None:
+            rows = zip(self.pad, self.kept, self.rows, self._shift, strict=True)
             starts = tuple(
-                text - row.counts.at(step - shift)[self.layer]
-                for text, row, shift in zip(self._text, self.rows, self._shift, strict=True)
+                pad + kept - row.counts.at(step - shift)[self.layer]
+                for pad, kept, row, shift in rows
             )
             if len(self._starts) > 8:
                 self._starts.clear()
             self._starts[step] = starts
         return starts
+
+    def _next(self, length: int) -> list[int] | None:
+        if any(row.rerank for row in self.rows):
+            return None
+        return [row.length for row in self.rows]
 
     def crop(self, tokens_to_remove: int) -> None:
         raise TrimStateError("a joined batch cannot be cropped: its rows decode one token a step")
@@ -226,16 +235,16 @@ def part_of(layer: Any, prompt: int, window: int | None) -> Part:
     """What the only row of a cache layer holds: of a trimmed layer what is live, of a plain one
     everything. ``prompt`` is the row's logical length."""
     if isinstance(layer, TrimmedLayer):
-        first = layer.first_live()
         keys, values = layer.keys, layer.values
+        first = layer.first_live()
         if keys is None or values is None or keys.shape[0] != 1:
             raise TrimStateError("a prefilled prompt of exactly one row is needed")
         positions = None if window is None else layer.positions(first)
-        return Part(keys, values, layer.kept[0], positions)
+        return Part(keys, values, layer.kept[0], layer.leading[0], positions)
     keys, values = layer.keys, layer.values
     columns = keys.shape[2]  # a plain layer with a sliding window keeps the last ones
     positions = torch.arange(prompt - columns, prompt, device=keys.device)[None]
-    return Part(keys, values, 0, None if window is None else positions)
+    return Part(keys, values, 0, 0, None if window is None else positions)
 
 
 def _replaced(values: tuple[int, ...], place: int, value: int) -> tuple[int, ...]:
