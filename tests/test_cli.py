@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from st3.cli import app
+from st3.cli._measure import Answer
+from st3.cli._show import why_no_faster
 from tests.tiny_llava import LAYERS, SIDE
 
 PROMPT = "describe the image in detail."
@@ -82,6 +86,15 @@ def test_compare_as_json_has_both_answers(picture: Path, tiny_model: Path) -> No
     assert data["untrimmed"]["new_tokens"] == 8
     assert data["runs"] == 1
     assert "1 CPU thread, float32" in data["conditions"]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(2.0, False), (1.0, True), (0.9, True)])
+def test_who_sees_no_gain_is_told_what_a_step_reads(seconds: float, said: bool) -> None:
+    untrimmed = Answer("a", 9, ttft=0.1, tpot=0.1, total=seconds)
+    report = SimpleNamespace(kv_untrimmed_bytes=3 << 20)
+    hint = why_no_faster(untrimmed, replace(untrimmed, total=1.0), report, 24 << 20)
+    assert (hint is not None) is said
+    assert not said or ("24 MiB of weights" in hint and "3 MiB of KV" in hint)
 
 
 def test_compare_prints_both_sides_and_how_it_was_measured(picture: Path, tiny_model: Path) -> None:

@@ -67,6 +67,18 @@ def conditions(runs: int, where: str) -> str:
     )
 
 
+def why_no_faster(untrimmed: Answer, trimmed: Answer, report: Any, weights: int) -> str | None:
+    """A line for who sees no gain, or None: what a decode step reads, of which trimming saves the
+    smaller part. ``weights``: bytes of the language model."""
+    if untrimmed.total > 1.05 * trimmed.total:
+        return None
+    return (
+        f"Hardly faster here: a decode step reads {_bytes(weights)} of weights and at most "
+        f"{_bytes(report.kv_untrimmed_bytes)} of KV entries, and only of the latter can trimming "
+        "save. It pays for longer prompts, larger models and batches: see `st3 bench`."
+    )
+
+
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.1f} ms"
 

@@ -198,6 +198,9 @@ def _compared(
         out = stdout()
         out.print(_show.comparison(untrimmed, trimmed, trimmer.report, policy))
         out.print(_show.conditions(runs, loaded.conditions()), style="dim")
+        weights = sum(p.numel() * p.element_size() for p in trimmer.parts.text.parameters())
+        if hint := _show.why_no_faster(untrimmed, trimmed, trimmer.report, weights):
+            out.print(hint)
     return {**trimmed.to_dict(), "untrimmed": untrimmed.to_dict(), "runs": runs}
 
 
