@@ -1,11 +1,11 @@
 """Attention of a single query over the dense KV buffers, for CPUs.
 
-torch's sdpa reads 16-bit keys and values of a single query at a fraction of the speed of memory, and
-matrix products are not much faster (`st3 bench --threads 1`: column "step / bound"). Both products
-are sums of weighted rows, though: of values by the softmax's weights, of transposed keys by the
-query. ``embedding_bag`` computes just that, in fp32, several times as fast. So the cache stores
-keys *size first* (:mod:`st3.engine.layout`) where this path will read them. Trimmed and untrimmed
-runs on st3's cache both use it, so that its gain is never sold as trimming.
+torch's sdpa reads 16-bit keys and values of a single query at a fraction of the speed of memory,
+and matrix products are not much faster (`st3 bench --threads 1`: column "step / bound"). Both
+products are sums of weighted rows, though: of values by the softmax's weights, of transposed keys
+by the query. ``embedding_bag`` computes just that, in fp32, several times as fast. So the cache
+stores keys *size first* (:mod:`st3.engine.layout`) where this path will read them. Trimmed and
+untrimmed runs on st3's cache both use it, so that its gain is never sold as trimming.
 """
 
 from __future__ import annotations
