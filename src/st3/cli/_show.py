@@ -68,8 +68,8 @@ def conditions(runs: int, where: str) -> str:
 
 
 def why_no_faster(untrimmed: Answer, trimmed: Answer, report: Any, weights: int) -> str | None:
-    """A line for who sees no gain, or None: what a decode step reads, of which trimming saves the
-    smaller part. ``weights``: bytes of the language model."""
+    """A line for who sees no gain, or None: what a decode step reads, of which trimming saves but a
+    part. ``weights``: bytes of the language model."""
     if untrimmed.total > 1.05 * trimmed.total:
         return None
     return (

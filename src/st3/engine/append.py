@@ -47,8 +47,6 @@ class Append(Behind):
 
     def __post_init__(self) -> None:
         step, single = self.clock.step(self.clock.start), self.clock.tokens == 1
-        for layer in self.cache:
-            layer.settle()
         rows = [layer.row_starts(step) for layer in self.cache]
         self._unmasked = [
             single and window is None and min(row) == max(row)

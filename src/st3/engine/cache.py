@@ -46,6 +46,8 @@ def _buffer(name: str) -> Any:
 
     def put(layer: TrimmedLayer, value: Tensor) -> None:
         layer._buffers[name] = value
+        if name == "keys":
+            layer._is_static = False
 
     return property(get, put)
 
@@ -104,7 +106,7 @@ class TrimmedLayer(CacheLayerMixin):
         self._room: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._seen_from = 0  # the first later token for which nothing is missing
         self.next_column: Tensor | None = None  # set while a compiled step runs
-        self._is_static = False  # whether buffers are as compiled steps want them
+        self._is_static = False  # whether the buffers are as compiled steps want them
         self._starts: dict[int, tuple[int, ...]] = {}
         self.size_first = False  # how keys lie in memory: engine/layout.py
 
@@ -249,13 +251,11 @@ class TrimmedLayer(CacheLayerMixin):
                     positions = positions.gather(1, order.to(positions.device))
                 # A turn behind it may be under way already, whose first token sees furthest back.
                 appends = self.clock.phase is Phase.APPEND
-                gone = self._out_of_sight(
-                    positions, self._next(self.clock.start if appends else self.clock.dense_from)
-                )
-                if gone is not None:
-                    closed = self._close(gone, positions.device, step=0)
-                    order = closed if order is None else order.gather(1, closed.to(order.device))
-                    positions = positions.gather(1, closed)
+                ahead = self._next(self.clock.start if appends else self.clock.dense_from)
+                left = self._clear(positions, ahead, step=0)
+                if left is not None:
+                    order = left if order is None else order.gather(1, left.to(order.device))
+                    positions = positions.gather(1, left)
             self._fill(prompt.key, prompt.value, positions, order)
 
     def _fill(
@@ -273,7 +273,6 @@ class TrimmedLayer(CacheLayerMixin):
         if positions is not None:
             self._positions = positions.new_zeros(len(positions), capacity)
             self._positions[:, :width] = positions
-        self._is_static = False
 
     # Sliding windows ----------------------------------------------------------------------------
 
@@ -282,59 +281,38 @@ class TrimmedLayer(CacheLayerMixin):
         everything stays."""
         return [length] * len(self.pad) if self.forgets else None
 
-    def _out_of_sight(self, positions: Tensor, ahead: Sequence[int] | None) -> list[int] | None:
-        """How many entries of each row, the oldest of those that stand in their order, lie before
-        the windows of the tokens at original columns ``ahead`` and of all behind them; None if none
-        do.
+    def _clear(self, positions: Tensor, ahead: list[int] | None, step: int) -> Tensor | None:
+        """Give up the oldest entries of those that stand in their order, up to the windows of the
+        tokens at original columns ``ahead`` and of all behind them. Rows then begin later, and the
+        layer at the first column that step ``step`` or a later one needs.
 
         Args:
             positions: original columns of the columns from ``base`` on, [B, columns].
+
+        Returns:
+            the columns that are left, by their places so far, [B, columns]; None if all are.
         """
         if self.window is None or ahead is None or max(ahead) < self.window:
             return None
-        device = positions.device
-        place = torch.arange(self.base, self.end, device=device)
+        device, base = positions.device, self.base
+        place = torch.arange(base, self.end, device=device)
         limit = torch.tensor(ahead, device=device)[:, None] - self.window
-        gone = (place >= self._ordered_from(device)) & (positions <= limit)
-        counts: list[int] = gone.sum(1).tolist()
+        gone = ((place >= self._ordered_from(device)) & (positions <= limit)).sum(1)
+        counts = gone.tolist()
         self._seen_from = max(self._seen_from, min(ahead))
-        return counts if any(counts) else None
+        if not any(counts):
+            return None
+        self.pad = tuple(pad + count for pad, count in zip(self.pad, counts, strict=True))
+        self._starts = {}
+        self.base = max(base, self._needed_from(step))
+        place = place[self.base - base :]
+        moved = torch.where(place >= self._ordered_from(device), place, place - gone[:, None])
+        return moved.clamp_min(base) - base
 
     def _ordered_from(self, device: torch.device) -> Tensor:
         """Absolute column from which on each row stands in its original order, [B, 1]."""
         places = [pad + count for pad, count in zip(self.pad, self.leading, strict=True)]
         return torch.tensor(places, device=device)[:, None]
-
-    def _close(self, gone: Sequence[int], device: torch.device, step: int) -> Tensor:
-        """Let each row begin ``gone`` columns later, and the layer at the first column that step
-        ``step`` or a later one sees.
-
-        Returns:
-            the columns that are left, by their places so far, [B, columns].
-        """
-        base = self.base
-        self.pad = tuple(pad + count for pad, count in zip(self.pad, gone, strict=True))
-        self._starts = {}
-        self.base = max(base, min(self.pad if self.recalls else self.row_starts(step)))
-        place = torch.arange(self.base, self.end, device=device)
-        shift = torch.tensor(gone, device=device)[:, None]
-        moved = torch.where(place >= self._ordered_from(device), place, place - shift)
-        return moved.clamp_min(base) - base
-
-    def settle(self) -> None:
-        """At the begin of a pass, before its masks are made: file a prompt that waits and, where
-        the buffer is full, give up what no later token sees."""
-        if self._unfiled is not None:
-            self._file(self._unfiled)
-        if self._positions is None or self.end - self.base < self.buffer.shape[2]:
-            return
-        stored = self._positions[:, : self.end - self.base]
-        gone = self._out_of_sight(stored, self._next(self.clock.start))
-        if gone is not None:
-            columns = self.end - self.base
-            keys, values = self.buffer[:, :, :columns], self._buffers["values"][:, :, :columns]
-            order = self._close(gone, stored.device, self.clock.step(self.clock.start))
-            self._fill(keys, values, stored.gather(1, order), order)
 
     # Appending ----------------------------------------------------------------------------------
 
@@ -374,17 +352,30 @@ class TrimmedLayer(CacheLayerMixin):
         # Kernels for several queries want the head size last.
         return (keys.contiguous() if self.size_first and new > 1 else keys), values
 
-    def make_room(self, new: int) -> None:
-        """Ready the layer for ``new`` columns: file a prompt that waits, let buffers grow. Done for
-        all layers in a row at the begin of a pass, which is much faster than between two layers."""
+    def settle(self) -> None:
+        """At the begin of a pass behind a prompt, before its masks are made: file a prompt that
+        waits and, where a buffer is full, give up what no later token sees."""
+        self._room = None  # a pass that was broken off may have left some that fits no other
         if self._unfiled is not None:
             self._file(self._unfiled)
+        columns = self.end - self.base
+        if self._positions is None or columns < self.buffer.shape[2]:
+            return
+        stored, start = self._positions[:, :columns], self.clock.start
+        keys, values = (self._buffers[name][:, :, :columns] for name in ("keys", "values"))
+        left = self._clear(stored, self._next(start), self.clock.step(start))
+        if left is not None:
+            self._fill(keys, values, stored.gather(1, left), left)
+
+    def make_room(self, new: int) -> None:
+        """Ready a settled layer for ``new`` columns: let buffers grow. Done for all layers in a row
+        at the begin of a pass, which is much faster than between two layers."""
         if not self._buffers:
             return
-        first, end = min(self.row_starts(self.clock.step(self.clock.start))), self.end + new
+        step = self.clock.step(self.clock.start)
+        first, end = min(self.row_starts(step)), self.end + new
         if end - self.base > self._buffers["keys"].shape[2]:
-            # What lies before the first column is given up on the way.
-            keep = min(first, *self.pad) if self.recalls else first
+            keep = self._needed_from(step)  # what lies before it is given up on the way
             self._move(keep, capacity_for(end - keep, self.size_first))
         keys, values = self._buffers["keys"], self._buffers["values"]
         fresh, live = (2, self.end - self.base, new), (2, first - self.base, end - first)
@@ -392,9 +383,9 @@ class TrimmedLayer(CacheLayerMixin):
             keys.narrow(*fresh), values.narrow(*fresh), keys.narrow(*live), values.narrow(*live)
         )  # fmt: skip
 
-    def forget_room(self) -> None:
-        """A pass that was broken off may have left room that fits no other."""
-        self._room = None
+    def _needed_from(self, step: int) -> int:
+        """First absolute column that step ``step`` or a later one can ask for."""
+        return min(self.pad if self.recalls else self.row_starts(step))
 
     def note_positions(self, positions: Tensor) -> None:
         """Original columns of the tokens just appended, [B, new]; sliding layers only."""
@@ -416,7 +407,6 @@ class TrimmedLayer(CacheLayerMixin):
             fresh[:, :width] = self._positions[:, live]
             self._positions = fresh
         self.base = first
-        self._is_static = False
 
     # Compiled decoding (engine/static.py) --------------------------------------------------------
 
@@ -560,7 +550,6 @@ class TrimmedLayer(CacheLayerMixin):
             self._values.copy_(values)
         else:
             self._keys, self._values = keys, values
-            self._is_static = False
         if self._positions is not None:
             self._positions = self._positions.index_select(0, indices.to(self._positions.device))
         facts = list(zip(self.pad, self.kept, self.leading, self.images, strict=True))

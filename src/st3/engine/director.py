@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,7 @@ from st3.engine.append import Append
 from st3.engine.attention import LayerHandle
 from st3.engine.cache import TrimmedLayer
 from st3.engine.clock import Clock, Phase
-from st3.engine.columns import Block, Rows, first_block
+from st3.engine.columns import Block, Memo, Rows, first_block, memoised
 from st3.engine.errors import TrimStateError, UnsupportedModelError
 from st3.engine.families import VisualTokens
 from st3.engine.joined import JoinedAppend
@@ -59,6 +59,7 @@ class Director:
         self.current: Pass | None = None
         self._static: StaticAppend | None = None
         self._known: dict[Starts, Tensor] = {}
+        self._names: Memo = {}  # of what a module's forward takes
         self._attention_mask: Any = None
         self._chunk_mask: Tensor | None = None
         self._tower_weights: Tensor | None = None
@@ -80,6 +81,7 @@ class Director:
         self._set_pass(None)
         self._static = None
         self._known.clear()
+        self._names.clear()
         self.handles = ()
         self.visual.detach()
 
@@ -94,12 +96,23 @@ class Director:
         return before - sum(layer.footprint()[1] for layer in layers)
 
     def on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._logits_to_keep = _by_name(module, args, kwargs).get("logits_to_keep", 0)
+        self._logits_to_keep = self._by_name(module, args, kwargs).get("logits_to_keep", 0)
 
     def on_inner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = _by_name(module, args, kwargs)
+        given = self._by_name(module, args, kwargs)
         self._attention_mask = given.get("attention_mask")
         self.visual.begin(given)
+
+    def _by_name(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """All arguments of a forward call; some families hand the token ids on by position."""
+        if not args:
+            return kwargs
+        names: Any = memoised(
+            self._names, module, lambda: tuple(inspect.signature(module.forward).parameters)
+        )
+        return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def on_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -200,16 +213,13 @@ class Director:
         clock, layers = Clock(), None
         if cache is not None:
             layers = self._own_layers(cache, past)
-            for layer in layers:
-                layer.forget_room()
             clock = layers[0].clock
             self._cache = weakref.ref(cache)
         clock.phase = Phase.APPEND if past else Phase.PREFILL
         clock.start, clock.tokens = past, rows.length
         if past:
-            for layer in layers or ():
-                layer.settle()
-        if not past:
+            _settle(layers or ())
+        else:
             clock.prompt = rows.length - rows.tail
         clock.dense_from = past + rows.length - rows.tail
         current = Prefill(
@@ -246,13 +256,15 @@ class Director:
         clock = layers[0].clock
         clock.phase, clock.start, clock.tokens = Phase.APPEND, layers[0].length, embeds.shape[1]
         joined = [layer for layer in layers if isinstance(layer, JoinedLayer)]
+        mask = self._attention_mask
+        # A single token is never padding: no need to look.
+        several = embeds.shape[1] > 1 and not joined
+        if several and isinstance(mask, Tensor) and not bool(mask[:, -embeds.shape[1] :].all()):
+            raise TrimStateError(PADDED_CONTINUATION)
+        _settle(layers)
         if joined:
             self._set_pass(JoinedAppend(self.plan, joined, clock))
             return
-        mask = self._attention_mask
-        several = embeds.shape[1] > 1  # a single token is never padding: no need to look
-        if several and isinstance(mask, Tensor) and not bool(mask[:, -embeds.shape[1] :].all()):
-            raise TrimStateError(PADDED_CONTINUATION)
         if self.setup.compile_decode and embeds.shape[1] == 1:
             if self._static is None or self._static.clock is not clock:
                 self._static = StaticAppend(self.plan, layers, clock, self.setup.decode_bucket)
@@ -378,12 +390,9 @@ class Director:
             handle.current = current
 
 
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a forward call; some families hand the token ids on by position."""
-    if not args:
-        return kwargs
-    names = inspect.signature(module.forward).parameters
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+def _settle(layers: Iterable[TrimmedLayer]) -> None:
+    for layer in layers:
+        layer.settle()
 
 
 def trimmed_layers(cache: Cache | None) -> list[TrimmedLayer]:

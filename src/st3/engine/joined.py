@@ -24,8 +24,6 @@ class JoinedAppend(Behind):
         device = cache[0].buffer.device
         self.rows = cache[0].rows
         step = clock.step(clock.start)
-        for layer in cache:
-            layer.settle()
         starts = [layer.row_starts(step) for layer in cache]
         self._first = [min(row) for row in starts]
         self._even = [max(row) == first for row, first in zip(starts, self._first, strict=True)]

@@ -64,7 +64,6 @@ class StaticAppend(Behind):
         step = self.clock.step(self.clock.start)
         starts = []
         for layer in self.cache:
-            layer.settle()
             rows = layer.row_starts(step)
             layer.fix_room(min(rows), self.bucket)
             starts.append([max(0, row - layer.base) for row in rows])
