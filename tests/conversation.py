@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
 import st3
+from st3.hf.call import CACHE
 from tests.reference import full_cache
 
 NAME = "slow_conversation"
@@ -51,7 +52,7 @@ class Conversation:
         if self.visual is not None and self.visual.shape == self.valid.shape:
             self.first = self.visual
         with self._in_charge():
-            return self.model(**inputs, past_key_values=self.cache, use_cache=True).logits
+            return self.model(**inputs, **{CACHE: self.cache}, use_cache=True).logits
 
     @contextmanager
     def _in_charge(self) -> Iterator[None]:

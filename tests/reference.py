@@ -25,6 +25,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
+from st3.hf.call import CACHE
+
 NAME = "slow_reference"
 Spans = list[list[tuple[int, int]]]
 
@@ -384,7 +386,7 @@ def reference_generate(
     with _running(model, now), torch.no_grad():
         out = model.generate(
             **batch,
-            past_key_values=full_cache(model),
+            **{CACHE: full_cache(model)},
             max_new_tokens=max_new_tokens,
             output_logits=True,
             return_dict_in_generate=True,

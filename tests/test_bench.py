@@ -60,6 +60,7 @@ from st3.cost import TextDims, kv_bytes
 from st3.engine.cache import TrimmedLayer
 from st3.engine.director import Director
 from st3.engine.prefill import Prefill
+from st3.hf.call import CACHE
 from tests.zoo import build as build_family
 
 CPU = torch.device("cpu")
@@ -370,7 +371,7 @@ def test_a_weights_only_step_before_each_decode_step_changes_nothing(
 
     def listen(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         seen.append(kwargs["input_ids"].shape[1])
-        if kwargs["past_key_values"] is not spare.cache:
+        if kwargs[CACHE] is not spare.cache:
             tokens.append(output.logits[:, -1].argmax(-1))
 
     spare = WeightsOnly(subject.model, 2)

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 import st3
 from st3.engine.cache import TrimmedLayer
 from st3.engine.clock import Clock, Phase
+from st3.hf.call import CACHE, cache_of
 from st3.schedule import Schedule
 from st3.scores import Attention
 from tests import reference
@@ -53,7 +54,7 @@ class Run:
     def _run(self, inputs: dict[str, Any]) -> Tensor:
         with self.trimmer:
             return self.case.model(
-                **{**inputs, "attention_mask": self.mask}, past_key_values=self.cache
+                **{**inputs, "attention_mask": self.mask}, **{CACHE: self.cache}
             ).logits
 
     def feed(self, ids: Tensor) -> Tensor:
@@ -103,12 +104,12 @@ def test_live_entries_are_those_that_the_schedule_leaves(name: str, policy: str)
     now = reference._new_pass(case.batch, case.schedule(run.policy), case.visual, None, None)
     full = reference.full_cache(case.model)
     with reference._running(case.model, now), torch.no_grad():
-        case.model(**case.batch, past_key_values=full)
+        case.model(**case.batch, **{CACHE: full})
     for step in range(1, 6):
         token = words(2, 1, step)["input_ids"]
         run.feed(token)
         with reference._running(case.model, now), torch.no_grad():
-            case.model(**run.inputs(token), past_key_values=full)
+            case.model(**run.inputs(token), **{CACHE: full})
         for index, (fast, slow) in enumerate(zip(run.cache.layers, full.layers, strict=True)):
             shown = now.decode(index, step) & case.valid
             if fast.window is not None:  # what stands in its order and is seen by no later token
@@ -137,7 +138,7 @@ def test_own_cache_without_trimming_is_the_bare_model(name: str) -> None:
     own = case.generate(st3.NoTrim(), 8, own_cache=True)
     assert torch.equal(own.sequences, bare.sequences)
     assert_same(torch.stack(own.logits), torch.stack(bare.logits))
-    kinds = {type(layer).__name__ for layer in own.past_key_values.layers}
+    kinds = {type(layer).__name__ for layer in cache_of(own).layers}
     assert kinds == {"TrimmedLayer"}
 
 
@@ -234,8 +235,8 @@ def test_a_cache_that_was_reset_takes_another_prompt_and_another_policy() -> Non
 def test_a_cache_of_ones_own_is_trimmed_in_place() -> None:
     case = Case.of("llava")
     cache = DynamicCache(config=case.model.config)
-    out = case.generate(ST3, 4, past_key_values=cache)
-    assert out.past_key_values is cache
+    out = case.generate(ST3, 4, **{CACHE: cache})
+    assert cache_of(out) is cache
     assert torch.equal(answer(out, case.width), answer(case.generate(ST3, 4), case.width))
 
 

@@ -10,6 +10,7 @@ import torch
 
 import st3
 from st3.engine.layout import allocate
+from st3.hf.call import cache_of
 from tests.helpers import ST3, Case, assert_same, parts
 from tests.test_modes import SOLO
 from tests.test_trimmer import traces
@@ -35,7 +36,7 @@ def test_free_columns_reach_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case.of("llava", SOLO)
     plain = case.generate(ST3, 8)
     with st3.trim(case.model, ST3, own_cache=True):
-        cache = case.generate(None, 2).past_key_values
+        cache = cache_of(case.generate(None, 2))
     bucket = cache.layers[0].buffer.shape[2]
 
     def full_of_nans(*args: Any, **kwargs: Any) -> torch.Tensor:

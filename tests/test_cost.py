@@ -37,6 +37,7 @@ from st3.cost import (
     with_headroom,
 )
 from st3.engine.layout import capacity_for
+from st3.hf.call import CACHE, cache_of
 from st3.schedule import Anneal, Schedule
 from st3.shapes import SHAPES, load_config, shape
 from tests.zoo import FAMILIES, Family, I, T, build
@@ -198,11 +199,11 @@ def test_untrimmed_flops_and_kv_bytes_are_exactly_the_real_ones(name: str, atten
     angles = counted.get(f"{decoder}.rotary_emb", 0)  # an outer product that we do not count
     assert counted[decoder] - angles == flops.total - flops.lm_head
 
-    cache = outputs.past_key_values
+    cache = cache_of(outputs)
     assert held_bytes(cache) == kv_bytes(dims, n_text, n_visual, dtype=torch.float32)
 
     for step in (1, 2):
-        more = {"input_ids": torch.full((1, 1), 40), "past_key_values": cache}
+        more = {"input_ids": torch.full((1, 1), 40), CACHE: cache}
         counted, _ = count(model, **more, use_cache=True)
         angles = counted.get(f"{decoder}.rotary_emb", 0)
         step_flops = counted[decoder] - angles + counted[head]
@@ -316,7 +317,7 @@ def test_generate_computes_one_position_of_the_head_per_token(name: str) -> None
         model, model.generate, **batch, max_new_tokens=3, return_dict_in_generate=True
     )
     assert counted[head_name(model)] == 3 * 2 * dims.lm_head
-    assert held_bytes(out.past_key_values) == kv_bytes(dims, n_text, n_visual, None, 2, "fp32")
+    assert held_bytes(cache_of(out)) == kv_bytes(dims, n_text, n_visual, None, 2, "fp32")
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "qwen3_vl_moe"])

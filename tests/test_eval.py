@@ -15,6 +15,7 @@ from st3.cli import app
 from st3.eval import Evaluation, Store, entries, label_policies, load_folder, summarise, usable
 from st3.eval.data import Dataset
 from st3.eval.runs import Runner, _chat
+from st3.hf.call import CACHE
 from tests.tiny_llava import LAYERS, save_picture
 
 ALL_KEPT = "st3:first_drop=0,final_keep=1,curve=none"
@@ -106,12 +107,12 @@ def _trimmed_last(model: Any, inputs: Any, part: Any, end: int) -> torch.Tensor:
     cache = DynamicCache(config=model.config)
     prompt = inputs["input_ids"].shape[1]
     with st3.trim(model, POLICY):
-        output = model(**inputs, past_key_values=cache, use_cache=True)
+        output = model(**inputs, **{CACHE: cache}, use_cache=True)
         for place in range(prompt, prompt + end):
             output = model(
                 input_ids=part["input_ids"][:, place : place + 1],
                 attention_mask=part["attention_mask"][:, : place + 1],
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
             )
     return output.logits[0, -1]

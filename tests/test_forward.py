@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import st3
+from st3.hf.call import cache_of
 from tests.helpers import POLICIES, ST3, Case, assert_same, parts
 from tests.test_modes import ON_EACH, SOLO
 from tests.zoo import T
@@ -40,8 +41,8 @@ def test_without_a_cache(name: str) -> None:
     with st3.trim(case.model, ST3) as trimmer, torch.no_grad():
         cached = case.model(**case.batch)
         plain = case.model(**case.batch, use_cache=False)
-    assert plain.past_key_values is None
-    assert cached.past_key_values.get_seq_length() == case.width
+    assert cache_of(plain) is None
+    assert cache_of(cached).get_seq_length() == case.width
     assert torch.equal(plain.logits, cached.logits)
     assert trimmer.report.samples == []
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import st3
+from st3.hf.call import cache_of
 from tests.helpers import POLICIES, ST3, Case
 from tests.test_cache import Run
 from tests.test_modes import ON_EACH
@@ -58,7 +59,7 @@ def test_cache_lengths_are_logical(name: str) -> None:
     lengths: list[set[int]] = []
 
     def note(module: object, args: object, output: object) -> None:
-        layers = output.past_key_values.layers  # type: ignore[attr-defined]
+        layers = cache_of(output).layers  # type: ignore[attr-defined]
         lengths.append({layer.get_seq_length() for layer in layers})
 
     hook = case.model.register_forward_hook(note)

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 import st3
 from st3.engine.columns import first_block, rank_visual, select
 from st3.engine.decode import dense_decode
+from st3.hf.call import CACHE
 from tests.helpers import Case, assert_same
 from tests.test_cache import Run
 from tests.test_turns import words
@@ -81,7 +82,7 @@ def test_candidates_behind_a_prompt_see_what_their_own_steps_would() -> None:
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     with st3.trim(case.model, fast):
         cache = DynamicCache(config=case.model.config)
-        checked = case.model(**batch, past_key_values=cache, logits_to_keep=4).logits
+        checked = case.model(**batch, **{CACHE: cache}, logits_to_keep=4).logits
     assert_same(checked[:, 1:], steps)
 
 

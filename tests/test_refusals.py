@@ -16,6 +16,7 @@ from transformers import (
 
 import st3
 from st3.engine.families import FAMILIES, VisualTokens
+from st3.hf.call import CACHE
 from st3.schedule import Schedule
 from tests.helpers import ST3, Case
 from tests.test_cache import Run
@@ -101,7 +102,7 @@ def test_a_static_cache() -> None:
     case = Case.of("llava", SOLO)
     cache = StaticCache(config=case.model.config, max_cache_len=64)
     with refused("leave cache_implementation unset"):
-        case.generate(ST3, 3, past_key_values=cache)
+        case.generate(ST3, 3, **{CACHE: cache})
     with refused("leave cache_implementation unset"):
         case.generate(ST3, 3, cache_implementation="static")
 
@@ -111,7 +112,7 @@ def test_an_offloaded_cache() -> None:
     cache = DynamicCache(config=case.model.config)
     cache.offloading = True
     with refused("leave cache_implementation unset"):
-        case.generate(ST3, 3, past_key_values=cache)
+        case.generate(ST3, 3, **{CACHE: cache})
 
 
 def test_a_cache_layer_of_another_kind() -> None:
@@ -122,7 +123,7 @@ def test_a_cache_layer_of_another_kind() -> None:
     cache = DynamicCache(config=case.model.config)
     cache.layers[0] = Quantized()
     with refused("Quantized cannot be trimmed") as error:
-        case.generate(ST3, 3, past_key_values=cache)
+        case.generate(ST3, 3, **{CACHE: cache})
     assert "cache_implementation" in str(error.value)
 
 
@@ -131,13 +132,13 @@ def test_a_trimmed_cache_outside_of_the_block() -> None:
     ids = words(2, 1, 1)["input_ids"]
     mask = torch.cat([run.mask, torch.ones_like(ids)], 1)
     with pytest.raises(st3.TrimStateError, match="inside the `with st3"), torch.no_grad():
-        run.case.model(input_ids=ids, attention_mask=mask, past_key_values=run.cache)
+        run.case.model(input_ids=ids, attention_mask=mask, **{CACHE: run.cache})
     with (
         pytest.raises(st3.TrimStateError, match="inside the `with st3"),
         st3.trim(run.case.model, st3.NoTrim()),
         torch.no_grad(),
     ):
-        run.case.model(input_ids=ids, attention_mask=mask, past_key_values=run.cache)
+        run.case.model(input_ids=ids, attention_mask=mask, **{CACHE: run.cache})
     run.feed(ids)  # and back inside it goes on
 
 
@@ -164,7 +165,7 @@ def test_padding_in_a_further_turn_of_text() -> None:
         run.case.model(
             input_ids=ids,
             attention_mask=torch.cat([run.mask, more], 1),
-            past_key_values=run.cache,
+            **{CACHE: run.cache},
         )
 
 
@@ -177,7 +178,7 @@ def test_padding_in_a_further_turn_with_an_image() -> None:
         st3.trim(run.case.model, ST3),
         torch.no_grad(),
     ):
-        run.case.model(**new, attention_mask=mask, past_key_values=run.cache)
+        run.case.model(**new, attention_mask=mask, **{CACHE: run.cache})
 
 
 def test_a_further_turn_whose_rows_would_differ_in_length() -> None:
@@ -192,7 +193,7 @@ def test_a_further_turn_whose_rows_would_differ_in_length() -> None:
         run.case.model(
             **new,
             attention_mask=torch.ones(2, run.case.width + new["input_ids"].shape[1]).long(),
-            past_key_values=run.cache,
+            **{CACHE: run.cache},
         )
 
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import st3
 from st3.cost import TextDims, prefill_flops
+from st3.hf.call import CACHE, cache_of
 from tests.helpers import POLICIES, ST3, Case
 from tests.test_cache import Run
 from tests.test_modes import ON_EACH, SEVERAL, SOLO
@@ -149,7 +150,7 @@ def test_allocated_bytes_are_those_of_the_tensors(name: str) -> None:
 @pytest.mark.parametrize("name", ["llava", "gemma3", "gemma4", "kimi_k25"])
 def test_untrimmed_bytes_are_those_of_the_bare_models_cache(name: str) -> None:
     case = Case.of(name, SOLO)
-    bare = case.generate(None, 5).past_key_values
+    bare = cache_of(case.generate(None, 5))
     held = sum(t.numel() * 4 for layer in bare.layers for t in (layer.keys, layer.values))
     for policy in (ST3, st3.NoTrim()):
         assert report_of(case, policy, tokens=5).kv_untrimmed_bytes == held
@@ -194,7 +195,7 @@ def test_a_report_is_of_the_latest_prompt() -> None:
 def test_an_earlier_conversation_does_not_get_into_the_latest_report() -> None:
     run = Run(Case.of("llava", RAGGED))
     with run.trimmer, torch.no_grad():
-        run.case.model(**run.case.batch, past_key_values=DynamicCache())
+        run.case.model(**run.case.batch, **{CACHE: DynamicCache()})
     run.feed(words(2, 1, 1)["input_ids"])
     assert run.trimmer.report.steps == 0
     assert len(run.trimmer.report.samples) == 1

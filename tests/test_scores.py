@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import st3
+from st3.hf.call import cache_of
 from st3.policies import available, parse
 from st3.scores import SCORES, Attention, TokenView, score_named, stage_of
 from tests.helpers import ANNEAL, METHODS, SCORED, Case, images
@@ -184,9 +185,9 @@ def test_recall_outlives_growing_buffers_and_compaction() -> None:
     case = Case.of("llava")
     case.check_generate(st3.DyCoke(layer=1, keep=0.2, every=5), 48)
     with st3.trim(case.model, st3.DyCoke(layer=1, keep=0.2)) as trimmer, torch.no_grad():
-        cache = case.model.generate(
-            **case.batch, max_new_tokens=4, return_dict_in_generate=True
-        ).past_key_values
+        cache = cache_of(
+            case.model.generate(**case.batch, max_new_tokens=4, return_dict_in_generate=True)
+        )
         trimmer.compact()
     assert all(layer.base <= min(layer.pad) for layer in cache.layers)
 

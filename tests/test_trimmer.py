@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import st3
+from st3.hf.call import cache_of
 from tests.helpers import POLICIES, ST3, Case, parts
 from tests.test_modes import ON_EACH
 from tests.test_reference import MAIN
@@ -211,7 +212,7 @@ def test_what_was_trimmed_is_let_go() -> None:
     case = Case.of("llava")
     with st3.trim(case.model, ST3) as trimmer:
         out = case.generate(None, 3)
-        cache = weakref.ref(out.past_key_values)
+        cache = weakref.ref(cache_of(out))
     del out
     gc.collect()
     assert cache() is None

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import st3
+from st3.hf.call import CACHE, cache_of
 from tests import reference
 from tests.conversation import Conversation
 from tests.helpers import POLICIES, ST3, Case, assert_same
@@ -53,7 +54,7 @@ class Talk:
             inputs.update(positions(self.case, self.mask, own))
         wanted = self.slow.chunk(inputs, visual)
         with st3.trim(self.case.model, self.policy), torch.no_grad():
-            logits = self.case.model(**inputs, past_key_values=self.cache, use_cache=True).logits
+            logits = self.case.model(**inputs, **{CACHE: self.cache}, use_cache=True).logits
         last = self.slow.gone[self.case.layers - 1] if self.slow.gone else ~self.mask.bool()
         there = (own.bool() & ~last[:, -own.shape[1] :]) if self.slow.gone else own.bool()
         assert_same(logits[there], wanted[there])
@@ -135,7 +136,7 @@ def turn(case: Case, out: Any, new: dict[str, Tensor], tokens: int = 5) -> dict[
     return {
         "input_ids": ids,
         "attention_mask": mask,
-        "past_key_values": out.past_key_values,
+        CACHE: cache_of(out),
         "max_new_tokens": tokens,
         "output_logits": True,
         "return_dict_in_generate": True,
@@ -151,13 +152,11 @@ def test_a_further_turn_of_text(name: str) -> None:
     with st3.trim(case.model, ST3), torch.no_grad():
         first = case.generate(None, 6)
         second = case.model.generate(**turn(case, first, new))
-        third = case.model.generate(
-            **{**turn(case, second, new), "past_key_values": second.past_key_values}
-        )
+        third = case.model.generate(**{**turn(case, second, new), CACHE: cache_of(second)})
     now = reference._new_pass(case.batch, schedule, case.visual, None, None)
     cache = reference.full_cache(case.model)
     with reference._running(case.model, now), torch.no_grad():
-        slow = case.generate(None, 6, past_key_values=cache)
+        slow = case.generate(None, 6, **{CACHE: cache})
         for out in (second, third):
             slow = case.model.generate(**turn(case, slow, new))
             assert_same(torch.stack(out.logits), torch.stack(slow.logits))

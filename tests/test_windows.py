@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 import st3
 from st3.engine.cache import TrimmedLayer
+from st3.hf.call import CACHE
 from tests.helpers import POLICIES, ST3, Case, answer, assert_same
 from tests.test_cache import Run
 from tests.test_serve_batch import company
@@ -62,7 +63,7 @@ def test_less_is_held_than_untrimmed(name: str) -> None:
     case = Case.of(name, ALONE)
     bare = DynamicCache(config=case.model.config)
     with torch.no_grad():
-        case.model(**case.batch, past_key_values=bare)
+        case.model(**case.batch, **{CACHE: bare})
     run = Run(case, st3.FastV(layer=1, drop=0.5))
     run.feed(words(1, 1, 0)["input_ids"])
     for trimmed, whole in zip(run.cache.layers[1:], bare.layers[1:], strict=True):

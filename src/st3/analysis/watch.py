@@ -24,6 +24,7 @@ from st3.engine.masks import as_bool
 from st3.engine.plan import Attend
 from st3.engine.prefill import Prefill
 from st3.engine.trimmer import MODEL_ATTRIBUTE, Trimmer
+from st3.hf.call import cache_in
 from st3.scores import LayerView
 
 ONE_ROW = (
@@ -167,7 +168,7 @@ class Watch:
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             return
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         past = cache.get_seq_length() if cache is not None else 0
         listened = self._own_visual or (self._trimmer and self._trimmer._director.visual)
         mask = listened.mask if listened else None

@@ -14,6 +14,7 @@ from st3.bench.clock import Marks, MarkSteps
 from st3.bench.memory import Peak
 from st3.bench.prompts import Prompt
 from st3.engine.cache import TrimmedLayer
+from st3.hf.call import CACHE
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def prefill(model: Any, prompt: Prompt) -> float:
     model(
         input_ids=prompt.ids,
         attention_mask=prompt.mask,
-        past_key_values=_new_cache(model),
+        **{CACHE: _new_cache(model)},
         use_cache=True,
         logits_to_keep=1,
     )
@@ -90,13 +91,13 @@ class WeightsOnly:
         self.model, self.cache = model, _new_cache(model)
         ids = torch.ones(batch, 2, dtype=torch.long, device=model.device)
         self.token = ids[:, 1:]
-        model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+        model(input_ids=ids, **{CACHE: self.cache}, use_cache=True)
 
     @torch.no_grad()
     def __call__(self) -> None:
         if self.cache.get_seq_length() > 2:
             self.cache.crop(-1)
-        self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+        self.model(input_ids=self.token, **{CACHE: self.cache}, use_cache=True)
 
 
 def footprint(model: Any, prompt: Prompt, new_tokens: int, spare: WeightsOnly) -> Footprint:
@@ -108,7 +109,7 @@ def footprint(model: Any, prompt: Prompt, new_tokens: int, spare: WeightsOnly) -
     begins = model.register_forward_pre_hook(lambda *call: marks.mark(), prepend=True)
     try:
         with Peak(prompt.device) as peak:
-            _generate(model, prompt, new_tokens, watch, past_key_values=cache)
+            _generate(model, prompt, new_tokens, watch, **{CACHE: cache})
     finally:
         begins.remove()
     spans = marks.seconds()  # prefill; then what is between, weights, what is between, step ...

@@ -34,6 +34,7 @@ from st3.engine.prefill import Prefill
 from st3.engine.rows import JoinedLayer
 from st3.engine.static import StaticAppend
 from st3.engine.tower import ClassAttentionTap
+from st3.hf.call import CACHE, cache_in
 from st3.report import Report
 
 Pass = Prefill | Append | JoinedAppend | StaticAppend
@@ -122,7 +123,7 @@ class Director:
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             return None  # a text model called by itself, on token ids
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         past = cache.get_seq_length() if cache is not None else 0
         layers = trimmed_layers(cache) if past else []
         prompt = self._prompt(embeds, cache)
@@ -209,7 +210,7 @@ class Director:
             cache = None  # the layers leave aside whatever cache they are given
         elif cache is None and use_cache:
             cache = DynamicCache(config=text.config)
-            kwargs = {**kwargs, "past_key_values": cache}
+            kwargs = {**kwargs, CACHE: cache}
         clock, layers = Clock(), None
         if cache is not None:
             layers = self._own_layers(cache, past)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from st3.engine.errors import UnsupportedModelError
+from st3.hf.call import cache_in
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,7 @@ class VisualTokens:
         # Encoded features come as a tensor or as a dict that may be empty.
         given = (value for name, value in kwargs.items() if name.startswith(_IMAGE_ARGUMENTS))
         self.has_image = any(v is not None and (isinstance(v, Tensor) or bool(v)) for v in given)
-        past = kwargs.get("past_key_values")
+        past = cache_in(kwargs)
         self.unknown = (
             not self.has_image
             and kwargs.get("input_ids") is None

@@ -16,6 +16,7 @@ import st3
 from st3.bench.clock import Marks
 from st3.chats import Chat, ask, encode
 from st3.eval.data import Item
+from st3.hf.call import CACHE
 from st3.policies import Policy
 
 
@@ -200,7 +201,7 @@ class Runner:
                             "conversations cannot go on from the cache: leave them out with --tasks"
                         )
                     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                new, took = self._generate(inputs, max_new_tokens, past_key_values=cache)
+                new, took = self._generate(inputs, max_new_tokens, **{CACHE: cache})
                 past = torch.cat([inputs["input_ids"], new], 1)[:, : cache.get_seq_length()]
                 seconds += took
                 tokens.append(self.cut(new[0]))

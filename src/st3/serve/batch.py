@@ -14,6 +14,7 @@ from st3.engine import Trimmer
 from st3.engine.cache import TrimmedLayer
 from st3.engine.clock import Clock
 from st3.engine.rows import JoinedLayer, Part, Row, part_of, visible_counts
+from st3.hf.call import CACHE, cache_of
 
 
 @dataclass
@@ -59,7 +60,7 @@ def prefill(model: Any, inputs: Mapping[str, Any], trimmer: Trimmer) -> Prefille
         )
     finally:
         hook.remove()
-    cache = out.past_key_values
+    cache = cache_of(out)
     prompt = int(cache.get_seq_length())
     first = cache.layers[0]
     budgets = first.images[0] if isinstance(first, TrimmedLayer) else ()
@@ -165,7 +166,7 @@ class JoinedBatch:
         output = self.model(
             input_ids=torch.tensor(tokens, device=device)[:, None],
             position_ids=self._positions().to(device),
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             use_cache=True,
         )
         for row in self.rows:

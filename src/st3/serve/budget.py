@@ -15,6 +15,7 @@ from st3.cost import TextDims
 from st3.cost.kv import bytes_per_value
 from st3.engine.layout import capacity_for
 from st3.engine.rows import VisibleCounts
+from st3.hf.call import cache_of
 
 Columns = tuple[int, ...]
 """For each decoder layer the columns that a row needs at most, free ones behind it included."""
@@ -46,7 +47,7 @@ def _probed(model: Any, layers: int) -> tuple[int, ...]:
 
     with torch.no_grad():
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        cache = model(input_ids=token, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=token, use_cache=True))
     pairs = [(layer.keys, layer.values) for layer in cache.layers[:layers]]
     return tuple(sum(t.shape[1] * t.shape[3] * t.element_size() for t in pair) for pair in pairs)
 
