@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from st3.bench.conditions import in_words
-from st3.eval.plot import dress, new_figure
-from st3.palette import INK, LINES, PAPER, color
+from st3.tools.bench.conditions import in_words
+from st3.tools.common.palette import INK, LINES, PAPER, color
+from st3.tools.eval.plot import dress, new_figure
 
 PAGE = Path("docs/ablations.md")
 PICTURES = Path("docs/img/ablations")

@@ -20,9 +20,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import st3
 from benchmarks.ablation_page import write_page
-from st3.bench.conditions import conditions
-from st3.eval import Entry, Evaluation, Store, bundled_scenes, fingerprint, summarise, to_dict
-from st3.policies import Policy, Random, parse
+from st3.methods.policies import Policy, Random, parse
+from st3.tools.bench.conditions import conditions
+from st3.tools.eval import Entry, Evaluation, Store, bundled_scenes, fingerprint, summarise, to_dict
 
 RESULTS = Path("benchmarks/results/ablations.json")
 ITEMS = Path("runs/ablations")  # finished items, not committed

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from st3.bench import (
+from st3.tools.bench import (
     SHAPES,
     Method,
     Result,
@@ -37,14 +37,14 @@ from st3.bench import (
     steps_of,
     untouched,
 )
-from st3.bench.bars import Bar
-from st3.bench.bars import as_markdown as bars_table
-from st3.bench.conditions import conditions
-from st3.bench.files import save
-from st3.bench.memory import keep_freed_memory
-from st3.bench.overhead import copying_share
-from st3.bench.prompts import build
-from st3.bench.ragged import RaggedRow, against_uniform
+from st3.tools.bench.bars import Bar
+from st3.tools.bench.bars import as_markdown as bars_table
+from st3.tools.bench.conditions import conditions
+from st3.tools.bench.files import save
+from st3.tools.bench.memory import keep_freed_memory
+from st3.tools.bench.overhead import copying_share
+from st3.tools.bench.prompts import build
+from st3.tools.bench.ragged import RaggedRow, against_uniform
 
 RESULTS = Path(__file__).with_name("results")
 CPU = torch.device("cpu")

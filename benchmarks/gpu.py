@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from st3.bench import (
+from st3.methods.policies import NoTrim, parse
+from st3.tools.bench import (
     SHAPES,
     Deadline,
     Method,
@@ -42,14 +43,13 @@ from st3.bench import (
     run,
     untouched,
 )
-from st3.bench.bound import read_bandwidth
-from st3.bench.capacity import measure_capacity
-from st3.bench.compiled import compiled_decode
-from st3.bench.conditions import conditions, in_words
-from st3.bench.files import save
-from st3.bench.profile import profile_decode, selection_share
-from st3.bench.prompts import build
-from st3.policies import NoTrim, parse
+from st3.tools.bench.bound import read_bandwidth
+from st3.tools.bench.capacity import measure_capacity
+from st3.tools.bench.compiled import compiled_decode
+from st3.tools.bench.conditions import conditions, in_words
+from st3.tools.bench.files import save
+from st3.tools.bench.profile import profile_decode, selection_share
+from st3.tools.bench.prompts import build
 
 RESULTS = Path(__file__).with_name("results")
 # The paper's settings for 32 and 40 layers; st3's defaults for other depths.

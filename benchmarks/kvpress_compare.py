@@ -24,11 +24,20 @@ from typing import Any
 
 import torch
 
-from st3.bench import SHAPES, Method, Workload, device_of, dtype_of, from_shape, run, untouched
-from st3.bench.conditions import conditions
-from st3.bench.files import save
-from st3.bench.prompts import Prompt
-from st3.bench.report import as_markdown
+from st3.tools.bench import (
+    SHAPES,
+    Method,
+    Workload,
+    device_of,
+    dtype_of,
+    from_shape,
+    run,
+    untouched,
+)
+from st3.tools.bench.conditions import conditions
+from st3.tools.bench.files import save
+from st3.tools.bench.prompts import Prompt
+from st3.tools.bench.report import as_markdown
 
 RESULTS = Path(__file__).with_name("results")
 

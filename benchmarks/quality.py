@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from st3.cli._options import DType
-from st3.cli.eval import evaluate
+from st3.tools.cli._options import DType
+from st3.tools.cli.eval import evaluate
 
 ITEMS = Path("runs/quality")  # finished items, not committed
 RESULTS = Path("benchmarks/results/quality-st3-tiny.json")

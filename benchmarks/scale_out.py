@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from st3.cli._common import assets
+from st3.tools.cli._common import assets
 
 PROMPT = "describe the image in detail."
 WAYS = [("none", 1, 0), ("none", 8, 0), ("st3", 1, 0), ("st3", 8, 0)]
@@ -46,7 +46,7 @@ def main() -> None:
             if actors:
                 args += ["--ray", "local", "--actors", str(actors), "--window", str(batch)]
             subprocess.run(
-                [sys.executable, "-m", "st3.cli", "batch", *args],
+                [sys.executable, "-m", "st3.tools.cli", "batch", *args],
                 check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             summary = json.loads((out / "summary.json").read_text())

@@ -1,9 +1,10 @@
 """Draw the scenes that `st3 eval` asks about: python -m benchmarks.scenes [--count N] [--out DIR]
 
-Writes images, ``scenes.jsonl`` and ``objects.txt`` in the format of :mod:`st3.eval.data`: for each
-scene single-word questions of all tasks and a description, for pairs of neighbours questions about
-two images, for every second scene a conversation. Seeds that training never uses, nor any other
-set. Needs the emoji font of train/; the same command writes the same files.
+Writes images, ``scenes.jsonl`` and ``objects.txt`` in the format of
+:mod:`st3.tools.eval.data`: for each scene single-word questions of all tasks and a description, for
+pairs of neighbours questions about two images, for every second scene a conversation. Seeds that
+training never uses, nor any other set. Needs the emoji font of train/; the same command writes the
+same files.
 """
 
 from __future__ import annotations

@@ -50,10 +50,10 @@ from transformers import (
 )
 
 import st3
-from st3.bench.bars import Bar, as_markdown
-from st3.bench.conditions import conditions, in_words
-from st3.chats import ask, encode
-from st3.serve import Engine, Settings, create_app
+from st3.tools.bench.bars import Bar, as_markdown
+from st3.tools.bench.conditions import conditions, in_words
+from st3.tools.common.chats import ask, encode
+from st3.tools.serve import Engine, Settings, create_app
 
 RESULTS = Path(__file__).with_name("results")
 CHAT = "/v1/chat/completions"

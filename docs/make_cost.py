@@ -11,8 +11,8 @@ from pathlib import Path
 
 from st3 import ST3, VTW, Anneal, FastV, Schedule
 from st3.cost import as_markdown, cost_table
-from st3.policies import parse
-from st3.shapes import SHAPES, shape
+from st3.cost.shapes import SHAPES, shape
+from st3.methods.policies import parse
 
 PAGE = Path(__file__).with_name("cost.md")
 NEW_TOKENS = 128

@@ -16,8 +16,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 import st3
-from st3.cli import app
-from st3.palette import INK, PAPER, looks
+from st3.tools.cli import app
+from st3.tools.common.palette import INK, PAPER, looks
 
 matplotlib.use("Agg")
 HERE = Path(__file__).resolve().parent
@@ -32,7 +32,7 @@ def schedule() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), dpi=160)
     colours = [look[0] for look in looks(POLICIES).values()]
     for name, colour in zip(POLICIES, colours, strict=True):
-        counts = st3.policies.parse(name).schedule(LAYERS)
+        counts = st3.methods.policies.parse(name).schedule(LAYERS)
         kept = [counts.kept(layer, VISUAL) for layer in range(LAYERS)]
         label = f"{name} (mean {counts.mean_share:.0%})"
         left.step(range(LAYERS), kept, where="mid", color=colour, label=label, lw=2)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from st3 import scores
+from st3.methods import scores
 from tests.reference import Score, Seen
 from tests.zoo import Family
 

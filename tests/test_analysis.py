@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import st3
-from st3.analysis import GROUPS, Collector, Watch, analyse
-from st3.analysis.collect import LENGTHS, ByLength
-from st3.engine.families import FAMILIES as SUPPORTED_FAMILIES
-from st3.engine.families import parts_of
+from st3.models.families import FAMILIES as SUPPORTED_FAMILIES
+from st3.models.families import parts_of
+from st3.tools.see import GROUPS, Collector, Watch, analyse
+from st3.tools.see.collect import LENGTHS, ByLength
 from tests.zoo import FAMILIES, I, T, build
 
 SUPPORTED = {family.model_type for family in SUPPORTED_FAMILIES}
@@ -195,10 +195,10 @@ def test_two_rows_two_watchers_and_compiled_runs_are_refused() -> None:
 
 def test_measures_of_a_small_example_by_hand() -> None:
     """Two layers, 2 text + 4 visual + 1 text tokens, one decode step."""
-    from st3.analysis.result import finish
+    from st3.tools.see.result import finish
 
     collector = Collector(2, keep=0.25)
-    collector.prompt(st3.analysis.Prompt(7, torch.tensor([2, 3, 4, 5])))
+    collector.prompt(st3.tools.see.Prompt(7, torch.tensor([2, 3, 4, 5])))
     columns = torch.arange(7)
     collector.layer(0, torch.tensor([0.1, 0.1, 0.4, 0.0, 0.0, 0.0, 0.4]), columns)
     collector.layer(1, torch.tensor([0.1, 0.1, 0.2, 0.2, 0.0, 0.0, 0.4]), columns)
@@ -243,11 +243,11 @@ def test_bins_along_the_answer_double_their_width() -> None:
 
 
 def test_position_bias_counts_tokens_by_their_places() -> None:
-    from st3.grid import Place
+    from st3.models.places import Place
 
     collector = Collector(1)
     collector.place([Place(0, (0, 0, 1, 0.5)), Place(0, (0, 0.5, 1, 1)), Place(0, None)])
-    collector.prompt(st3.analysis.Prompt(4, torch.tensor([0, 1, 2])))
+    collector.prompt(st3.tools.see.Prompt(4, torch.tensor([0, 1, 2])))
     collector.layer(0, torch.tensor([0.6, 0.2, 0.0, 0.2]), torch.arange(4))
     collector.done(0)
     rows = collector.rows[0].tolist()
@@ -292,7 +292,7 @@ def test_the_sums_of_a_large_model_are_small() -> None:
 
     before, sizes = held(), []
     collector = Collector(32)
-    collector.prompt(st3.analysis.Prompt(2940, torch.arange(20, 2900)))
+    collector.prompt(st3.tools.see.Prompt(2940, torch.arange(20, 2900)))
     for step in range(24):
         attention = torch.rand(2940 + step).softmax(0)
         columns = torch.arange(2940 + step)
@@ -312,7 +312,7 @@ def _grows(tensor: Tensor, model: Any) -> bool:
 
 
 def test_analyse_reads_the_suggestion_off_its_curves() -> None:
-    from st3.analysis import lazy_layers, suggest
+    from st3.tools.see import lazy_layers, suggest
 
     model, batch = one("llava")
     analysis = analyse(model, [(batch, None)] * 2, max_new_tokens=6)
@@ -320,7 +320,7 @@ def test_analyse_reads_the_suggestion_off_its_curves() -> None:
     assert analysis.decode_steps == 10
     assert analysis.num_layers == 8
     found = suggest(analysis)
-    policy = st3.policies.parse(found.policy)
+    policy = st3.methods.policies.parse(found.policy)
     assert policy.schedule(8).drops
     assert len(found.reasons) == 4
     assert all(1 <= layer < 8 for layer in lazy_layers(analysis))

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import st3
-from st3.analysis.record import Run, record
-from st3.grid import Place, places
+from st3.models.places import Place, places
+from st3.tools.see.record import Run, record
 from tests.zoo import I, T, V, build
 
 

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from st3.batch import BadRow, BatchError, Done, Options, Ref, Row, Store, open_source, run
-from st3.batch.run import Load
-from st3.cli import _loading, app
+from st3.tools.batch import BadRow, BatchError, Done, Options, Ref, Row, Store, open_source, run
+from st3.tools.batch.run import Load
+from st3.tools.cli import _loading, app
 
 PROMPTS = [
     "describe the image in detail .",
@@ -227,8 +227,8 @@ def test_killed_process_goes_on_without_loss_or_repeats(
     script.write_text(
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from st3.batch import Options, run\n"
-        "from st3.cli import _loading\n"
+        "from st3.tools.batch import Options, run\n"
+        "from st3.tools.cli import _loading\n"
         "source, out, model, policy = sys.argv[1:]\n"
         "run(Options(Path(source), None, 'tiny', policy, 12, 4, 8),\n"
         "    lambda: _loading.load(model, 'cpu', 'float32', False), Path(out),\n"
@@ -284,7 +284,7 @@ def test_failure_of_the_model_keeps_what_is_answered(
     source = write_rows(tmp_path / "rows.jsonl", many(pictures, 12))
 
     def breaking(options: Options, load: Load, windows: list[list[Ref]]) -> Any:
-        from st3.batch.run import here
+        from st3.tools.batch.run import here
 
         yield next(iter(here(options, load, windows)))
         raise RuntimeError("CUDA error: an illegal memory access")
@@ -352,7 +352,7 @@ def test_answers_without_their_run_are_refused(pictures: Path, tmp_path: Path) -
 
 
 def test_images_are_turned_and_made_rgb(tmp_path: Path) -> None:
-    from st3.batch.images import load
+    from st3.tools.batch.images import load
 
     exif = Image.Exif()
     exif[0x0112] = 6  # taken with the camera on its side

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from st3.batch import BatchError, Done, run
-from st3.batch.ray import _shares, on_ray
-from st3.cli import _loading
+from st3.tools.batch import BatchError, Done, run
+from st3.tools.batch.ray import _shares, on_ray
+from st3.tools.cli import _loading
 from tests.test_batch import answers, data_url, errors, many, options, pictures, write_rows
 
 __all__ = ["pictures"]  # the fixture
@@ -92,8 +92,8 @@ def test_failing_actor_is_one_line(cluster: Any, pictures: Path, tmp_path: Path)
 def test_server_on_ray_answers(cluster: Any, pictures: Path) -> None:
     pytest.importorskip("fastapi", reason="needs the extra st3[server]")
     serve = pytest.importorskip("ray.serve", reason="needs the extra st3[ray]")
-    from st3.serve import Settings
-    from st3.serve.ray import application, start
+    from st3.tools.serve import Settings
+    from st3.tools.serve.ray import application, start
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

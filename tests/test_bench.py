@@ -17,7 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import st3
-from st3.bench import (
+from st3.cost import TextDims, kv_bytes
+from st3.engine.cache import TrimmedLayer
+from st3.engine.director import Director
+from st3.engine.prefill import Prefill
+from st3.hf.call import CACHE
+from st3.tools.bench import (
     SHAPES,
     Deadline,
     Subject,
@@ -40,12 +45,12 @@ from st3.bench import (
     steps_of,
     untouched,
 )
-from st3.bench.bars import Bar
-from st3.bench.bars import as_markdown as bars_table
-from st3.bench.compiled import compiled_decode
-from st3.bench.fastv_official import fastv_official
-from st3.bench.measure import Footprint, Generation, WeightsOnly, footprint, generation
-from st3.bench.overhead import (
+from st3.tools.bench.bars import Bar
+from st3.tools.bench.bars import as_markdown as bars_table
+from st3.tools.bench.compiled import compiled_decode
+from st3.tools.bench.fastv_official import fastv_official
+from st3.tools.bench.measure import Footprint, Generation, WeightsOnly, footprint, generation
+from st3.tools.bench.overhead import (
     MODEL,
     RANGES,
     Stopwatch,
@@ -53,14 +58,9 @@ from st3.bench.overhead import (
     probed,
     selection_overhead,
 )
-from st3.bench.profile import profile_decode, selection_share
-from st3.bench.ragged import RaggedRow, against_uniform
-from st3.bench.tower import _image_size, tower, vision_inputs
-from st3.cost import TextDims, kv_bytes
-from st3.engine.cache import TrimmedLayer
-from st3.engine.director import Director
-from st3.engine.prefill import Prefill
-from st3.hf.call import CACHE
+from st3.tools.bench.profile import profile_decode, selection_share
+from st3.tools.bench.ragged import RaggedRow, against_uniform
+from st3.tools.bench.tower import _image_size, tower, vision_inputs
 from tests.zoo import build as build_family
 
 CPU = torch.device("cpu")
@@ -195,7 +195,7 @@ def test_speed_up_by_hand() -> None:
 
 def test_a_stopwatch_gives_time_to_the_innermost_function(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 1.0, 4.0, 6.0])
-    monkeypatch.setattr("st3.bench.overhead.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("st3.tools.bench.overhead.time.perf_counter", lambda: next(times))
     watch = Stopwatch()
     inner = watch.wrap(lambda: 7, "inner")
     assert watch.wrap(lambda: inner(), "outer")() == 7
@@ -539,7 +539,7 @@ def test_results_become_json_and_markdown(result: Any) -> None:
 
 
 def report_conditions() -> dict[str, Any]:
-    from st3.bench.conditions import conditions
+    from st3.tools.bench.conditions import conditions
 
     return conditions(CPU, torch.float32)
 
@@ -547,8 +547,8 @@ def report_conditions() -> dict[str, Any]:
 def test_pictures_are_drawn_with_one_look_for_each_method(result: Any, tmp_path: Path) -> None:
     from PIL import Image
 
-    from st3.bench.plot import draw
-    from st3.palette import looks
+    from st3.tools.bench.plot import draw
+    from st3.tools.common.palette import looks
 
     target = tmp_path / "bench.png"
     draw(result, target, "somewhere")
@@ -562,7 +562,7 @@ def test_pictures_are_drawn_with_one_look_for_each_method(result: Any, tmp_path:
 def test_drawing_without_matplotlib_names_the_remedy(
     result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from st3.bench.plot import draw
+    from st3.tools.bench.plot import draw
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"st3\[plot\]"):
@@ -711,7 +711,7 @@ def test_goals_are_judged_in_their_direction() -> None:
 def cli(*arguments: object) -> Any:
     from typer.testing import CliRunner
 
-    from st3.cli import app
+    from st3.tools.cli import app
 
     return CliRunner().invoke(app, ["bench", *map(str, arguments)])
 

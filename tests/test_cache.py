@@ -17,8 +17,8 @@ import st3
 from st3.engine.cache import TrimmedLayer
 from st3.engine.clock import Clock, Phase
 from st3.hf.call import CACHE, cache_of
-from st3.schedule import Schedule
-from st3.scores import Attention
+from st3.methods.schedule import Schedule
+from st3.methods.scores import Attention
 from tests import reference
 from tests.conversation import Conversation
 from tests.helpers import ANNEAL, POLICIES, ST3, Case, answer, assert_same

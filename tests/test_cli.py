@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from st3.cli import app
-from st3.cli._measure import Answer
-from st3.cli._show import why_no_faster
+from st3.tools.cli import app
+from st3.tools.cli._measure import Answer
+from st3.tools.cli._show import why_no_faster
 from tests.tiny_llava import LAYERS, SIDE
 
 PROMPT = "describe the image in detail."
@@ -142,7 +142,7 @@ def test_heatmap_of_chosen_layers(picture: Path, tiny_model: Path, tmp_path: Pat
 
 
 def test_models_lists_every_family() -> None:
-    from st3.engine.families import FAMILIES
+    from st3.models.families import FAMILIES
 
     result = st3("models")
     assert result.exit_code == 0
@@ -156,7 +156,7 @@ def test_policies_lists_arguments_defaults_and_papers() -> None:
     result = st3("policies")
     assert result.exit_code == 0
     words = " ".join(result.stdout.split())
-    for name, policy in package.policies.available().items():
+    for name, policy in package.available().items():
         assert f"{name}: {policy.paper}" in words
     assert "first_drop=0.5" in result.stdout
     assert "final_keep=0.05" in result.stdout
@@ -187,7 +187,10 @@ def test_version() -> None:
 
 def test_python_m_is_the_same_command() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "st3.cli", "generate"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "st3.tools.cli", "generate"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 2
     assert run.stderr == "error: Missing argument 'IMAGE'.\n"

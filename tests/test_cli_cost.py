@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 import st3
-from st3.cli import app
 from st3.cost import cost_table
-from st3.policies import presets
-from st3.shapes import shape
+from st3.cost.shapes import shape
+from st3.methods.policies import presets
+from st3.tools.cli import app
 from tests.tiny_llava import LAYERS
 
 

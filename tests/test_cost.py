@@ -36,10 +36,10 @@ from st3.cost import (
     vision_flops,
     with_headroom,
 )
+from st3.cost.shapes import SHAPES, load_config, shape
 from st3.engine.layout import capacity_for
 from st3.hf.call import CACHE, cache_of
-from st3.schedule import Anneal, Schedule
-from st3.shapes import SHAPES, load_config, shape
+from st3.methods.schedule import Anneal, Schedule
 from tests.zoo import FAMILIES, Family, I, T, build
 from tests.zoo.base import TEXT
 

@@ -11,11 +11,19 @@ import torch
 from typer.testing import CliRunner, Result
 
 import st3
-from st3.cli import app
-from st3.eval import Evaluation, Store, entries, label_policies, load_folder, summarise, usable
-from st3.eval.data import Dataset
-from st3.eval.runs import Runner, _chat
 from st3.hf.call import CACHE
+from st3.tools.cli import app
+from st3.tools.eval import (
+    Evaluation,
+    Store,
+    entries,
+    label_policies,
+    load_folder,
+    summarise,
+    usable,
+)
+from st3.tools.eval.data import Dataset
+from st3.tools.eval.runs import Runner, _chat
 from tests.tiny_llava import LAYERS, save_picture
 
 ALL_KEPT = "st3:first_drop=0,final_keep=1,curve=none"
@@ -79,7 +87,7 @@ def test_kl_and_agreement_are_those_of_a_plain_forward_pass(
     item = load_folder(folder).items[0]
     runner = Runner(*loaded)
     reference = runner.reference([item], 6)
-    led = runner.follow([item], st3.policies.parse(POLICY), reference)
+    led = runner.follow([item], st3.methods.policies.parse(POLICY), reference)
     chat = _chat(item)
     inputs = runner.encode([chat])
     prompt, length = inputs["input_ids"].shape[1], reference.tokens.shape[1]
@@ -209,8 +217,8 @@ def test_conversations_go_on_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> 
     folder = st3.bundled_model()
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     runner = Runner(model, AutoProcessor.from_pretrained(folder))
-    item = st3.eval.bundled_scenes().only(["conversation"], 1).items[0]
-    untrimmed = runner.converse(item, st3.policies.parse("none"), 8)
+    item = st3.tools.eval.bundled_scenes().only(["conversation"], 1).items[0]
+    untrimmed = runner.converse(item, st3.methods.policies.parse("none"), 8)
     chat = _chat(item)
     for turn, answer in zip(item.turns[1:], untrimmed.answers, strict=False):
         for role, text in (("assistant", answer), ("user", turn.question)):
@@ -228,7 +236,7 @@ def test_conversations_go_on_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> 
         return forward(**kwargs)
 
     monkeypatch.setattr(model.model.language_model, "forward", watched)
-    talk = runner.converse(item, st3.policies.parse("st3"), 8)
+    talk = runner.converse(item, st3.methods.policies.parse("st3"), 8)
     assert prompts[0] > 144
     assert max(prompts[1:]) < 144  # the image is never fed again
     assert talk.kept.share < 0.5

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from st3.eval import bundled_scenes, load_folder
-from st3.eval.data import CAPTION, IMAGES, KINDS, QUESTION, TURNS
-from st3.eval.text import mentioned
+from st3.tools.eval import bundled_scenes, load_folder
+from st3.tools.eval.data import CAPTION, IMAGES, KINDS, QUESTION, TURNS
+from st3.tools.eval.text import mentioned
 from train.scenes import HELD_OUT
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from st3.eval.stats import Metric, metric, ratio
+from st3.tools.eval.stats import Metric, metric, ratio
 
 
 def flips(count: int, share: float, seed: int) -> list[tuple[float, float]]:

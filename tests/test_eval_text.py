@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from st3.eval import text
+from st3.tools.eval import text
 
 TEXTS = [
     "a red car drives along the road",

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AttentionInterface
 
-from st3.engine.families import parts_of
-from st3.grid import image_token, places
-from st3.tiles import ANYRES, KNOWN, UnknownPlaces, framed, image_tiles, pack
+from st3.models.families import parts_of
+from st3.models.places import image_token, places
+from st3.models.tiles import ANYRES, KNOWN, UnknownPlaces, framed, image_tiles, pack
 from tests.zoo import FAMILIES, I, T, V, build
 from tests.zoo.base import features
 

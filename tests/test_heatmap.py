@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from st3 import heatmap
-from st3.grid import Place
+from st3.models.places import Place
+from st3.tools.see import heatmap
 from tests.test_pages import sample_run
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from st3.eval import Evaluation, Store, bundled_scenes, entries, label_policies
-from st3.eval.text import is_right
-from st3.lmms.task import write_task
+from st3.tools.eval import Evaluation, Store, bundled_scenes, entries, label_policies
+from st3.tools.eval.text import is_right
+from st3.tools.lmms.task import write_task
 
 
 @pytest.fixture
@@ -48,12 +48,12 @@ def test_the_harness_finds_st3(harness: Any) -> None:
     assert "st3" in {entry.name for entry in entry_points(group="lmms_eval.models")}
     from lmms_eval.models import get_model
 
-    assert get_model("st3").__module__ == "st3.lmms.model"
+    assert get_model("st3").__module__ == "st3.tools.lmms.model"
 
 
 def test_policy_arguments_may_stand_by_themselves(harness: Any) -> None:
-    from st3.lmms.model import _policy_text
-    from st3.policies import parse
+    from st3.methods.policies import parse
+    from st3.tools.lmms.model import _policy_text
 
     assert _policy_text("st3", {}) == "st3"
     whole = parse("fastv:layer=3,drop=0.75")
@@ -77,7 +77,7 @@ def test_the_harness_measures_what_st3_eval_measures(harness: Any, tmp_path: Pat
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
     )
     (value,) = (v for k, v in found["results"]["st3_test"].items() if k.startswith("right,"))
-    from st3.lmms.model import TrimmedModel
+    from st3.tools.lmms.model import TrimmedModel
 
     model = TrimmedModel(policy=policy, dtype="float32", device="cpu")
     rows, _ = entries(label_policies([policy]), None, 16)

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from st3.analysis.record import Run
-from st3.cli import app
-from st3.grid import Place
+from st3.models.places import Place
+from st3.tools.cli import app
+from st3.tools.see.record import Run
 from tests.browser import PROGRAM, Browser
 
 needs_browser = pytest.mark.skipif(

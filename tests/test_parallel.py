@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import st3
-from st3.cli import _loading
+from st3.tools.cli import _loading
 from tests.tiny_llava import LAYERS
 
 POLICIES = [
@@ -90,14 +90,14 @@ def test_tensor_parallel_gives_the_tokens_of_one_process(
 def test_generate_command_prints_once(tiny_model: Path, picture: Path) -> None:
     args = ["generate", str(picture), "-p", PROMPTS[0], "-m", str(tiny_model), "--json",
             "--max-new-tokens", "4", "--tp", "2"]  # fmt: skip
-    result = torchrun("-m", "st3.cli", *args)
+    result = torchrun("-m", "st3.tools.cli", *args)
     assert result.returncode == 0, result.stderr[-3000:]
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("{")]
     assert json.loads(line)["new_tokens"] == 4
 
 
 def test_command_without_torchrun_says_how(tiny_model: Path) -> None:
-    from st3.cli._common import CliError
+    from st3.tools.cli._common import CliError
 
     with pytest.raises(CliError, match="torchrun --nproc-per-node 2"):
         _loading.load(str(tiny_model), "auto", "float32", False, tensor_parallel=2)

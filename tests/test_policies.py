@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import st3
-from st3.policies import available, parse, presets, register
-from st3.policies.base import _POLICIES
-from st3.schedule import Schedule
-from st3.scores import SCORES, score_named
+from st3.methods.policies import available, parse, presets, register
+from st3.methods.policies.base import _POLICIES
+from st3.methods.schedule import Schedule
+from st3.methods.scores import SCORES, score_named
 from tests.helpers import METHODS, POLICIES, SCORED, Case
 
 PAPER_7B = st3.ST3(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import st3
 from st3.engine.columns import Block, Rows, cache_order, first_block, rank_visual, select
-from st3.schedule import Schedule, exact
+from st3.methods.schedule import Schedule, exact
 from tests.helpers import Case
 from tests.zoo import I, T
 
@@ -100,7 +100,7 @@ def test_at_budget_hits_any_mean_that_can_be_had(layers: int, mean: int) -> None
 @given(st3_policies())
 def test_policies_read_back_from_their_strings(drawn: tuple[st3.ST3, int]) -> None:
     policy, _ = drawn
-    read = st3.policies.parse(str(policy))
+    read = st3.methods.policies.parse(str(policy))
     if policy.anneal.curve == "none":
         assert read.anneal.curve == "none"  # type: ignore[attr-defined]
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from st3.engine.families import FAMILIES as SUPPORTED
+from st3.models.families import FAMILIES as SUPPORTED
 from tests.helpers import POLICIES, ST3, Case
 from tests.zoo import FAMILIES as ZOO
 from tests.zoo import T, V

@@ -15,9 +15,9 @@ from transformers import (
 )
 
 import st3
-from st3.engine.families import FAMILIES, VisualTokens
 from st3.hf.call import CACHE
-from st3.schedule import Schedule
+from st3.methods.schedule import Schedule
+from st3.models.families import FAMILIES, VisualTokens
 from tests.helpers import ST3, Case
 from tests.test_cache import Run
 from tests.test_modes import SOLO

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import st3
-from st3.policies import parse
-from st3.schedule import Schedule, exact, round_share
+from st3.methods.policies import parse
+from st3.methods.schedule import Schedule, exact, round_share
 
 CURVES = ["cosine", "half_cosine", "linear", "exponential", "none"]
 
@@ -27,7 +27,7 @@ def shares(policy: st3.Policy, layers: int) -> list[float]:
     [("st3-7b", 32, Fraction(7, 100), 0.01), ("st3-13b", 40, Fraction(5, 100), 0.05)],
 )
 def test_the_papers_settings(preset: str, layers: int, ratio: Fraction, final: float) -> None:
-    policy = st3.policies.parse(preset)
+    policy = st3.methods.policies.parse(preset)
     assert isinstance(policy, st3.ST3)
     assert policy.ratio_for(layers) == ratio
     assert shares(policy, layers)[:4] == [1, 1, 1, 0.5]

@@ -10,8 +10,8 @@ import torch
 
 import st3
 from st3.hf.call import cache_of
-from st3.policies import available, parse
-from st3.scores import SCORES, Attention, TokenView, score_named, stage_of
+from st3.methods.policies import available, parse
+from st3.methods.scores import SCORES, Attention, TokenView, score_named, stage_of
 from tests.helpers import ANNEAL, METHODS, SCORED, Case, images
 from tests.test_forward import gradients
 from tests.zoo import FAMILIES, I, T

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import st3
-from st3.engine import families
 from st3.engine.rows import visible_counts
-from st3.serve.batch import JoinedBatch, Prefilled, prefill
-from st3.serve.budget import Budget, columns_at_peak, entry_bytes
+from st3.models import families
+from st3.tools.serve.batch import JoinedBatch, Prefilled, prefill
+from st3.tools.serve.budget import Budget, columns_at_peak, entry_bytes
 from tests.helpers import ANNEAL, POLICIES, assert_same, rows_for
 from tests.zoo import FAMILIES, Family, I, T, build
 

@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from st3.serve import Engine, Settings, create_app
-from st3.serve.stream import EventStream
+from st3.tools.serve import Engine, Settings, create_app
+from st3.tools.serve.stream import EventStream
 from tests.serving import Alone, body, live, load, mixed, picture, until
 
 openai = pytest.importorskip("openai", reason="the openai package is not installed")
@@ -283,7 +283,7 @@ def test_the_command_serves_and_stops_gracefully(tiny_model: Path, tmp_path: Pat
     """Told to stop, it finishes the answer under way, refuses new connections, and ends."""
     (tmp_path / "key").write_text(KEY + "\n")
     command = [
-        sys.executable, "-m", "st3.cli", "serve", "-m", str(tiny_model), "--name", "tiny",
+        sys.executable, "-m", "st3.tools.cli", "serve", "-m", str(tiny_model), "--name", "tiny",
         "--port", "0", "--kv-budget", "64M", "--dtype", "float32",
         "--api-key-file", str(tmp_path / "key"),
     ]  # fmt: skip
@@ -333,7 +333,7 @@ def test_the_command_serves_and_stops_gracefully(tiny_model: Path, tmp_path: Pat
 )
 def test_wrong_usage_is_one_line(tiny_model: Path, options: list[str], message: str,
                                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    from st3.cli import app
+    from st3.tools.cli import app
 
     code = app(["serve", "-m", str(tiny_model), *options], standalone_mode=False)
     error = capsys.readouterr().err

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from st3.serve.engine import Engine
-from st3.serve.errors import ServeError
-from st3.serve.sampling import Sampling, check_generation_config
-from st3.serve.text import TextStream
-from st3.serve.ticket import Delta, Failed, Finished, Request, Ticket
+from st3.tools.serve.engine import Engine
+from st3.tools.serve.errors import ServeError
+from st3.tools.serve.sampling import Sampling, check_generation_config
+from st3.tools.serve.text import TextStream
+from st3.tools.serve.ticket import Delta, Failed, Finished, Request, Ticket
 from tests.serving import POLICIES, Alone, load, mixed, picture, turn, until
 
 Loaded = tuple[Any, Any]

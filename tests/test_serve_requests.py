@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from st3.serve import Engine, Settings, create_app, images
-from st3.serve.errors import ServeError
-from st3.serve.fetch import fetch
+from st3.tools.serve import Engine, Settings, create_app, images
+from st3.tools.serve.errors import ServeError
+from st3.tools.serve.fetch import fetch
 from tests.serving import body, data_url, load, picture, png
 
 CHAT = "/v1/chat/completions"

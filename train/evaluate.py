@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from st3.chats import ask, encode
+from st3.tools.common.chats import ask, encode
 from train.scenes import IMAGE_SIZE
 from train.tasks import DESCRIBE, mentioned_objects
 from train.testset import Example, held_out, read_set

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from st3.cost import TextDims, prefill_flops
-from st3.schedule import Schedule
+from st3.methods.schedule import Schedule
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -38,7 +38,7 @@ class Report:
     """The latest prompt with an image that a trimmed model ran, and the generation after it.
 
     Attributes:
-        policy: the policy, as a string that :func:`st3.policies.parse` reads.
+        policy: the policy, as a string that :func:`st3.methods.policies.parse` reads.
         schedule: its counts on this model.
         visual_per_image: for each row of the batch the visual tokens of each image (or video). An
             image is a run of visual tokens; where a family puts marker tokens between tiles or

@@ -24,6 +24,14 @@ class Big(Wrapped):
     side, tokens = 32, 16
 
 
+class Llama4(Big):
+    """transformers 5.24.0's own forward fails: it asks its text model for ``image_outputs``."""
+
+    @property
+    def available(self) -> bool:
+        return super().available and tr.__version__ != "5.24.0"
+
+
 def _ovis2() -> PreTrainedConfig:
     from transformers.models.ovis2.configuration_ovis2 import Ovis2Config, Ovis2VisionConfig
 
@@ -148,7 +156,7 @@ def _qianfan() -> PreTrainedConfig:
 
 FAMILIES = [
     Wrapped("ovis2", _ovis2),
-    Big("llama4", _llama4),
+    Llama4("llama4", _llama4),
     FixedSize("deepseek_vl", _deepseek_vl),
     DeepseekHybrid("deepseek_vl_hybrid", _deepseek_vl_hybrid),
     Janus("janus", _janus),

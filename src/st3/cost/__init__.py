@@ -1,6 +1,6 @@
 """The cost model: FLOPs and bytes of a vision-language model under a schedule, from its config.
 
->>> from st3.shapes import shape
+>>> from st3.cost.shapes import shape
 >>> dims = TextDims.from_config(shape("llava-1.5-7b").config)
 >>> round(prefill_flops(dims, n_text=64, n_visual=576).total / 1e12, 2)  # TFLOPs
 8.4

@@ -18,7 +18,7 @@ pairs, as a kernel with a dense mask computes them and torch's FlopCounterMode c
 
 
 class Schedule(Protocol):
-    """What the cost model asks of a schedule; ``st3.schedule.Schedule`` is one."""
+    """What the cost model asks of a schedule; ``st3.methods.schedule.Schedule`` is one."""
 
     @property
     def num_layers(self) -> int: ...

@@ -1,6 +1,5 @@
-"""How visual tokens are trimmed: hooks, attention, selection, cache, masks, model families."""
+"""How visual tokens are trimmed, on tensors alone: selection, prefill, decode steps, KV cache."""
 
-from st3.engine.errors import TrimStateError, UnsupportedModelError
 from st3.engine.trimmer import Trimmer, trim
 
-__all__ = ["TrimStateError", "Trimmer", "UnsupportedModelError", "trim"]
+__all__ = ["Trimmer", "trim"]

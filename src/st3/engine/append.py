@@ -11,11 +11,11 @@ from torch import Tensor
 from st3.engine import decode
 from st3.engine.cache import TrimmedLayer
 from st3.engine.clock import Clock
-from st3.engine.errors import UnsupportedModelError
 from st3.engine.masks import Starts, decode_mask, finish
 from st3.engine.parallel import mean_over_ranks
 from st3.engine.plan import Attend, Plan
-from st3.scores import LayerView
+from st3.errors import UnsupportedModelError
+from st3.methods.scores import LayerView
 
 
 class Behind:

@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from st3.engine.clock import Clock, Phase
-from st3.engine.errors import TrimStateError
 from st3.engine.layout import (
     Unfiled,
     allocate,
@@ -33,7 +32,8 @@ from st3.engine.layout import (
     is_size_first,
     select_rows,
 )
-from st3.schedule import Schedule
+from st3.errors import TrimStateError
+from st3.methods.schedule import Schedule
 
 
 def _buffer(name: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from st3.scores.base import products
+from st3.methods.scores.base import products
 
 
 def dense_decode(

@@ -21,20 +21,20 @@ from transformers.cache_utils import (
 
 from st3.cost import TextDims
 from st3.engine.append import Append
-from st3.engine.attention import LayerHandle
 from st3.engine.cache import TrimmedLayer
 from st3.engine.clock import Clock, Phase
 from st3.engine.columns import Block, Memo, Rows, first_block, memoised
-from st3.engine.errors import TrimStateError, UnsupportedModelError
-from st3.engine.families import VisualTokens
 from st3.engine.joined import JoinedAppend
 from st3.engine.masks import Starts
 from st3.engine.plan import Plan, Setup
 from st3.engine.prefill import Prefill
 from st3.engine.rows import JoinedLayer
 from st3.engine.static import StaticAppend
-from st3.engine.tower import ClassAttentionTap
+from st3.errors import TrimStateError, UnsupportedModelError
+from st3.hf.attention import LayerHandle
 from st3.hf.call import CACHE, cache_in
+from st3.models.families import VisualTokens
+from st3.models.tower import ClassAttentionTap
 from st3.report import Report
 
 Pass = Prefill | Append | JoinedAppend | StaticAppend

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from st3.engine.columns import Rows
-from st3.engine.families import Family, Parts
 from st3.engine.masks import Kind
-from st3.schedule import Schedule
-from st3.scores import Score, Stage, TokenView, needs_of, stage_of
+from st3.methods.schedule import Schedule
+from st3.methods.scores import Score, Stage, TokenView, needs_of, stage_of
+from st3.models.families import Family, Parts
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 Unrotate = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]

@@ -33,11 +33,11 @@ from st3.engine.columns import (
     rank_visual,
     select,
 )
-from st3.engine.errors import TrimStateError
 from st3.engine.layout import is_lean
 from st3.engine.masks import as_bool, causal, finish, gather_mask, is_plain, prefill_mask
 from st3.engine.plan import Attend, Plan
 from st3.engine.scoring import Scoring
+from st3.errors import TrimStateError
 
 # Keyword arguments of decoder layers that Prefill.enter gathers in their own way.
 _HANDLED = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from st3.engine.cache import TrimmedLayer
 from st3.engine.clock import Clock
-from st3.engine.errors import TrimStateError
 from st3.engine.layout import allocate, capacity_for, entry_bytes, is_size_first
-from st3.schedule import Schedule
+from st3.errors import TrimStateError
+from st3.methods.schedule import Schedule
 
 
 class VisibleCounts:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from st3.engine.parallel import mean_over_ranks
-from st3.scores import LayerView, TokenView
-from st3.scores.base import last_rows
+from st3.methods.scores import LayerView, TokenView
+from st3.methods.scores.base import last_rows
 
 if TYPE_CHECKING:
     from st3.engine.columns import Block

@@ -24,9 +24,9 @@ from st3.engine import decode
 from st3.engine.append import Behind
 from st3.engine.cache import TrimmedLayer
 from st3.engine.clock import Clock
-from st3.engine.errors import UnsupportedModelError
 from st3.engine.masks import finish
 from st3.engine.plan import Attend, Plan
+from st3.errors import UnsupportedModelError
 
 _number = itertools.count()
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

@@ -9,17 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from st3.engine import static
-from st3.engine.attention import ATTRIBUTE, LayerHandle, base_attention, registered
 from st3.engine.director import Director
-from st3.engine.errors import TrimStateError, UnsupportedModelError
-from st3.engine.families import family_of, parts_of
 from st3.engine.masks import kind_of
 from st3.engine.parallel import head_group
 from st3.engine.plan import Plan, Setup
-from st3.engine.rotary import inverse_rotation
-from st3.policies import Policy, parse
+from st3.errors import TrimStateError, UnsupportedModelError
+from st3.hf.attention import ATTRIBUTE, LayerHandle, base_attention, registered
+from st3.methods.policies import Policy, parse
+from st3.methods.scores import needs_of, stage_of
+from st3.models.families import family_of, parts_of
+from st3.models.rotary import inverse_rotation
 from st3.report import Report
-from st3.scores import needs_of, stage_of
 
 MODEL_ATTRIBUTE = "_st3_trimmer"
 

@@ -1,0 +1,92 @@
+"""Attention functions that let a trimmed layer score its visual tokens.
+
+They are entered into transformers' two registries, ``AttentionInterface`` and
+``AttentionMaskInterface``, under names of their own (``st3_sdpa`` ...). That is the extension
+point made for this: no model uses them until its text config says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from st3.engine.plan import Attend
+from st3.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from st3.engine.append import Append
+    from st3.engine.joined import JoinedAppend
+    from st3.engine.prefill import Prefill
+    from st3.engine.static import StaticAppend
+
+WRAPPED = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+PREFIX = "st3_"
+ATTRIBUTE = "_st3_layer"
+
+
+class LayerHandle:
+    """Hangs on a decoder layer's attention module while the model is trimmed."""
+
+    __slots__ = ("base", "current", "layer")
+
+    def __init__(self, layer: int, base: Attend) -> None:
+        self.layer = layer
+        self.base = base
+        self.current: Prefill | Append | JoinedAppend | StaticAppend | None = None
+
+
+def base_attention(name: str, module: nn.Module) -> Attend:
+    """The attention function ``name`` of a family: its own eager one, or transformers' kernel."""
+    if name != "eager":
+        return ALL_ATTENTION_FUNCTIONS[name]
+    source = sys.modules[type(module).__module__]
+    eager = getattr(source, "eager_attention_forward", None)
+    if eager is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no eager attention of its own: load the model with "
+            "attn_implementation='sdpa'"
+        )
+    return eager
+
+
+def registered(name: str) -> str:
+    """The name of the scoring version of attention ``name``, registered at its first use.
+
+    Raises:
+        UnsupportedModelError: for attention kernels without one.
+    """
+    if name not in WRAPPED:
+        raise UnsupportedModelError(
+            f"attention {name!r} is not supported: load the model with attn_implementation set to "
+            f"one of {', '.join(WRAPPED)}"
+        )
+    own = PREFIX + name
+    if own not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(own, _scoring_attention)
+        AttentionMaskInterface.register(own, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    return own
+
+
+def _scoring_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer: [B, heads, Q, size] -> [B, Q, heads, size]."""
+    handle: LayerHandle | None = getattr(module, ATTRIBUTE, None)
+    if handle is None:  # another model, which shares the config of the one that is trimmed
+        name = str(module.config._attn_implementation)  # type: ignore[union-attr]
+        base = base_attention(name.removeprefix(PREFIX), module)
+        return base(module, query, key, value, attention_mask, **kwargs)
+    if handle.current is None:
+        return handle.base(module, query, key, value, attention_mask, **kwargs)
+    return handle.current.attend(
+        handle.layer, handle.base, module, query, key, value, attention_mask, kwargs
+    )

@@ -1,0 +1,1 @@
+"""What is trimmed: how many visual tokens, which, and when. Knows nothing of transformers."""

@@ -1,0 +1,41 @@
+"""DART: what duplicates a few pivots least stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from st3.methods.policies.base import Staged, register
+from st3.methods.scores import Dart, Score
+
+
+@register
+@dataclass(frozen=True)
+class DART(Staged):
+    """DART: one drop after the first layers, by how little a token duplicates the pivots.
+
+    Args:
+        layers: first decoder layer (0-based) with fewer tokens (the paper's K).
+        keep: share left.
+        image_pivots, text_pivots: tokens with the largest keys that others are compared with.
+
+    Source: arXiv 2502.11494 (EMNLP 2025); departures: see :class:`st3.methods.scores.Dart`.
+    """
+
+    keep: tuple[float, ...] = (0.222,)
+    image_pivots: int = 4
+    text_pivots: int = 4
+
+    name: ClassVar[str] = "dart"
+    paper: ClassVar[str] = "arXiv 2502.11494 (EMNLP 2025)"
+    paper_layers: ClassVar[tuple[int, ...]] = (2,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("image_pivots", "text_pivots"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+    def scorer(self) -> Score:
+        return Dart(self.image_pivots, self.text_pivots)

@@ -1,0 +1,27 @@
+"""DivPrune: the tokens that lie farthest apart, chosen before the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from st3.methods.policies.base import BeforeDecoder, register
+from st3.methods.scores import MaxMin, Score
+
+
+@register
+@dataclass(frozen=True)
+class DivPrune(BeforeDecoder):
+    """DivPrune: before the decoder, keep the tokens whose smallest distance is greatest.
+
+    Args:
+        keep: share kept; papers report 192, 128 and 64 of 576 tokens (0.333, 0.222, 0.111).
+
+    Source: arXiv 2503.02175 (CVPR 2025).
+    """
+
+    name: ClassVar[str] = "divprune"
+    paper: ClassVar[str] = "arXiv 2503.02175 (CVPR 2025)"
+
+    def scorer(self) -> Score:
+        return MaxMin()

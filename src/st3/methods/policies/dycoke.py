@@ -1,0 +1,62 @@
+"""DyCoke's decode rule: show few visual tokens, and choose them anew as the text goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import ClassVar
+
+from st3.methods.policies.base import Policy, check_layer, check_within, register
+from st3.methods.schedule import Anneal, Schedule, check_share, exact
+
+
+@register
+@dataclass(frozen=True)
+class DyCoke(Policy):
+    """DyCoke: all tokens in prefill; decode steps see a share of them, recalled as needed.
+
+    Args:
+        layer: first decoder layer (0-based) that shows fewer tokens while decoding.
+        keep: share of the visual tokens that it shows.
+        every: decode steps after which that share is chosen anew from ALL stored visual tokens, by
+            the current token's attention.
+
+    Source: the dynamic pruning of DyCoke (arXiv 2411.15024). Departures: each layer chooses by its
+    own attention, not by that of one layer; it chooses anew at fixed steps, not when the cosine of
+    successive attentions falls below 0.9; video frames are not merged in prefill. Nothing is freed:
+    what is saved is the reading of hidden entries.
+    """
+
+    layer: int = 3
+    keep: float = 0.3
+    every: int = 8
+
+    name: ClassVar[str] = "dycoke"
+    paper: ClassVar[str] = "arXiv 2411.15024 (CVPR 2025)"
+
+    def __post_init__(self) -> None:
+        check_layer("layer", self.layer)
+        check_share("keep", self.keep)
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"every must be a whole number of at least 1, got {self.every!r}")
+
+    @property
+    def rerank(self) -> int | None:
+        return self.every
+
+    @property
+    def recalls(self) -> bool:
+        return True
+
+    def schedule(self, num_layers: int) -> Schedule:
+        check_layer("layer", self.layer, num_layers)
+        # A line that is down after one token: from the first step on, the floor.
+        shown = Anneal("linear", tau=1, floor=self.keep)
+        return Schedule((Fraction(1),) * num_layers, shown, anneal_from=self.layer)
+
+    def at_budget(self, num_layers: int, mean_keep: float) -> DyCoke:
+        """The budget of a decode step: in prefill every layer sees every token."""
+        check_layer("layer", self.layer, num_layers)
+        check_within(mean_keep, num_layers, self.layer, "layer")
+        left = (exact(mean_keep) * num_layers - self.layer) / (num_layers - self.layer)
+        return replace(self, keep=round(float(left), 12))

@@ -1,0 +1,41 @@
+"""FEATHER: attention without RoPE, with a grid at the first drop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from st3.methods.policies.base import Staged, register
+from st3.methods.scores import Feather, Score
+
+
+@register
+@dataclass(frozen=True)
+class FEATHER(Staged):
+    """FEATHER: two drops by the last token's attention without RoPE; the first spares a grid.
+
+    Args:
+        layers: first decoder layers (0-based) with fewer tokens; the paper's are 8 and 16 of 32.
+        keep: shares left there; the default is what the code's ratio of 75 % and stride of 3 come
+            to: a quarter and a ninth, and a sixteenth of these.
+        stride: rows and columns between the tokens of the grid.
+
+    Source: arXiv 2412.13180 (ICCV 2025). Departures: the first drop leaves a fixed number, of which
+    the grid is part, where the code adds the grid to a fixed number; see also
+    :class:`st3.methods.scores.Feather`.
+    """
+
+    keep: tuple[float, ...] = (0.333, 0.021)
+    stride: int = 3
+
+    name: ClassVar[str] = "feather"
+    paper: ClassVar[str] = "arXiv 2412.13180 (ICCV 2025)"
+    paper_layers: ClassVar[tuple[int, ...]] = (8, 16)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 1:
+            raise ValueError(f"stride must be a whole number of at least 1, got {self.stride!r}")
+
+    def scorer(self) -> Score:
+        return Feather(self.stride)

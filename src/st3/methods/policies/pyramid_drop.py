@@ -1,0 +1,62 @@
+"""PyramidDrop: drops at the ends of equal stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import ClassVar
+
+from st3.methods.policies.base import Policy, check_within, register, solve
+from st3.methods.schedule import Schedule, check_share, exact
+from st3.methods.scores import Score, score_named
+
+
+@register
+@dataclass(frozen=True)
+class PyramidDrop(Policy):
+    """PyramidDrop: cut the depth into equal stages and keep a share of what is left after each.
+
+    Args:
+        stages: number of stages (the paper's S + 1: drops after layers 8, 16 and 24 of 32 are 4).
+        keep: share kept at the end of each stage (the paper's lambda).
+        score: by what tokens are ranked; the paper's is the last token's attention.
+
+    Source: arXiv 2410.17247. The last instruction token's attention comes from the layer before a
+    drop, with all heads, as everywhere in st3; the original ranks inside of the layer.
+    """
+
+    stages: int = 4
+    keep: float = 0.5
+    score: str = "attention"
+
+    name: ClassVar[str] = "pyramiddrop"
+    paper: ClassVar[str] = "arXiv 2410.17247 (CVPR 2025)"
+
+    def __post_init__(self) -> None:
+        score_named(self.score)
+        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 2:
+            raise ValueError(f"stages must be a whole number of at least 2, got {self.stages!r}")
+        check_share("keep", self.keep)
+
+    def scorer(self) -> Score:
+        return score_named(self.score)
+
+    def schedule(self, num_layers: int) -> Schedule:
+        if self.stages > num_layers:
+            raise ValueError(
+                f"{self.stages} stages do not fit {num_layers} layers: use at most {num_layers}"
+            )
+        shares: list[Fraction] = []
+        for layer in range(num_layers):
+            shares.append(exact(self.keep) ** (layer * self.stages // num_layers))
+        return Schedule(tuple(shares))
+
+    def at_budget(self, num_layers: int, mean_keep: float) -> PyramidDrop:
+        check_within(
+            mean_keep, num_layers, -(-num_layers // self.stages), "first stage: more stages"
+        )
+
+        def mean_share(keep: float) -> float:
+            return replace(self, keep=keep).schedule(num_layers).mean_share
+
+        return replace(self, keep=round(solve(mean_share, mean_keep, 1.0), 12))

@@ -1,0 +1,31 @@
+"""Attention without RoPE, and at first a grid besides: FEATHER's score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from st3.methods.scores.attention import Attention
+from st3.methods.scores.base import LayerView
+from st3.methods.scores.grid import on_stride
+
+
+@dataclass(frozen=True)
+class Feather:
+    """The last token's attention without RoPE; as long as no token has been dropped, the tokens of
+    every ``stride``-th row and column come first.
+
+    Source: FEATHER (arXiv 2412.13180) and its code. Departure: an image whose tokens are no square
+    grid has every ``stride * stride``-th token of its order in place of a grid.
+    """
+
+    stride: int = 3
+    name: str = "feather"
+    needs: tuple[str, ...] = ("rotary",)
+
+    def __call__(self, view: LayerView) -> Tensor:
+        attention = Attention(rotary=False)(view)
+        if not view.complete:
+            return attention
+        return attention + on_stride(view.images, self.stride, view.ordinal)  # attention is below 1

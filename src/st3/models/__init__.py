@@ -1,0 +1,1 @@
+"""Who is trimmed: all that differs between model families."""

@@ -1,0 +1,36 @@
+"""Measure trimming against the untouched model and against other methods, in one process.
+
+>>> from st3.tools.bench import Workload, compare, from_shape, run
+>>> import torch
+>>> subject = from_shape("tiny", torch.device("cpu"), torch.float32)
+>>> work = Workload(visual=16, text=8, new_tokens=4, repeats=1)
+>>> result = run(subject, work, compare(["st3"]))
+>>> [row.label for row in result.rows][:3]
+['untouched', "untrimmed, st3's cache", 'st3']
+"""
+
+from st3.tools.bench.clock import Deadline
+from st3.tools.bench.methods import Method, attached, compare, own_cache, split_policies, untouched
+from st3.tools.bench.models import SHAPES, Subject, device_of, dtype_of, from_folder, from_shape
+from st3.tools.bench.suite import Result, Row, Workload, run, steps_of
+
+__all__ = [
+    "SHAPES",
+    "Deadline",
+    "Method",
+    "Result",
+    "Row",
+    "Subject",
+    "Workload",
+    "attached",
+    "compare",
+    "device_of",
+    "dtype_of",
+    "from_folder",
+    "from_shape",
+    "own_cache",
+    "run",
+    "split_policies",
+    "steps_of",
+    "untouched",
+]

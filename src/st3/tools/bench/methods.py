@@ -1,0 +1,117 @@
+"""What is compared: the untouched model, st3's cache alone, trimming policies, others' code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import st3
+from st3.methods.policies import FastV, NoTrim, Policy, Random, parse
+from st3.tools.bench.fastv_official import fastv_official
+from st3.tools.bench.prompts import Prompt
+
+Attach = Callable[[Any, Prompt], AbstractContextManager[Any]]
+
+UNTOUCHED = "untouched"
+OWN_CACHE = "untrimmed, st3's cache"
+ATTACHED = "attached, drops nothing"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the tables.
+
+    Attributes:
+        label: its name there.
+        attach: (model, prompt) -> context in which the model works that way; it gives a Trimmer
+            where one is at work.
+        policy: whose counts it has; None for all visual tokens.
+        own_engine: whether st3's engine trims.
+        equal_rows: whether it needs rows of equal layout.
+    """
+
+    label: str
+    attach: Attach
+    policy: Policy | None = None
+    own_engine: bool = False
+    equal_rows: bool = False
+
+
+def untouched() -> Method:
+    """The model as transformers made it, on its DynamicCache: the reference of all ratios."""
+    return Method(UNTOUCHED, lambda model, prompt: nullcontext())
+
+
+def own_cache() -> Method:
+    """Nothing dropped, but st3's preallocated cache and decode path: what of a gain is not due to
+    trimming."""
+
+    def attach(model: Any, prompt: Prompt) -> st3.Trimmer:
+        return st3.trim(model, "none", own_cache=True, visual_mask=prompt.visual)
+
+    return Method(OWN_CACHE, attach)
+
+
+def attached() -> Method:
+    """A policy that drops nothing: what being attached costs."""
+
+    def attach(model: Any, prompt: Prompt) -> st3.Trimmer:
+        return st3.trim(model, "none", visual_mask=prompt.visual)
+
+    return Method(ATTACHED, attach)
+
+
+def trimmed(policy: Policy) -> Method:
+    """A policy on st3's engine."""
+
+    def attach(model: Any, prompt: Prompt) -> st3.Trimmer:
+        return st3.trim(model, policy, visual_mask=prompt.visual)
+
+    return Method(str(policy), attach, policy, own_engine=not isinstance(policy, NoTrim))
+
+
+def fastv_by_its_authors(policy: FastV) -> Method:
+    """FastV by ``output_attentions``, see :mod:`st3.tools.bench.fastv_official`."""
+
+    def attach(model: Any, prompt: Prompt) -> AbstractContextManager[None]:
+        return fastv_official(model, prompt.visual, policy.layer, policy.drop)
+
+    return Method(f"{policy} (authors' way)", attach, policy, equal_rows=True)
+
+
+def split_policies(text: str) -> list[str]:
+    """``"st3,fastv:layer=2,drop=0.5,vtw"`` -> three policies: a part that begins with ``name=``
+    belongs to the policy before it, and commas in parentheses split nothing."""
+    parts: list[str] = []
+    for part in re.split(r",(?![^()]*\))", text):
+        if parts and re.match(r"\s*\w+=", part):
+            parts[-1] += "," + part
+        elif part.strip():
+            parts.append(part.strip())
+    return parts
+
+
+def compare(policies: Sequence[str | Policy], peers: bool = True) -> list[Method]:
+    """The rows for these policies: the references first and, with ``peers``, random choice at the
+    first policy's counts, FastV on this engine and as its authors do it, and VTW.
+
+    Raises:
+        ValueError: no policy, or one that :func:`st3.methods.policies.parse` refuses.
+    """
+    chosen = [parse(policy) for policy in policies]
+    if not chosen:
+        raise ValueError("no policy to measure: give at least one, such as st3")
+    methods = [untouched(), own_cache()]
+    if peers:
+        chosen += [Random(like=chosen[0]), FastV(), parse("vtw")]
+    seen: set[str] = set()
+    for policy in chosen:
+        if str(policy) not in seen:
+            seen.add(str(policy))
+            methods.append(trimmed(policy))
+        if isinstance(policy, FastV) and peers:
+            methods.append(fastv_by_its_authors(policy))
+    return list({method.label: method for method in methods}.values())

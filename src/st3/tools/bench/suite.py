@@ -1,0 +1,228 @@
+"""A workload, measured for all methods in turn."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from st3.cost import TextDims, prefill_flops
+from st3.tools.bench import prompts
+from st3.tools.bench.bound import over_bound, read_bandwidth
+from st3.tools.bench.clock import Deadline, Ratio, in_turn, median, speed_up
+from st3.tools.bench.measure import (
+    Footprint,
+    Generation,
+    WeightsOnly,
+    footprint,
+    generation,
+    prefill,
+)
+from st3.tools.bench.methods import Method
+from st3.tools.bench.models import Subject
+from st3.tools.bench.overhead import Overhead, selection_overhead
+from st3.tools.bench.tower import tower
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts and what is done with them.
+
+    Attributes:
+        batch, visual, text, images: rows, and tokens of each row.
+        new_tokens: length of the generation; 0 measures the prefill alone.
+        ragged: rows of different lengths, padded to the same columns.
+        repeats: rounds of each measurement.
+    """
+
+    batch: int = 1
+    visual: int = 576
+    text: int = 64
+    images: int = 1
+    new_tokens: int = 64
+    ragged: bool = False
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        if self.new_tokens < 0 or self.new_tokens == 1:
+            raise ValueError(
+                "new tokens: at least 2, so that there is a decode step, or 0 for the prefill alone"
+            )
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+
+    @property
+    def title(self) -> str:
+        rows = "ragged batch" if self.ragged else "batch"
+        tokens = f"{self.visual} visual and {self.text} text tokens"
+        new = f", {self.new_tokens} new tokens" if self.new_tokens else ""
+        return f"{rows} {self.batch}, {tokens}{new}"
+
+    def rows(self) -> list[prompts.Row]:
+        if self.ragged:
+            return prompts.ragged(self.batch, self.visual, self.text)
+        return prompts.uniform(self.batch, self.visual, self.text, self.images)
+
+
+@dataclass
+class Row:
+    """What was measured of one method. Times in seconds, one entry for each round."""
+
+    label: str
+    policy: str
+    flops_ratio: float | None  # untrimmed / trimmed, of the decoder's prefill
+    prefill: list[float] = field(default_factory=list)
+    generations: list[Generation] = field(default_factory=list)
+    footprint: Footprint | None = None
+    overhead: Overhead | None = None
+
+    @property
+    def first(self) -> list[float]:
+        return [g.first for g in self.generations]
+
+    @property
+    def tpot(self) -> list[float]:
+        """The median step of each round."""
+        return [statistics.median(g.steps) for g in self.generations]
+
+    @property
+    def total(self) -> list[float]:
+        return [g.total for g in self.generations]
+
+
+@dataclass
+class Result:
+    """A workload's rows; the first is the reference."""
+
+    subject: str
+    workload: Workload
+    rows: list[Row]
+    tower: list[float] = field(default_factory=list)
+    bandwidth: float | None = None
+
+    @property
+    def reference(self) -> Row:
+        return self.rows[0]
+
+    def with_tower(self, times: Sequence[float]) -> list[float]:
+        """Times that begin with the image: the tower's median is added."""
+        extra = median(self.tower) or 0.0
+        return [extra + seconds for seconds in times]
+
+    def ratio(self, row: Row, what: str) -> Ratio | None:
+        """Speed-up of ``row`` over the reference: of "prefill", "ttft", "tpot" or "total"."""
+        times = {"ttft": "first"}.get(what, what)
+        pair = [list(getattr(r, times)) for r in (self.reference, row)]
+        if what in ("ttft", "total"):
+            pair = [self.with_tower(seconds) for seconds in pair]
+        return speed_up(pair[0], pair[1])
+
+    @property
+    def weights_only(self) -> float | None:
+        """Seconds of a weights-only step, median over steps and methods."""
+        held = [row.footprint for row in self.rows if row.footprint is not None]
+        return median([seconds for one in held for seconds in one.weights])
+
+    def over_bound(self, row: Row) -> float | None:
+        """Decode step over its bound, median over the steps."""
+        if self.bandwidth is None or row.footprint is None:
+            return None
+        return over_bound(row.footprint, self.bandwidth)
+
+
+def steps_of(workload: Workload, methods: Sequence[Method], prefills: bool = True) -> int:
+    """How often :func:`run` reports progress, at most."""
+    kinds = bool(workload.new_tokens) + prefills
+    return (kinds * (workload.repeats + 1) + prefills) * len(methods)
+
+
+def run(
+    subject: Subject,
+    workload: Workload,
+    methods: Sequence[Method],
+    on_step: Callable[[str], None] = lambda what: None,
+    deadline: Deadline | None = None,
+    bandwidth: float | None = None,
+    prefills: bool = True,
+) -> Result:
+    """Measure ``methods`` on one workload: an untimed run of each, then rounds in turn.
+
+    Args:
+        on_step: called with a word on what was done, :func:`steps_of` times at most.
+        deadline: behind it no further round is begun (one round is always done).
+        bandwidth: bytes per second, if it was measured before.
+        prefills: time the prefill alone and st3's part of it, too.
+
+    Raises:
+        ValueError: prompts or policies that do not fit the model, or each other.
+    """
+    methods = [m for m in methods if not (m.equal_rows and workload.ragged)]
+    rows = workload.rows()
+    model, tokens = subject.model, workload.new_tokens
+    prompt = prompts.build(rows, subject.vocab, subject.device)
+    table = {m.label: Row(m.label, _policy(m), _flops(subject, m, rows)) for m in methods}
+    result = Result(subject.name, workload, list(table.values()))
+
+    def attached(method: Method, what: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> Any:
+            with method.attach(model, prompt):
+                return what()
+
+        return call
+
+    def measure(what: Callable[[], Any], untimed: Callable[[], Any], name: str) -> Iterator[Any]:
+        """(row, untimed result, timed results) of each method."""
+        first = {}
+        for method in methods:
+            first[method.label] = attached(method, untimed)()
+            on_step(f"{name} (untimed)")
+        calls = {m.label: attached(m, what) for m in methods}
+        timed = in_turn(calls, workload.repeats, lambda: on_step(name), deadline)
+        return ((table[label], first[label], timed[label]) for label in calls)
+
+    if tokens:
+        result.bandwidth = bandwidth or read_bandwidth(subject.device)
+        result.tower = _run_tower(subject, workload)
+    if prefills:
+        once = partial(prefill, model, prompt)
+        for row, _, seconds in measure(once, once, "prefill"):
+            row.prefill = seconds
+        for method in methods:
+            table[method.label].overhead = selection_overhead(model, prompt, method)
+            on_step("selection")
+    if tokens:
+        several = partial(generation, model, prompt, tokens)
+        watched = partial(footprint, model, prompt, tokens, WeightsOnly(model, workload.batch))
+        for row, held, made in measure(several, watched, "generation"):
+            row.footprint, row.generations = held, made
+    return result
+
+
+def _run_tower(subject: Subject, workload: Workload) -> list[float]:
+    if workload.ragged:
+        return []
+    look = tower(subject.model, workload.visual, workload.batch)
+    if look is None:
+        return []
+    look()
+    return [look() for _ in range(min(3, workload.repeats))]
+
+
+def _policy(method: Method) -> str:
+    return "none" if method.policy is None else str(method.policy)
+
+
+def _flops(subject: Subject, method: Method, rows: Sequence[prompts.Row]) -> float | None:
+    """FLOPs of the untrimmed prefill over those of this method, all rows."""
+    if method.policy is None:
+        return 1.0
+    try:
+        dims = TextDims.from_config(subject.model.config)
+    except ValueError:  # a decoder that the cost model does not describe
+        return None
+    schedule = method.policy.schedule(dims.num_layers)
+    full = sum(prefill_flops(dims, row.text, row.visual).total for row in rows)
+    left = sum(prefill_flops(dims, row.text, row.visual, schedule).total for row in rows)
+    return full / left

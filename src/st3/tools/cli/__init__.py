@@ -1,0 +1,96 @@
+"""The command line: `st3 bench`, `st3 cost`, `st3 generate` ...; one file for each command.
+
+Nothing heavy is imported before a command needs it, so that `--help` and wrong usage answer at
+once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from st3.tools.cli.analyze import analyze
+from st3.tools.cli.batch import batch
+from st3.tools.cli.bench import bench
+from st3.tools.cli.cost import cost
+from st3.tools.cli.eval import evaluate
+from st3.tools.cli.generate import generate
+from st3.tools.cli.models import models
+from st3.tools.cli.policies import policies
+from st3.tools.cli.report import report
+from st3.tools.cli.serve import serve
+
+
+class OneLineErrors(TyperGroup):
+    """Prints every foreseen error as one `error:` line on stderr; exit code 2 means wrong usage."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        standalone_mode = extra.get("standalone_mode", True)
+        extra["standalone_mode"] = False
+        try:
+            code = super().main(args, *rest, **extra)
+        except typer.Abort:
+            code = 130
+        except Exception as error:
+            # typer's and click's own exceptions, whichever of the two the installed typer uses,
+            # and CliError have these two; anything else is a bug and keeps its traceback.
+            if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
+                raise
+            print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
+            code = error.exit_code
+        if not standalone_mode:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+app = typer.Typer(
+    name="st3",
+    cls=OneLineErrors,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"st3 {version('st3')}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Trim the visual tokens of vision-language models, spatially and over time (ST3).
+
+    [bold]Example[/bold]: st3 generate photo.png -p "describe the image in detail." --compare
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+app.command()(analyze)
+app.command()(batch)
+app.command()(bench)
+app.command()(cost)
+app.command("eval")(evaluate)
+app.command()(generate)
+app.command()(models)
+app.command()(policies)
+app.command()(report)
+app.command()(serve)
+
+__all__ = ["app"]

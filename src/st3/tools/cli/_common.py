@@ -1,0 +1,34 @@
+"""What the commands share: their error, their consoles, the bundled files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+BUNDLED_MODEL = "st3-tiny"
+
+
+class CliError(Exception):
+    """A foreseen failure, shown as one line. exit_code: 1 it failed, 2 it was asked for wrongly."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    def format_message(self) -> str:
+        return str(self)
+
+
+def stdout() -> Console:
+    """Made at each call, because tests and pipes exchange sys.stdout."""
+    return Console(highlight=False)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def assets() -> Path:
+    """The folder of the files that ship with the package."""
+    return Path(__file__).resolve().parents[2] / "assets"

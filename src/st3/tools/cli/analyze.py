@@ -1,0 +1,201 @@
+"""`st3 analyze`: what a model looks at, as figures and one page."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from st3.tools.cli._common import CliError, stderr, stdout
+from st3.tools.cli._options import Device, DType, MaxNewTokens, Model, Precision, TrustRemoteCode
+from st3.tools.common.reasons import first_line
+
+if TYPE_CHECKING:
+    from st3.tools.cli._loading import Loaded
+    from st3.tools.see import Analysis, Suggestion
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def analyze(
+    images: Annotated[
+        list[Path],
+        typer.Option("--images", "-i", help="An image or a folder of images; may be repeated."),
+    ],
+    prompts: Annotated[
+        list[str],
+        typer.Option(
+            "--prompts", "-p", metavar="TEXT_OR_FILE",
+            help="A prompt, or a text file with one a line; may be repeated. Images take turns.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for page, figures and data.")],
+    model: Model = None,
+    max_new_tokens: MaxNewTokens = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many images.")] = None,
+    keep: Annotated[
+        float, typer.Option(help="Share of the visual tokens in a kept set, for the overlaps.")
+    ] = 0.25,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the suggestion as one JSON object.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Precision = DType.auto,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:  # fmt: skip
+    """Watch an untrimmed model's attention over a set of images, and suggest where to start.
+
+    The paper's analyses: where attention goes by layer and by length, how alike layers are, how
+    many visual tokens matter, whether kept sets hold over layers and steps, and where in the image
+    attention lies. The measures are summed up while the model runs, in memory that does not grow
+    with the answer.
+
+    [bold]Examples[/bold]
+
+    st3 analyze -i photos/ -p "describe the image in detail." -o seen
+
+    st3 analyze -i photos/ -p questions.txt -o seen -m ./llava-1.5-7b-hf --dtype float16
+    """
+    if not 0 < keep < 1:
+        raise CliError(f"--keep {keep}: give a share between 0 and 1", 2)
+    paths = image_files(images)[:limit]
+    texts = prompt_texts(prompts)
+    _check_folder(out)
+    console = stderr()
+    with console.status("importing torch and transformers"):
+        from st3.tools.cli import _loading
+    with console.status(f"loading {model or 'the bundled model'}"):
+        loaded = _loading.load(model, device, dtype.value, trust_remote_code)
+    start = time.perf_counter()
+    analysis, suggestion, unplaced = _analysed(loaded, paths, texts, max_new_tokens, keep)
+    about = {
+        "model": loaded.name,
+        "prompts": f"{len(paths)} images, {len(texts)} different prompts, {analysis.decode_steps} "
+        f"decode steps (at most {max_new_tokens} new tokens each)",
+        "visual": f"{analysis.visual_tokens:.0f} in a prompt; {unplaced}".removesuffix("; "),
+        "conditions": f"{loaded.conditions()}, greedy, untrimmed",
+        "command": _command(model, images, prompts, max_new_tokens, limit),
+    }  # fmt: skip
+    files = _written(out, analysis, suggestion, about)
+    if as_json:
+        seconds = round(time.perf_counter() - start, 1)
+        result = {"page": str(files[0]), "seconds": seconds, "suggestion": suggestion.to_dict()}
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    terminal = stdout()
+    for line in (*suggestion.reasons, *(f"Caution: {text}" for text in suggestion.cautions)):
+        terminal.print(f"- {line}", soft_wrap=True, markup=False)
+    terminal.print(f"\nStart with --policy {suggestion.policy}", soft_wrap=True, markup=False)
+    terminal.print(f"{files[0]}: the page; beside it {len(files) - 1} files", soft_wrap=True)
+
+
+def image_files(given: list[Path]) -> list[Path]:
+    """The images named, and those in the folders named, in order. Raises CliError for none."""
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
+            if not inside:
+                raise CliError(f"--images {path}: there are no images in this folder", 2)
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise CliError(f"--images {path}: no such file or folder", 2)
+    return found
+
+
+def prompt_texts(given: list[str]) -> list[str]:
+    """The prompts named, and the lines of the files named. Raises CliError for empty ones."""
+    found: list[str] = []
+    for text in given:
+        path = Path(text)
+        if len(text) < 256 and path.is_file():
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise CliError(f"--prompts {text}: {first_line(error)}", 2) from error
+            found += [line.strip() for line in lines if line.strip()]
+        elif text.strip():
+            found.append(text)
+    if not found:
+        raise CliError("--prompts: there is no prompt in what was given", 2)
+    return found
+
+
+def _check_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CliError(f"--out {out}: {first_line(error)}", 2) from error
+
+
+def _command(
+    model: str | None,
+    images: list[Path],
+    prompts: list[str],
+    max_new_tokens: int,
+    limit: int | None,
+) -> str:
+    words = ["st3", "analyze"]
+    for path in images:
+        words += ["-i", str(path)]
+    for text in prompts:
+        words += ["-p", text]
+    words += ["-m", model] if model else []
+    words += ["--max-new-tokens", str(max_new_tokens)]
+    words += ["--limit", str(limit)] if limit else []
+    return shlex.join(words)
+
+
+def _analysed(
+    loaded: Loaded, paths: list[Path], texts: list[str], max_new_tokens: int, keep: float
+) -> tuple[Analysis, Suggestion, str]:
+    from rich.progress import Progress
+
+    from st3.models.places import Place
+    from st3.tools.cli import _loading, _seeing
+    from st3.tools.see import analyse, suggest
+
+    known: dict[Any, list[Place] | None] = {}
+    why_not = ""
+
+    def samples() -> Iterator[tuple[Any, list[Place] | None]]:
+        nonlocal why_not
+        for number, path in enumerate(paths):
+            (picture,) = _loading.load_images([str(path)])
+            prompt = texts[number % len(texts)]
+            inputs = _loading.prepare(loaded, [picture], prompt)
+            key = (picture.size, prompt)
+            if key not in known and not why_not:
+                known[key], why_not = _seeing.places_or_why(loaded, inputs, [picture], prompt)
+            yield inputs, known.get(key)
+
+    with Progress(console=stderr(), transient=True) as progress:
+        task = progress.add_task("watching", total=len(paths))
+        try:
+            with _loading.quiet():
+                analysis = analyse(
+                    loaded.model, samples(), max_new_tokens, keep, lambda: progress.advance(task)
+                )
+                return analysis, suggest(analysis), why_not
+        except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+            raise CliError(first_line(error)) from error
+
+
+def _written(
+    out: Path, analysis: Analysis, suggestion: Suggestion, about: dict[str, str]
+) -> list[Path]:
+    from st3.tools.see.figures import figures
+    from st3.tools.see.page import write
+
+    try:
+        with stderr().status("drawing"):
+            return write(out, analysis, suggestion, list(figures(analysis, suggestion)), about)
+    except (ValueError, OSError) as error:
+        raise CliError(first_line(error)) from error

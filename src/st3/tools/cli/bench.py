@@ -1,0 +1,200 @@
+"""`st3 bench`: time, memory and FLOPs of trimming against the untouched model and other methods."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from st3.tools.cli._common import CliError, stderr, stdout
+from st3.tools.common.reasons import first_line
+
+if TYPE_CHECKING:
+    from st3.tools.bench import Result, Subject, Workload
+
+DEFAULT_SHAPE = "cpu-308m"
+
+
+def bench(
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", metavar="FOLDER", help="A saved model.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Random weights of a named shape (llava-1.5-7b ...). Default: {DEFAULT_SHAPE}.",
+        ),
+    ] = None,
+    policies: Annotated[
+        str, typer.Option(metavar="P,P,...", help="Policies to measure; see `st3 policies`.")
+    ] = "st3",
+    peers: Annotated[
+        bool, typer.Option(help="Also random choice, FastV (both ways) and VTW.")
+    ] = True,
+    batch: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Batch sizes, one after the other.")
+    ] = "1",
+    visual: Annotated[
+        int | None, typer.Option(min=1, help="Visual tokens of a row. Default: the shape's.")
+    ] = None,
+    text: Annotated[
+        int | None, typer.Option(min=2, help="Text tokens of a row. Default: the shape's.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images that the visual tokens come from.")
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens to generate; 0: measure the prefill alone.")
+    ] = 32,
+    ragged: Annotated[
+        bool, typer.Option("--ragged", help="Rows of different lengths and image counts.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; methods take turns in each.")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    attention: Annotated[
+        str, typer.Option(help="sdpa, flash_attention_2 ... (transformers' attn_implementation).")
+    ] = "sdpa",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write JSON, Markdown and PNG there.")
+    ] = None,
+) -> None:
+    """Measure trimming against the untouched model and against other methods, in one process.
+
+    [bold]Examples[/bold]
+
+    st3 bench --threads 1 --batch 1,8 --out results
+
+    st3 bench --shape llava-1.5-7b --device cuda --new-tokens 128
+
+    st3 bench --model ./llava-1.5-7b-hf --policies "st3-7b,fastv:layer=2,drop=0.75" --no-peers
+    """
+    if model is not None and shape is not None:
+        raise CliError("--model and --shape exclude each other: give one of the two", 2)
+    sizes = _batches(batch)
+    console = stderr()
+    with console.status("importing torch and transformers"):
+        import torch
+
+        from st3.tools import bench as measuring
+        from st3.tools.bench.conditions import conditions
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _one_line_errors():
+        methods = measuring.compare(measuring.split_policies(policies), peers)
+        with console.status("making the model"):
+            where, kind = measuring.device_of(device), measuring.dtype_of(dtype)
+            subject = (
+                measuring.from_shape(shape or DEFAULT_SHAPE, where, kind, attention)
+                if model is None
+                else measuring.from_folder(model, where, kind, attention)
+            )
+        workloads = [
+            measuring.Workload(
+                batch=size,
+                visual=visual or subject.visual_tokens,
+                text=text or subject.text_tokens,
+                images=images or (subject.images if visual is None else 1),
+                new_tokens=new_tokens,
+                ragged=ragged,
+                repeats=repeats,
+            )
+            for size in sizes
+        ]
+        given = conditions(where, kind, attention)
+        results = _measured(subject, workloads, methods)
+        _show(results, given)
+        if out is not None:
+            _save(results, given, out)
+
+
+def _batches(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(re.fullmatch(r"\s*[1-9]\d*\s*", part) for part in parts):
+        raise CliError(f"--batch {text}: give numbers of at least 1 with commas, such as 1,8", 2)
+    return [int(part) for part in parts]
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Wrong arguments become one line and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise CliError(first_line(error), 2) from error
+
+
+def _measured(subject: Subject, workloads: list[Workload], methods: Any) -> list[Result]:
+    """All workloads, with a progress bar on stderr."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from st3.tools.bench import run, steps_of
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    results = []
+    with Progress(*columns, console=stderr(), transient=True) as progress:
+        bandwidth = None
+        for workload in workloads:
+            task = progress.add_task(workload.title, total=steps_of(workload, methods))
+
+            def step(what: str, task: Any = task, title: str = workload.title) -> None:
+                progress.update(task, advance=1, description=f"{title}: {what}")
+
+            results.append(run(subject, workload, methods, step, bandwidth=bandwidth))
+            bandwidth = results[-1].bandwidth
+            progress.remove_task(task)
+    return results
+
+
+def _show(results: list[Result], given: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from st3.tools.bench.conditions import in_words
+    from st3.tools.bench.report import BRIEF_GAINS, MEMORY, NOTES, TIMES, cells, footnote
+
+    console = stdout()
+    for result in results:
+        console.print(f"[bold]{result.subject}: {result.workload.title}[/bold]\n")
+        for columns in (TIMES, MEMORY, BRIEF_GAINS):
+            names, lines = cells(result, columns)
+            if len(names) == 1:
+                continue
+            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+            for name in names:
+                method = name == "method"
+                table.add_column(name, justify="left" if method else "right", no_wrap=method)
+            for line in lines:
+                table.add_row(*line)
+            console.print(table, "")
+        console.print(footnote(result), "", style="dim")
+    console.print(f"{in_words(given)}.\n{' '.join(NOTES.split())}", style="dim")
+
+
+def _save(results: list[Result], given: dict[str, Any], out: Path) -> None:
+    from importlib.util import find_spec
+
+    from st3.tools.bench.files import save
+
+    plots = find_spec("matplotlib") is not None
+    if not plots:
+        stderr().print("no pictures: matplotlib is missing, pip install 'st3[plot]'")
+    name = re.sub(r"[^\w.-]", "-", f"{results[0].subject}-{given['device']}-{given['dtype']}")
+    try:
+        written = save(results, given, out, name, plots)
+    except OSError as error:
+        raise CliError(f"--out {out}: {first_line(error)}") from error
+    for path in written:
+        stderr().print(f"written: {path}", soft_wrap=True)

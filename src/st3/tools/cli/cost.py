@@ -1,0 +1,127 @@
+"""`st3 cost`: FLOPs and KV memory of policies on a model, computed from its config."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from st3.tools.cli._common import CliError, stderr, stdout
+from st3.tools.common.reasons import first_line
+
+if TYPE_CHECKING:
+    from st3.cost import CostRow
+
+DEFAULT_SHAPE = "llava-1.5-7b"
+DEFAULT_POLICIES = ["st3", "fastv:layer=2", "fastv:layer=3", "vtw"]
+
+
+def cost(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", metavar="SHAPE|FOLDER|ID", help="A named shape, or any model's config."
+        ),
+    ] = DEFAULT_SHAPE,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,...]",
+            help=f"A policy; may be given again. Default: {', '.join(DEFAULT_POLICIES)}.",
+        ),
+    ] = None,
+    visual: Annotated[
+        int | None, typer.Option(min=1, help="Visual tokens. Default: the shape's.")
+    ] = None,
+    text: Annotated[int, typer.Option(min=0, help="Text tokens of the prompt.")] = 64,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images that the visual tokens come from.")
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Generated tokens over which the KV cache is averaged.")
+    ] = 128,
+    dtype: Annotated[str, typer.Option(help="Of the KV cache.")] = "bfloat16",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
+    ] = False,
+) -> None:
+    """Compute what policies save: prefill FLOPs, visual tokens, KV memory. Nothing is measured and
+    no model is built.
+
+    [bold]Examples[/bold]
+
+    st3 cost
+
+    st3 cost --model llava-next-7b --policy st3-7b --policy fastv:layer=2,drop=0.75
+
+    st3 cost --model ./my-model --visual 1024 --new-tokens 300 --json
+    """
+    with stderr().status("importing transformers"):
+        from st3.cost import cost_table
+        from st3.cost.shapes import SHAPES, load_config
+        from st3.methods import policies
+    shape = SHAPES.get(model)
+    if visual is None and shape is None:
+        known = ", ".join(SHAPES)
+        raise CliError(f"--visual says how many visual tokens; only shapes know it: {known}", 2)
+    try:
+        config = load_config(model)
+        layers = config.get_text_config(decoder=True).num_hidden_layers
+        chosen = [policies.parse(name) for name in policy or DEFAULT_POLICIES]
+        rows = cost_table(
+            config,
+            text,
+            visual or (shape.visual_tokens if shape else 0),
+            {str(one): one.schedule(layers) for one in chosen},
+            new_tokens,
+            dtype,
+            images or (shape.images if shape and visual is None else 1),
+        )
+    except ValueError as error:
+        raise CliError(first_line(error), 2) from error
+    given = {
+        "model": model,
+        "visual": visual or (shape.visual_tokens if shape else 0),
+        "text": text,
+        "new_tokens": new_tokens,
+        "dtype": dtype,
+    }
+    if as_json:
+        print(json.dumps({**given, "rows": [dataclasses.asdict(row) for row in rows]}))
+    else:
+        _show(given, rows)
+
+
+def _show(given: dict[str, Any], rows: list[CostRow]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("policy", min_width=9, overflow="fold")
+    for name in ("TFLOPs", "", "visual", "", "KV first", "", "KV mean", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.policy,
+            f"{row.prefill_tflops:.3g}",
+            f"{row.prefill_ratio:.1%}",
+            f"{row.mean_visual:.0f}",
+            f"{row.mean_share:.1%}",
+            f"{row.kv_prefill_mib:.1f}",
+            f"{row.kv_prefill_ratio:.1%}",
+            f"{row.kv_mean_mib:.1f}",
+            f"{row.kv_mean_ratio:.1%}",
+        )
+    console = stdout()
+    console.print(f"{given['model']}: {given['visual']} visual and {given['text']} text tokens\n")
+    console.print(table)
+    tower = rows[0].vision_tflops
+    console.print(
+        "\nComputed from the config, not measured; per cents are of the untrimmed model. TFLOPs: "
+        "prefill of the text decoder; the vision tower, the same in every row, comes to it: "
+        f"{'not known' if tower is None else f'{tower:.3g}'}. visual: tokens that a layer sees, "
+        f"mean over the layers. KV: live MiB in {given['dtype']}, first after the prefill, mean "
+        f"over {given['new_tokens']} new tokens.",
+        style="dim",
+    )

@@ -1,0 +1,222 @@
+"""`st3 eval`: what trimming costs in answers, against the untrimmed model and random choice."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from st3.tools.cli._common import CliError, stderr, stdout
+from st3.tools.cli._options import Device, DType, Model, Precision, TrustRemoteCode
+from st3.tools.common.reasons import first_line
+
+if TYPE_CHECKING:
+    from st3.tools.eval import Dataset, Entry, Evaluation, Summary
+
+DEFAULT_POLICIES = "st3,fastv,vtw,pyramiddrop"
+
+
+def evaluate(
+    model: Model = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR_OR_JSONL", help="Images and a JSONL of questions. Default: drawn scenes."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="T,T,...", help="Some of the set's tasks. Default: all.")
+    ] = None,
+    policies: Annotated[
+        str,
+        typer.Option(
+            metavar="P,P,...", help="See `st3 policies`; `all` is every one, as it is by default."
+        ),
+    ] = DEFAULT_POLICIES,
+    budgets: Annotated[
+        str | None,
+        typer.Option(metavar="S,S,...", help="Set each policy to these mean visual shares (0..1)."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="The first N items of each task.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Items at a time.")] = 16,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest answer. Default: 160 for descriptions, else 16."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep finished items, JSON, Markdown, PNG there; goes on from it."
+        ),
+    ] = None,
+    device: Device = "auto",
+    dtype: Precision = DType.auto,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Measure how much of the untrimmed model's answers each policy keeps.
+
+    The untrimmed model, and random choice at each policy's counts, are in every table.
+
+    [bold]Examples[/bold]
+
+    st3 eval --limit 10
+
+    st3 eval --policies all --budgets 0.35,0.5 --out results
+
+    st3 eval -m ./llava-1.5-7b-hf --data ./my-images --policies "st3-7b,fastv:drop=0.75"
+    """
+    shares = None if budgets is None else _shares(budgets)
+    console = stderr()
+    with console.status("importing torch and transformers"):
+        from st3.models.families import parts_of
+        from st3.tools.bench.conditions import conditions
+        from st3.tools.bench.methods import split_policies
+        from st3.tools.cli import _loading
+        from st3.tools.eval import (
+            Evaluation,
+            Store,
+            entries,
+            fingerprint,
+            label_policies,
+            summarise,
+            usable,
+        )
+    with _one_line_errors(2):
+        chosen = label_policies(split_policies(policies))
+        questions = _questions(data, tasks, limit)
+    with console.status(f"loading {model or 'the bundled model'}"):
+        loaded = _loading.load(model, device, dtype.value, trust_remote_code)
+    with _one_line_errors(1):
+        able, refused = usable(loaded.model, chosen)
+        rows, notes = entries(able, shares, len(parts_of(loaded.model).layers))
+        notes = refused + notes
+        for note in notes:
+            console.print(f"note: {note}", soft_wrap=True)
+        settings = {
+            "model": fingerprint(loaded.model),
+            "data": questions.fingerprint(),
+            "max_new_tokens": max_new_tokens,
+            "dtype": str(loaded.model.dtype),
+            "device": loaded.model.device.type,
+        }
+        given = conditions(loaded.model.device, loaded.model.dtype) | {
+            "model": loaded.name,
+            "data": "the bundled scenes" if data is None else str(data),
+            "items": len(questions.items),
+            "batch": batch,
+        }
+        work = Evaluation(
+            loaded.model,
+            loaded.processor,
+            questions,
+            rows,
+            Store(out, settings),
+            batch,
+            max_new_tokens,
+        )
+        with _loading.quiet():
+            records = _run(work)
+        summary = summarise(questions, rows, records, notes)
+    _show(summary, given)
+    if out is not None:
+        _save(summary, given, rows, out)
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise CliError(f"--budgets {text}: give shares with commas, such as 0.35,0.5", 2) from error
+    if bad := [share for share in shares if not 0 < share <= 1]:
+        raise CliError(f"--budgets: {bad[0]:g} is no share: give numbers above 0, up to 1", 2)
+    return shares
+
+
+def _questions(data: Path | None, tasks: str | None, limit: int | None) -> Dataset:
+    from st3.tools.eval import bundled_scenes, load_folder
+
+    found = bundled_scenes() if data is None else load_folder(data)
+    return found.only(None if tasks is None else [t.strip() for t in tasks.split(",")], limit)
+
+
+@contextlib.contextmanager
+def _one_line_errors(code: int) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
+        raise CliError(first_line(error), code) from error
+
+
+def _run(work: Evaluation) -> Any:
+    """All records, with a progress bar on stderr."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bars = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    total = len(work.data.items) * len(work.entries)
+    with Progress(*bars, console=stderr(), transient=True) as progress:
+        task = progress.add_task("answering", total=total, completed=total - work.missing)
+        work.on_items = lambda count, what: progress.update(
+            task, advance=count, description=what[:48]
+        )
+        return work.run()
+
+
+def _show(summary: Summary, given: dict[str, Any]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from st3.tools.bench.conditions import in_words
+    from st3.tools.eval.report import NOTES, tables
+
+    console = stdout()
+    for title, columns, rows in tables(summary, brief=True):
+        console.print(f"[bold]{title}[/bold]\n")
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for number, (name, _) in enumerate(columns):
+            table.add_column(name, justify="right" if number else "left", no_wrap=not number)
+        for row in rows:
+            table.add_row(*(escape(cell(row)) for _, cell in columns))
+        console.print(table, "")
+    console.print(escape(f"{' '.join(NOTES.split())}\n{in_words(given)}."), style="dim")
+
+
+def _save(summary: Summary, given: dict[str, Any], rows: list[Entry], out: Path) -> None:
+    import json
+    from importlib.util import find_spec
+
+    from st3.tools.eval import as_markdown, to_dict
+
+    pictures: list[Path] = []
+    with _one_line_errors(1):
+        if len(rows) == 1:
+            stderr().print("no pictures: there is only the untrimmed model")
+        elif find_spec("matplotlib") is None:
+            stderr().print("no pictures: matplotlib is missing, pip install 'st3[plot]'")
+        else:
+            from st3.tools.eval.plot import draw_all
+
+            pictures = draw_all(summary, out, f"{given['model']}, {given['data']}")
+        data, page = out / "quality.json", out / "quality.md"
+        data.write_text(json.dumps(to_dict(summary, given), indent=1) + "\n", encoding="utf-8")
+        text = as_markdown(summary, given, [picture.name for picture in pictures])
+        page.write_text(text, encoding="utf-8")
+    for path in (data, page, *pictures):
+        stderr().print(f"written: {path}", soft_wrap=True)

@@ -1,0 +1,263 @@
+"""`st3 generate`: answer a prompt about images, trimmed, and on request compared and drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from st3.tools.cli._common import CliError, stderr, stdout
+from st3.tools.cli._options import (
+    Device,
+    DeviceMap,
+    DType,
+    MaxNewTokens,
+    Model,
+    PolicyName,
+    Precision,
+    TrustRemoteCode,
+)
+from st3.tools.common.reasons import first_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from st3.models.places import Place
+    from st3.tools.cli._loading import Loaded
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def generate(
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE", help="Image files, all shown in one prompt.")
+    ],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question or instruction.")],
+    model: Model = None,
+    policy: PolicyName = "st3",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Answer untrimmed as well, and time both.")
+    ] = False,
+    runs: Annotated[
+        int, typer.Option(min=1, help="Timed runs of each with --compare; medians are shown.")
+    ] = 3,
+    heatmap: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw which patches some layers kept."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="I,J,...", help="Layers to draw, from 0. Default: four that differ."),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Record the run in this folder, for `st3 report RUN`."),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 200,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
+    ] = False,
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    tp: Annotated[
+        int | None, typer.Option(min=2, help="Tensor parallel processes, started by torchrun.")
+    ] = None,
+    dtype: Precision = DType.auto,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Answer a prompt about one or more images, with visual tokens trimmed.
+
+    [bold]Examples[/bold]
+
+    st3 generate photo.png -p "describe the image in detail."
+
+    st3 generate photo.png -p "what is at the top left?" --compare --heatmap kept.png
+
+    st3 generate a.jpg b.jpg -p "compare the two." -m ./llava-1.5-7b-hf --policy fastv:drop=0.75
+
+    st3 generate photo.png -p "describe the image." --save run && st3 report run
+
+    st3 generate photo.png -p "describe the image." --json --compare | jq .report.mean_share
+
+    torchrun --nproc-per-node 2 -m st3.tools.cli generate photo.png -p "what?" -m MODEL --tp 2
+    """
+    if tp is not None and not _leads():
+        heatmap, layers = None, None
+    if not prompt.strip():
+        raise CliError("the prompt is empty: say what to answer with -p", 2)
+    if heatmap is not None:
+        _check_writable(heatmap)
+    elif layers is not None:
+        raise CliError("--layers chooses what --heatmap draws: give --heatmap FILE.png as well", 2)
+    wanted = None if layers is None else _layer_list(layers)
+    if save is not None and save.exists() and not save.is_dir():
+        raise CliError(f"--save {save}: that is a file, name a folder", 2)
+
+    console = stderr()
+    with console.status("importing torch and transformers"):
+        import st3
+        from st3.models.tiles import check_known
+        from st3.tools.cli import _loading, _seeing
+    chosen = _policy(policy)
+    pictures = _loading.load_images(images)
+    with console.status(f"loading {model or 'the bundled model'}"):
+        loaded = _loading.load(model, device, dtype.value, trust_remote_code, device_map, tp)
+    result: dict[str, Any] = {
+        "model": loaded.name,
+        "policy": policy,
+        "images": images,
+        "prompt": prompt,
+        "conditions": loaded.conditions(),
+    }
+    with _failures_in_one_line():
+        if heatmap is not None:
+            check_known(loaded.model.config.model_type)
+        trimmer = st3.trim(loaded.model, chosen)
+        inputs = _loading.prepare(loaded, pictures, prompt)
+    if compare:
+        result |= _compared(loaded, inputs, trimmer, max_new_tokens, runs, policy, as_json)
+    else:
+        result |= _answered(loaded, inputs, trimmer, max_new_tokens, as_json)
+    result["report"] = trimmer.report.to_dict()
+    if heatmap is not None:
+        with _failures_in_one_line():
+            places = _seeing.places(loaded, inputs, pictures, prompt)
+        _draw(heatmap, places, pictures, trimmer.report, wanted, policy)
+        result["heatmap"] = str(heatmap)
+        if not as_json:
+            console.print(f"kept patches drawn in {heatmap}", soft_wrap=True)
+    if save is not None:
+        with _failures_in_one_line(), console.status("recording the run"):
+            _seeing.save_run(save, loaded, trimmer, inputs, pictures, max_new_tokens, result)
+        result["run"] = str(save)
+        if not as_json:
+            console.print(f"run recorded in {save}: st3 report {save}", soft_wrap=True)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+
+
+def _leads() -> bool:
+    """Whether this is the one of torchrun's processes that prints; the others are silenced."""
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    return False
+
+
+def _policy(text: str) -> Any:
+    import st3
+
+    try:
+        return st3.methods.policies.parse(text)
+    except (TypeError, ValueError) as error:
+        raise CliError(f"--policy {text}: {first_line(error)}", 2) from error
+
+
+def _answered(
+    loaded: Loaded, inputs: Any, trimmer: Any, max_new_tokens: int, as_json: bool
+) -> dict[str, Any]:
+    """One streamed answer, with a summary on stderr."""
+    from st3.tools.cli import _measure, _show
+
+    with _failures_in_one_line():
+        answer = _measure.answer(
+            loaded, inputs, max_new_tokens, trimmer, None if as_json else _write
+        )
+    if not as_json:
+        _write("\n")
+        stderr().print(_show.summary(answer, trimmer.report), style="dim", soft_wrap=True)
+    return answer.to_dict()
+
+
+def _compared(
+    loaded: Loaded,
+    inputs: Any,
+    trimmer: Any,
+    max_new_tokens: int,
+    runs: int,
+    policy: str,
+    as_json: bool,
+) -> dict[str, Any]:
+    """Both answers and their times, as a table on stdout."""
+    from rich.progress import Progress
+
+    from st3.tools.cli import _measure, _show
+
+    with _failures_in_one_line(), Progress(console=stderr(), transient=True) as progress:
+        task = progress.add_task("untrimmed and trimmed in turn", total=2 * runs + 2)
+        untrimmed, trimmed = _measure.compare(
+            loaded, inputs, max_new_tokens, trimmer, runs, lambda: progress.advance(task)
+        )
+    if not as_json:
+        out = stdout()
+        out.print(_show.comparison(untrimmed, trimmed, trimmer.report, policy))
+        out.print(_show.conditions(runs, loaded.conditions()), style="dim")
+        weights = sum(p.numel() * p.element_size() for p in trimmer.parts.text.parameters())
+        if hint := _show.why_no_faster(untrimmed, trimmed, trimmer.report, weights):
+            out.print(hint)
+    return {**trimmed.to_dict(), "untrimmed": untrimmed.to_dict(), "runs": runs}
+
+
+@contextlib.contextmanager
+def _failures_in_one_line() -> Iterator[None]:
+    """What transformers, torch and st3 raise when a model, prompt or policy cannot be run."""
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise CliError(first_line(error)) from error
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _check_writable(path: Path) -> None:
+    if path.suffix.lower() not in PICTURES:
+        raise CliError(f"--heatmap {path}: the name must end in one of {', '.join(PICTURES)}", 2)
+    if not path.parent.is_dir():
+        raise CliError(f"--heatmap {path}: there is no folder {str(path.parent)!r}", 2)
+
+
+def _layer_list(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise CliError(f"--layers {text}: give numbers with commas, such as 3,7,11", 2) from error
+
+
+def _draw(
+    path: Path,
+    places: list[Place],
+    pictures: list[Image],
+    report: Any,
+    wanted: list[int] | None,
+    policy: str,
+) -> None:
+    from st3.tools.see import heatmap
+
+    kept = report.kept[0]
+    layers = heatmap.choose_layers(kept) if wanted is None else wanted
+    if bad := [layer for layer in layers if not 0 <= layer < len(kept)]:
+        raise CliError(
+            f"--layers: there is no layer {bad[0]}, the model has 0 to {len(kept) - 1}", 2
+        )
+    try:
+        picture = heatmap.draw(
+            pictures,
+            places,
+            {layer: report.kept_positions(layer).tolist() for layer in layers},
+            title=f"{policy}: patches kept at prefill; {len(kept)} layers, counted from 0",
+        )
+    except ValueError as error:
+        raise CliError(first_line(error)) from error
+    try:
+        picture.save(path)
+    except OSError as error:
+        raise CliError(f"--heatmap {path}: {first_line(error)}") from error

@@ -1,0 +1,172 @@
+"""The model that lmms-eval asks: any supported checkpoint, trimmed by any policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval import utils
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from loguru import logger
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import st3
+from st3.methods.policies import parse
+from st3.tools.eval.runs import Runner
+
+MAX_NEW_TOKENS = 128  # where a task does not say
+
+
+class TrimmedModel(lmms):
+    """lmms-eval's `st3`.
+
+    ``--model_args`` (its commas separate arguments, so those of the policy may stand by
+    themselves: ``policy=fastv,drop=0.75`` and ``policy=fastv:layer=2,drop=0.75`` are both read)::
+
+        pretrained             a folder or hub id; default: the bundled st3-tiny
+        policy                 default: st3; "none" is the untrimmed model
+        dtype                  auto, bfloat16, float16, float32
+        attn_implementation    sdpa, eager, flash_attention_2
+        trust_remote_code      True, False
+        system_prompt          text in front of every conversation
+        anything else          an argument of the policy
+
+    Raises:
+        ValueError: an unknown policy, or an argument that the policy does not take.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        policy: str = "st3",
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        system_prompt: str | None = None,
+        max_batch_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.policy = parse(_policy_text(policy, options))
+        self.accelerator = Accelerator()
+        self._rank = self.accelerator.local_process_index
+        self._world_size = self.accelerator.num_processes
+        several = self._world_size > 1
+        self._device = self.accelerator.device if several or device is None else device
+        source = str(st3.bundled_model()) if pretrained is None else pretrained
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        self.model.to(self._device).eval()
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if not getattr(processor, "chat_template", None):
+            raise ValueError(f"{source} has no chat template, which lmms-eval's prompts need")
+        self.runner = Runner(self.model, processor)
+        self.batch_size = int(batch_size)
+        self.system_prompt = system_prompt
+        with st3.trim(self.model, self.policy):  # refuses here what it would refuse at the first
+            pass
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.runner.processor.tokenizer
+
+    @property
+    def device(self) -> Any:
+        return self.model.device
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answers to lmms-eval's requests, in their order."""
+        ordered = utils.Collator(
+            [request.args for request in requests],
+            lambda args: (-len(str(args[0])), str(args[0])),
+            group_fn=lambda args: args[2],
+            grouping=True,
+        )
+        results: list[GenerationResult] = []
+        shares: list[float] = []
+        bar = tqdm(total=len(requests), disable=self.rank != 0, desc=f"st3: {self.policy}")
+        for chunk in ordered.get_batched(n=self.batch_size, batch_fn=None):
+            settings = dict(chunk[0][2])
+            chats = [self._chat(*args) for args in chunk]
+            tokens, share = self._answer(chats, settings)
+            shares += [share] * len(chats)
+            for args, text, row in zip(chunk, self.runner.texts(tokens), tokens, strict=True):
+                for end in _ends(settings):
+                    text = text.partition(end)[0]
+                count = TokenCounts(output_tokens=len(self.runner.cut(row)))
+                results.append(GenerationResult(text=text.strip(), token_counts=count))
+                self.cache_hook.add_partial("generate_until", (args[0], settings), text)
+            bar.update(len(chats))
+        bar.close()
+        if shares:
+            mean = sum(shares) / len(shares)
+            logger.info(f"st3 policy {self.policy}: mean visual share {mean:.1%}")
+        return list(ordered.get_original(results))
+
+    def _chat(
+        self, context: str, messages: Any, settings: Any, number: int, task: str, split: str
+    ) -> list[dict[str, Any]]:
+        said = ChatMessages(messages=messages(self.task_dict[task][split][number]))
+        if any(part.type not in ("text", "image") for m in said.messages for part in m.content):
+            raise ValueError(f"task {task!r} shows more than images and text: not supported")
+        chat: list[dict[str, Any]] = said.to_hf_messages()
+        for message in chat:
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["image"] = part["image"].convert("RGB")
+        chat = self._apply_system_prompt(chat, self.system_prompt)
+        return chat
+
+    @torch.no_grad()
+    def _answer(
+        self, chats: list[list[dict[str, Any]]], settings: dict[str, Any]
+    ) -> tuple[Any, float]:
+        """New tokens [B, n], and the mean visual share (1 without images)."""
+        inputs = self.runner.encode(chats)
+        sampled = settings.get("temperature") or 0
+        with st3.trim(self.model, self.policy) as trimmer:
+            output = self.model.generate(
+                **inputs,
+                max_new_tokens=settings.get("max_new_tokens", MAX_NEW_TOKENS),
+                num_beams=settings.get("num_beams", 1),
+                do_sample=sampled > 0,
+                **({"temperature": sampled, "top_p": settings.get("top_p")} if sampled else {}),
+            )
+            images = any(part["type"] == "image" for m in chats for t in m for part in t["content"])
+            share = trimmer.report.mean_share if images else 1.0
+        return output[:, inputs["input_ids"].shape[1] :], share
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError(
+            "st3 generates answers: choose a task of output_type generate_until"
+        )
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError(
+            "st3 answers single rounds in lmms-eval; `st3 eval` has conversations"
+        )
+
+
+def _policy_text(policy: str, options: dict[str, Any]) -> str:
+    parts = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+             for key, value in options.items()]  # fmt: skip
+    if not parts:
+        return policy
+    return policy + ("," if ":" in policy else ":") + ",".join(parts)
+
+
+def _ends(settings: dict[str, Any]) -> list[str]:
+    ends = settings.get("until") or []
+    return [end for end in ([ends] if isinstance(ends, str) else ends) if end.strip()]

@@ -1,0 +1,227 @@
+"""The engine: answers many requests at once with one model, within a budget of KV bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from queue import SimpleQueue
+from typing import Any
+
+from st3.engine import Trimmer
+from st3.engine.rows import visible_counts
+from st3.methods.policies import parse
+from st3.tools.bench.memory import available_bytes
+from st3.tools.serve.budget import Budget, columns_at_peak, entry_bytes
+from st3.tools.serve.errors import overloaded, refused, unavailable
+from st3.tools.serve.lane import Stats
+from st3.tools.serve.prompt import Prompts
+from st3.tools.serve.sampling import Sampling, check_generation_config
+from st3.tools.serve.scheduler import Scheduler
+from st3.tools.serve.ticket import Event, Failed, Finished, Listener, Request, Ticket
+
+
+class Engine:
+    """Answers requests with one model, many at once, within a budget of KV bytes.
+
+    Requests are admitted in the order of their arrival, as soon as what they will hold at most
+    (their policy's visible tokens, their text, their longest answer) fits into the budget. Each
+    is prefilled alone, joins a running batch, and leaves it when it is done.
+
+    Args:
+        model, processor: as ``AutoModelForImageTextToText`` and ``AutoProcessor`` load them. While
+            the engine is busy it has a trimmer attached: use the model for nothing else meanwhile.
+        policy: of requests that name none.
+        kv_budget_bytes: for KV entries; None: half of what the device has free now. A prompt's
+            activations, and the entries of those being prefilled, come on top.
+        queue_limit: requests that may wait.
+        max_rows: requests that may run at once, whatever the budget.
+        max_prefills_per_step: prompts taken in between two decode steps; more fill the batch
+            sooner and hold up the running answers for longer.
+        max_prompt_tokens: of a prompt, untrimmed; None: as many as the model has positions.
+        slack: share of its own bytes that a request may cost in padding before it gets a batch of
+            its own shape.
+
+    Raises:
+        UnsupportedModelError: a model that cannot be trimmed.
+        ValueError: a policy or argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        policy: str = "st3",
+        kv_budget_bytes: int | None = None,
+        *,
+        queue_limit: int = 64,
+        max_rows: int = 256,
+        max_prefills_per_step: int = 4,
+        max_prompt_tokens: int | None = None,
+        slack: float = 0.25,
+    ) -> None:
+        if queue_limit < 1 or max_rows < 1 or max_prefills_per_step < 1:
+            raise ValueError("queue_limit, max_rows and max_prefills_per_step must be at least 1")
+        config = getattr(model, "generation_config", None)
+        check_generation_config(config)
+        self.model, self.processor = model, processor
+        self.policy = str(parse(policy))
+        self.queue_limit = queue_limit
+        # Also the trimmer of untrimmed requests: st3's cache, nothing dropped.
+        self._decoder = Trimmer(model, "none", own_cache=True)
+        self._trimmers: OrderedDict[str, Trimmer] = OrderedDict()
+        self._trimmers_lock = threading.Lock()
+        self.trimmer(self.policy)
+        if kv_budget_bytes is None:
+            free = available_bytes(model.device)
+            if free is None:
+                raise ValueError(f"free memory of {model.device} is unknown: set kv_budget_bytes")
+            kv_budget_bytes = free // 2
+        entries = entry_bytes(model, self._decoder.schedule.num_layers)
+        if kv_budget_bytes < sum(entries):
+            raise ValueError(f"a KV budget of {kv_budget_bytes} bytes does not hold one token")
+        self.budget = Budget(kv_budget_bytes, entries, slack)
+        self.prompts = Prompts(model, processor, max_prompt_tokens)
+        self._scheduler = Scheduler(
+            model,
+            processor.tokenizer,
+            self._decoder,
+            self.trimmer,
+            self.budget,
+            max_rows,
+            max_prefills_per_step,
+        )
+        self._thread = threading.Thread(target=self._scheduler.run, name="st3-engine", daemon=True)
+        self._thread.start()
+
+    # What callers use ---------------------------------------------------------------------------
+
+    def trimmer(self, policy: str) -> Trimmer:
+        """The trimmer of a policy. Raises ValueError for one that does not fit this model."""
+        name = str(parse(policy))
+        with self._trimmers_lock:
+            found = self._trimmers.pop(name, None)
+            if found is None:
+                found = Trimmer(self.model, name)
+                if found.policy.recalls:
+                    raise ValueError(
+                        "it shows hidden tokens again, which a server gives up: use a policy that "
+                        "recalls nothing, such as st3 with rerank_every"
+                    )
+                found = found if found.touches else self._decoder
+            self._trimmers[name] = found
+            while len(self._trimmers) > 32:
+                self._trimmers.popitem(last=False)
+            return found
+
+    def prepare(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        policy: str | None = None,
+        max_tokens: int = 256,
+        shorten: bool = False,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> Request:
+        """Make a conversation ready: chat template, tokens, pixels, and what it will need.
+
+        Args:
+            messages: turns with ``role`` and ``content``, a list of ``{"type": "text", "text"}``
+                and ``{"type": "image", "image": PIL image}``.
+            shorten: whether ``max_tokens`` may be less, so that it fits the model's positions.
+
+        Raises:
+            ServeError: for a conversation that this model or this budget can never answer.
+        """
+        name = self.policy if policy is None else policy
+        try:
+            name = str(parse(name))
+            trimmer = self.trimmer(name)
+        except (ValueError, TypeError) as error:
+            raise refused(f"policy {name!r}: {error}", "st3.policy") from error
+        inputs, tokens, visual = self.prompts.tokenise(messages)
+        max_tokens = self.prompts.room(tokens, max_tokens) if shorten else max_tokens
+        self.prompts.check_length(tokens, max_tokens)
+        counts = visible_counts(trimmer.schedule, (visual,) if visual else ())
+        columns = columns_at_peak(counts, tokens - visual, max_tokens)
+        needed = self.budget.bytes([columns])
+        if needed > self.budget.total:
+            raise refused(
+                f"this request needs up to {needed} bytes of KV cache ({tokens} prompt tokens, "
+                f"{visual} of them visual, policy {name}, max_tokens {max_tokens}); the server has "
+                f"{self.budget.total}. Ask for fewer tokens, send fewer or smaller images, or "
+                "choose a policy that drops more",
+                code="kv_budget_exceeded",
+            )
+        return Request(
+            inputs, name, tokens, visual, max_tokens, sampling or Sampling(), tuple(stop), timeout,
+            columns,
+        )  # fmt: skip
+
+    def submit(self, request: Request, listener: Listener) -> Ticket:
+        """Queue a request. ``listener`` gets its events, from the engine's thread: text deltas,
+        then one :class:`Finished` or :class:`Failed`.
+
+        Raises:
+            ServeError: 429 when the queue is full, 503 when the engine is closing.
+        """
+        ticket = Ticket(request, listener)
+        with self._scheduler.wake:
+            if not self._scheduler.accepts:
+                raise unavailable()
+            if len(self._scheduler.waiting) >= self.queue_limit:
+                raise overloaded(
+                    f"{self.queue_limit} requests are waiting already: try again later",
+                    self._retry_after(),
+                )
+            self._scheduler.waiting.append(ticket)
+            self._scheduler.wake.notify()
+        return ticket
+
+    def complete(self, request: Request) -> Finished:
+        """Submit and wait. Raises ServeError if it gets no answer."""
+        events: SimpleQueue[Event] = SimpleQueue()
+        self.submit(request, events.put)
+        while True:
+            event = events.get()
+            if isinstance(event, Finished):
+                return event
+            if isinstance(event, Failed):
+                raise event.error
+
+    @property
+    def full(self) -> bool:
+        """Whether the next request would be refused for want of room in the queue."""
+        return len(self._scheduler.waiting) >= self.queue_limit
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and self._scheduler.accepts
+
+    def stats(self) -> Stats:
+        return self._scheduler.stats()
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Refuse new requests, finish the accepted ones, and stop. Behind ``timeout`` seconds
+        those still there are failed.
+
+        Returns:
+            whether all were finished.
+        """
+        with self._scheduler.wake:
+            self._scheduler.accepts = False
+            self._scheduler.wake.notify()
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            return True
+        with self._scheduler.wake:
+            self._scheduler.stopping = True
+            self._scheduler.wake.notify()
+        self._thread.join()
+        return False
+
+    def _retry_after(self) -> int:
+        """Seconds, from how many wait; a hint."""
+        return max(1, min(60, len(self._scheduler.waiting) // 8))
