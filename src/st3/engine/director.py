@@ -33,7 +33,7 @@ from st3.engine.static import StaticAppend
 from st3.errors import TrimStateError, UnsupportedModelError
 from st3.hf.attention import LayerHandle
 from st3.hf.call import CACHE, cache_in
-from st3.models.families import VisualTokens
+from st3.hf.hooks import Hooks
 from st3.models.tower import ClassAttentionTap
 from st3.report import Report
 
@@ -53,7 +53,7 @@ class Director:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        self.visual = VisualTokens(setup.model, setup.parts.inner)
+        self.visual = setup.family.visual_tokens(setup.model, setup.parts)
         self.tower: ClassAttentionTap | None = None
         self.handles: tuple[LayerHandle, ...] = ()
         self.report: Report | None = None
@@ -67,24 +67,22 @@ class Director:
         self._logits_to_keep: Any = 0
         self._cache: weakref.ref[Cache] | None = None
 
-    def listen(self) -> None:
+    def listen(self, hooks: Hooks) -> None:
         """Start to listen to the model's parts for what a prompt shows before the decoder."""
-        self.visual.attach()
+        self.visual.listen(hooks)
         if self.setup.touches and "tower" in self.plan.needs:
-            self.tower = ClassAttentionTap(self.setup.model, self.setup.parts.inner)
-            self.tower.attach()
+            self.tower = self.setup.family.class_attention(self.setup.model, self.setup.parts)
+            self.tower.listen(hooks)
 
     def release(self) -> None:
         """Let go of the model."""
-        if self.tower is not None:
-            self.tower.detach()
-            self.tower = None
+        self.tower = None
         self._set_pass(None)
         self._static = None
         self._known.clear()
         self._names.clear()
         self.handles = ()
-        self.visual.detach()
+        self.visual.end()
 
     def compact(self) -> int:
         """Compact the latest cache; the bytes freed."""
@@ -126,7 +124,8 @@ class Director:
         cache = cache_in(kwargs)
         past = cache.get_seq_length() if cache is not None else 0
         layers = trimmed_layers(cache) if past else []
-        prompt = self._prompt(embeds, cache)
+        # Candidates copied from the prompt (prompt lookup) may be placeholders without an image.
+        prompt = None if past and not self.visual.has_image else self._prompt(embeds, cache)
         if not self.setup.touches:
             if prompt is not None:
                 self._begin_report(prompt[0], embeds, None, past)

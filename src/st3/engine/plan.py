@@ -14,9 +14,9 @@ from st3.engine.masks import Kind
 from st3.methods.schedule import Schedule
 from st3.methods.scores import Score, Stage, TokenView, needs_of, stage_of
 from st3.models.families import Family, Parts
+from st3.models.rotary import Unrotate
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
-Unrotate = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)

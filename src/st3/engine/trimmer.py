@@ -15,10 +15,10 @@ from st3.engine.parallel import head_group
 from st3.engine.plan import Plan, Setup
 from st3.errors import TrimStateError, UnsupportedModelError
 from st3.hf.attention import ATTRIBUTE, LayerHandle, base_attention, registered
+from st3.hf.hooks import Hooks
 from st3.methods.policies import Policy, parse
 from st3.methods.scores import needs_of, stage_of
-from st3.models.families import family_of, parts_of
-from st3.models.rotary import inverse_rotation
+from st3.models.families import family_of
 from st3.report import Report
 
 MODEL_ATTRIBUTE = "_st3_trimmer"
@@ -53,7 +53,7 @@ class Trimmer:
         self.per_image = per_image
         self.compile_decode = compile_decode
         self.family = family_of(model, untested)
-        self.parts = parts_of(model)
+        self.parts = self.family.parts(model)
         if per_image and self.policy.rerank:
             raise ValueError(
                 "per_image=True and rerank_every exclude each other: a new ranking does not know "
@@ -82,9 +82,7 @@ class Trimmer:
                 decode_bucket=decode_bucket,
             )
         )
-        self._hooks: list[Any] = []
-        self._attention_names: list[tuple[Any, str]] = []
-        self._replaced: list[tuple[nn.Module, str, Any]] = []
+        self._hooks = Hooks()
         self._outer: Trimmer | None = None
 
     # Life cycle -------------------------------------------------------------------------------
@@ -170,7 +168,7 @@ class Trimmer:
             score=score,
             rerank=self.policy.rerank,
             recalls=self.policy.recalls,
-            unrotate=inverse_rotation(self.parts.attentions) if rotary else None,
+            unrotate=self.family.inverse_rotation(self.parts) if rotary else None,
             kind=kind_of(attention),
             windows=self.parts.windows,
             per_image=self.per_image,
@@ -183,9 +181,9 @@ class Trimmer:
             (inner, director.on_inner),
             (text, director.on_text),
         ):
-            self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        self._hooks.append(text.register_forward_hook(director.after_text, with_kwargs=True))
-        director.listen()
+            self._hooks.before(module, hook)
+        self._hooks.after(text, director.after_text)
+        director.listen(self._hooks)
 
     def _hook_layers(self, attention: str) -> None:
         text, director = self.parts.text, self._director
@@ -195,45 +193,26 @@ class Trimmer:
             for i, module in enumerate(self.parts.attentions)
         ]
         for module, handle in zip(self.parts.attentions, handles, strict=True):
-            module.__dict__[ATTRIBUTE] = handle
+            self._hooks.replace(module, ATTRIBUTE, handle)
         director.handles = tuple(handles)
         configs = {id(m.config): m.config for m in (text, *self.parts.attentions)}
         for config in configs.values():
-            self._attention_names.append((config, config._attn_implementation))
-            config._attn_implementation = name
+            self._hooks.assign(config, "_attn_implementation", name)
         for index, layer in enumerate(self.parts.layers):
-            hook = director.layer_hook(index)
-            self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            self._hooks.before(layer, director.layer_hook(index))
         if self.compile_decode:
             static.check(director.plan)
             compiled = static.compile_text(text.forward, self.compile_decode)
-            self._replace(text, "forward", director.forward(text.forward, compiled))
+            self._hooks.replace(text, "forward", director.forward(text.forward, compiled))
         prefill: Any = getattr(self.model, "_prefill", None)
         if prefill is not None:
-            self._replace(self.model, "_prefill", _whole(prefill))
+            self._hooks.replace(self.model, "_prefill", _whole(prefill))
         if hasattr(text, "_deepstack_process"):
             process = director.deepstack(text._deepstack_process)
-            self._replace(text, "_deepstack_process", process)
-
-    def _replace(self, module: nn.Module, name: str, value: Any) -> None:
-        """Give this instance a method of its own; what it had before comes back on exit."""
-        self._replaced.append((module, name, module.__dict__.get(name)))
-        module.__dict__[name] = value
+            self._hooks.replace(text, "_deepstack_process", process)
 
     def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        for config, name in self._attention_names:
-            config._attn_implementation = name
-        self._attention_names.clear()
-        for module in self.parts.attentions:
-            module.__dict__.pop(ATTRIBUTE, None)
-        for owner, name, before in self._replaced:
-            del owner.__dict__[name]
-            if before is not None:
-                owner.__dict__[name] = before
-        self._replaced.clear()
+        self._hooks.restore()
         self._director.release()
 
     def _check_settings(self, attention: str) -> None:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from st3.errors import UnsupportedModelError
 from st3.hf.call import cache_in
+from st3.hf.hooks import Hooks
+from st3.models.rotary import Unrotate, inverse_rotation
+from st3.models.tower import ClassAttentionTap
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,30 @@ class Family:
     name: str
     notes: str = ""
     video: bool = False
+
+    def parts(self, model: nn.Module) -> Parts:
+        """The modules that the engine hooks into; see :func:`parts_of`."""
+        return parts_of(model)
+
+    def visual_tokens(self, model: nn.Module, parts: Parts) -> VisualTokens:
+        """What listens for which tokens of a prompt are visual."""
+        return VisualTokens(model, parts.inner)
+
+    def class_attention(self, model: nn.Module, parts: Parts) -> ClassAttentionTap:
+        """What listens for the attention of the vision tower's class token.
+
+        Raises:
+            UnsupportedModelError: if the family's tower has none.
+        """
+        return ClassAttentionTap(model, parts.inner)
+
+    def inverse_rotation(self, parts: Parts) -> Unrotate:
+        """What takes RoPE off queries and keys.
+
+        Raises:
+            UnsupportedModelError: if the family rotates in a way that cannot be undone.
+        """
+        return inverse_rotation(parts.attentions)
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -246,11 +273,11 @@ class VisualTokens:
         row = self.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
         return (embeds == row).all(-1)
 
-    def attach(self) -> None:
+    def listen(self, hooks: Hooks) -> None:
         """Listen on this instance alone; the class stays as it is."""
         for name in _ENCODERS:
             if hasattr(self.inner, name):
-                setattr(self.inner, name, self._counting(getattr(self.inner, name)))
+                hooks.replace(self.inner, name, self._counting(getattr(self.inner, name)))
         if not hasattr(self.inner, "get_placeholder_mask"):
             return
         original: Callable[..., Any] = self.inner.get_placeholder_mask
@@ -261,13 +288,12 @@ class VisualTokens:
                 self._add(mask)
             return result
 
-        self.inner.get_placeholder_mask = get_placeholder_mask
+        hooks.replace(self.inner, "get_placeholder_mask", get_placeholder_mask)
 
-    def detach(self) -> None:
+    def end(self) -> None:
+        """Forget what was heard."""
         self._mask, self._chunk = None, (None, None)
         self.sizes.clear()
-        for name in ("get_placeholder_mask", *_ENCODERS):
-            self.inner.__dict__.pop(name, None)
 
     def _counting(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(encode)  # generate() reads the signature

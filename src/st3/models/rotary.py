@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from st3.engine.plan import Unrotate
 from st3.errors import UnsupportedModelError
+
+# Of queries, keys and the layer's position tables: both without RoPE.
+Unrotate = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
 
 # Attention modules that rotate in some layers only, or norm queries and keys behind the rotation.
 _PARTLY = ("Cohere2", "Exaone4", "SmolLM3", "Llama4", "HunYuan", "Muse")

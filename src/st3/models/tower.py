@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from st3.errors import UnsupportedModelError
+from st3.hf.hooks import Hooks
 
 REMEDY = "rank by a score that needs none, such as score=divprune or score=attention"
 # Vision towers that put a class token in front of their patches, and the families that hand the
@@ -48,21 +49,13 @@ class ClassAttentionTap:
         self.attention = _attention_of(inner.vision_tower, chosen)
         self._weights: list[Tensor] = []
         self._packed: list[Tensor] = []
-        self._hook: Any = None
 
-    def attach(self) -> None:
+    def listen(self, hooks: Hooks) -> None:
         """Listen on this instance alone."""
-        self._hook = self.attention.register_forward_pre_hook(self._listen, with_kwargs=True)
+        hooks.before(self.attention, self._hear)
         if hasattr(self.inner, "pack_image_features"):
-            self.inner.pack_image_features = self._packing(self.inner.pack_image_features)
-
-    def detach(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        self.inner.__dict__.pop("pack_image_features", None)
-        self._weights.clear()
-        self._packed.clear()
+            pack = self._packing(self.inner.pack_image_features)
+            hooks.replace(self.inner, "pack_image_features", pack)
 
     def take(self, visual: Tensor) -> Tensor:
         """The weights, [B, T], at the visual tokens [B, T] bool of the prompt under way."""
@@ -83,7 +76,7 @@ class ClassAttentionTap:
         full[visual[::copies]] = flat.to(visual.device)
         return full.repeat_interleave(copies, dim=0)
 
-    def _listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         with torch.no_grad():
             self._weights.append(_class_row(module, hidden))

@@ -24,6 +24,7 @@ from st3.engine.trimmer import MODEL_ATTRIBUTE, Trimmer
 from st3.errors import TrimStateError, UnsupportedModelError
 from st3.hf.attention import ATTRIBUTE, LayerHandle, base_attention, registered
 from st3.hf.call import cache_in
+from st3.hf.hooks import Hooks
 from st3.methods.scores import LayerView
 from st3.models.families import VisualTokens, family_of, parts_of
 
@@ -87,9 +88,7 @@ class Watch:
         self.current: Prompt | None = None
         self._trimmer: Trimmer | None = None
         self._own_visual: VisualTokens | None = None
-        self._names: list[tuple[Any, str]] = []
-        self._before: list[Any] = []
-        self._hooks: list[Any] = []
+        self._hooks = Hooks()
         self._stored: dict[int, Tensor] = {}
         self._ranges: dict[int, Tensor] = {}
         self._step = 0
@@ -110,26 +109,22 @@ class Watch:
                 "a run that decodes compiled, or ranks tokens anew while it decodes, cannot be "
                 "watched: leave out compile_decode, and rerank_every, recall_every or dycoke"
             )
-        text, inner = self.parts.text, self.parts.inner
+        text, inner, hooks = self.parts.text, self.parts.inner, self._hooks
         attention = text.config._attn_implementation or "eager"
         if before[0] is None:  # not trimmed, or by a policy that touches nothing
             name = registered(attention)
             configs = {id(m.config): m.config for m in (text, *self.parts.attentions)}
             for config in configs.values():
-                self._names.append((config, config._attn_implementation))
-                config._attn_implementation = name
-        self._before = before
+                hooks.assign(config, "_attn_implementation", name)
         for index, module in enumerate(self.parts.attentions):
             handle = before[index] or LayerHandle(index, base_attention(attention, module))
-            module.__dict__[ATTRIBUTE] = _Spy(self, handle)
+            hooks.replace(module, ATTRIBUTE, _Spy(self, handle))
         if self._trimmer is None:
             self._own_visual = VisualTokens(self.model, inner)
-            self._own_visual.attach()
-        self._hooks = [
-            inner.register_forward_pre_hook(self._on_inner, with_kwargs=True),
-            text.register_forward_pre_hook(self._on_text, with_kwargs=True),
-            text.register_forward_hook(self._after_text),
-        ]
+            self._own_visual.listen(hooks)
+        hooks.before(inner, self._on_inner)
+        hooks.before(text, self._on_text)
+        hooks.after(text, self._after_text)
         return self
 
     def __exit__(
@@ -138,20 +133,8 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        for config, name in self._names:
-            config._attn_implementation = name
-        self._names.clear()
-        for module, handle in zip(self.parts.attentions, self._before, strict=True):
-            module.__dict__.pop(ATTRIBUTE, None)
-            if handle is not None:
-                module.__dict__[ATTRIBUTE] = handle
-        self._before = []
-        if self._own_visual is not None:
-            self._own_visual.detach()
-            self._own_visual = None
+        self._hooks.restore()
+        self._own_visual = None
         self._stored.clear()
         self._ranges.clear()
         self.current = self._trimmer = self._mask = None
@@ -190,7 +173,7 @@ class Watch:
         mask = self._mask
         return not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all())
 
-    def _after_text(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_text(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._listening:
             self._listening = False
             self._ranges.clear()
