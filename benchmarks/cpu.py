@@ -30,7 +30,6 @@ from st3.tools.bench import (
     Workload,
     attached,
     compare,
-    dtype_of,
     from_shape,
     own_cache,
     run,
@@ -45,6 +44,7 @@ from st3.tools.bench.memory import keep_freed_memory
 from st3.tools.bench.overhead import copying_share
 from st3.tools.bench.prompts import build
 from st3.tools.bench.ragged import RaggedRow, against_uniform
+from st3.tools.common.load import dtype_of
 
 RESULTS = Path(__file__).with_name("results")
 CPU = torch.device("cpu")

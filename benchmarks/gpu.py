@@ -36,8 +36,6 @@ from st3.tools.bench import (
     Subject,
     Workload,
     compare,
-    device_of,
-    dtype_of,
     from_shape,
     own_cache,
     run,
@@ -50,6 +48,7 @@ from st3.tools.bench.conditions import conditions, in_words
 from st3.tools.bench.files import save
 from st3.tools.bench.profile import profile_decode, selection_share
 from st3.tools.bench.prompts import build
+from st3.tools.common.load import device_of, dtype_of
 
 RESULTS = Path(__file__).with_name("results")
 # The paper's settings for 32 and 40 layers; st3's defaults for other depths.

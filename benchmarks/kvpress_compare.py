@@ -28,8 +28,6 @@ from st3.tools.bench import (
     SHAPES,
     Method,
     Workload,
-    device_of,
-    dtype_of,
     from_shape,
     run,
     untouched,
@@ -38,6 +36,7 @@ from st3.tools.bench.conditions import conditions
 from st3.tools.bench.files import save
 from st3.tools.bench.prompts import Prompt
 from st3.tools.bench.report import as_markdown
+from st3.tools.common.load import device_of, dtype_of
 
 RESULTS = Path(__file__).with_name("results")
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from st3.tools.cli._common import assets
+from st3.tools.common.bundled import ASSETS
 
 PROMPT = "describe the image in detail."
 WAYS = [("none", 1, 0), ("none", 8, 0), ("st3", 1, 0), ("st3", 8, 0)]
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--ray", action="store_true", help="also two actors on Ray")
     given = parser.parse_args()
-    scenes = sorted((assets() / "scenes").glob("*.webp"))[: given.images]
+    scenes = sorted((ASSETS / "scenes").glob("*.webp"))[: given.images]
     ways = [*WAYS, ("st3", 8, 2)] if given.ray else WAYS
     answers: dict[str, list[dict[str, str]]] = {}
     print("| policy | rows in a batch | processes | images/s | tokens/s | KV saved |")

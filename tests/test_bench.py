@@ -32,7 +32,6 @@ from st3.tools.bench import (
     capacity,
     clock,
     compare,
-    dtype_of,
     from_folder,
     from_shape,
     memory,
@@ -61,6 +60,7 @@ from st3.tools.bench.overhead import (
 from st3.tools.bench.profile import profile_decode, selection_share
 from st3.tools.bench.ragged import RaggedRow, against_uniform
 from st3.tools.bench.tower import _image_size, tower, vision_inputs
+from st3.tools.common.load import device_of, dtype_of
 from tests.zoo import build as build_family
 
 CPU = torch.device("cpu")
@@ -114,7 +114,7 @@ def test_a_shape_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -
         (lambda: from_shape("llava-9", CPU, torch.float32), "unknown shape 'llava-9'.*tiny"),
         (lambda: from_folder("no/such", CPU, torch.float32), "config.json"),
         (lambda: dtype_of("int3"), "unknown dtype 'int3'.*bfloat16"),
-        (lambda: models.device_of("toaster"), "toaster"),
+        (lambda: device_of("toaster"), "toaster"),
         (lambda: Workload(new_tokens=1), "at least 2"),
         (lambda: Workload(repeats=0), "repeats"),
         (lambda: prompts.uniform(0, 8, 8), "batch"),

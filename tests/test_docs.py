@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from st3.tools.cli import app
-from st3.tools.cli._common import assets
+from st3.tools.common.bundled import ASSETS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))] if p.is_file()]
@@ -73,7 +73,7 @@ def run_bash(block: Block, page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = sorted((assets() / "samples").glob("*.png"))
+    samples = sorted((ASSETS / "samples").glob("*.png"))
     for name, sample in zip(["photo.png", "first.png", "second.png"], samples, strict=False):
         shutil.copy(sample, tmp_path / name)
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@
 
 from st3.tools.bench.clock import Deadline
 from st3.tools.bench.methods import Method, attached, compare, own_cache, split_policies, untouched
-from st3.tools.bench.models import SHAPES, Subject, device_of, dtype_of, from_folder, from_shape
+from st3.tools.bench.models import SHAPES, Subject, from_folder, from_shape
 from st3.tools.bench.suite import Result, Row, Workload, run, steps_of
 
 __all__ = [
@@ -24,8 +24,6 @@ __all__ = [
     "Workload",
     "attached",
     "compare",
-    "device_of",
-    "dtype_of",
     "from_folder",
     "from_shape",
     "own_cache",

@@ -19,12 +19,7 @@ from transformers.initialization import no_init_weights
 from st3.cost.shapes import SHAPES as MODEL_SHAPES
 from st3.cost.shapes import Shape
 from st3.tools.bench.memory import available_bytes
-from st3.tools.common.reasons import first_line
-
-DTYPES = {
-    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-}  # fmt: skip
+from st3.tools.common.load import load_model
 
 
 def _tiny() -> LlavaConfig:
@@ -92,26 +87,6 @@ class Subject:
         return vocab
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """The torch dtype of ``"bfloat16"``, ``"bf16"`` and the like; ValueError for other names."""
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def device_of(name: str) -> torch.device:
-    """The device, if it can be used here (``"auto"``: the accelerator, if there is one)."""
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts when built without the device
-        raise ValueError(f"device {name!r} cannot be used here: {first_line(error)}") from error
-    return device
-
-
 def from_shape(
     name: str, device: torch.device, dtype: torch.dtype, attention: str = "sdpa"
 ) -> Subject:
@@ -152,14 +127,9 @@ def from_folder(
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"no model in {str(path)!r}: give a folder with a config.json")
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot load a model from {str(path)!r}: {error}") from error
+    model = load_model(str(folder), device, dtype, attention=attention)
     tokens = getattr(model.config, "image_seq_length", None) or 576
-    return Subject(folder.name, _endless(model.to(device)), tokens, random=False)
+    return Subject(folder.name, _endless(model), tokens, random=False)
 
 
 def count_parameters(shape: Shape) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 
-BUNDLED_MODEL = "st3-tiny"
+from st3.tools.common.bundled import BUNDLED_MODEL as BUNDLED_MODEL
 
 
 class CliError(Exception):
@@ -27,8 +25,3 @@ def stdout() -> Console:
 
 def stderr() -> Console:
     return Console(stderr=True, highlight=False)
-
-
-def assets() -> Path:
-    """The folder of the files that ship with the package."""
-    return Path(__file__).resolve().parents[2] / "assets"

@@ -13,7 +13,7 @@ from st3.models.tiles import UnknownPlaces
 from st3.tools.cli import _loading
 from st3.tools.cli._common import CliError
 from st3.tools.cli._loading import Loaded
-from st3.tools.common.reasons import first_line
+from st3.tools.common.errors import first_line
 from st3.tools.see.record import record
 
 

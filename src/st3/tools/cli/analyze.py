@@ -13,7 +13,7 @@ import typer
 
 from st3.tools.cli._common import CliError, stderr, stdout
 from st3.tools.cli._options import Device, DType, MaxNewTokens, Model, Precision, TrustRemoteCode
-from st3.tools.common.reasons import first_line
+from st3.tools.common.errors import first_line
 
 if TYPE_CHECKING:
     from st3.tools.cli._loading import Loaded

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from st3.tools.cli._common import CliError, stderr, stdout
-from st3.tools.common.reasons import first_line
+from st3.tools.common.errors import first_line
 
 if TYPE_CHECKING:
     from st3.tools.bench import Result, Subject, Workload
@@ -86,12 +86,13 @@ def bench(
 
         from st3.tools import bench as measuring
         from st3.tools.bench.conditions import conditions
+        from st3.tools.common.load import device_of, dtype_of
     if threads is not None:
         torch.set_num_threads(threads)
     with _one_line_errors():
         methods = measuring.compare(measuring.split_policies(policies), peers)
         with console.status("making the model"):
-            where, kind = measuring.device_of(device), measuring.dtype_of(dtype)
+            where, kind = device_of(device), dtype_of(dtype)
             subject = (
                 measuring.from_shape(shape or DEFAULT_SHAPE, where, kind, attention)
                 if model is None

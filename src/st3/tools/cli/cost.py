@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from st3.tools.cli._common import CliError, stderr, stdout
-from st3.tools.common.reasons import first_line
+from st3.tools.common.errors import first_line
 
 if TYPE_CHECKING:
     from st3.cost import CostRow

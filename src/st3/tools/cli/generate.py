@@ -23,7 +23,7 @@ from st3.tools.cli._options import (
     Precision,
     TrustRemoteCode,
 )
-from st3.tools.common.reasons import first_line
+from st3.tools.common.errors import first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,7 +12,7 @@ import typer
 
 from st3.tools.cli._common import BUNDLED_MODEL, CliError, stderr
 from st3.tools.cli._options import Device, DType, Model, Precision, TrustRemoteCode
-from st3.tools.common.reasons import first_line
+from st3.tools.common.errors import first_line
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

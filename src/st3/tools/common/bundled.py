@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+BUNDLED_MODEL = "st3-tiny"
+
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
 def bundled_model() -> Path:
     """The folder of st3-tiny, for ``AutoModelForImageTextToText.from_pretrained``."""
-    return ASSETS / "st3-tiny"
+    return ASSETS / BUNDLED_MODEL
 
 
 def sample_images() -> list[Path]:

@@ -1,9 +1,3 @@
-"""Why something failed, in one line."""
+"""The former place of :func:`st3.tools.common.errors.first_line`."""
 
-from __future__ import annotations
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+from st3.tools.common.errors import first_line as first_line

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
@@ -17,6 +16,8 @@ from st3.hf.call import CACHE
 from st3.methods.policies import Policy
 from st3.tools.bench.clock import Marks
 from st3.tools.common.chats import Chat, ask, encode
+from st3.tools.common.images import open_image
+from st3.tools.common.load import end_tokens, pad_left
 from st3.tools.eval.data import Item
 
 
@@ -93,19 +94,15 @@ class Runner:
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
-        tokenizer = processor.tokenizer
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        ends = model.generation_config.eos_token_id
-        if ends is None:
-            ends = tokenizer.eos_token_id
-        self.ends = torch.tensor(ends, device=model.device).reshape(-1)
+        pad_left(processor.tokenizer)
+        ends = sorted(end_tokens(model, processor.tokenizer))
+        self.ends = torch.tensor(ends, dtype=torch.long, device=model.device)
 
     # What is put to the model ---------------------------------------------------------------------
 
     def encode(self, chats: Sequence[Chat]) -> Any:
         """Inputs of generate() for conversations, padded on the left."""
-        return encode(self.model, self.processor, chats, padding=True, padding_side="left")
+        return encode(self.model, self.processor, chats, padding=True)
 
     def texts(self, tokens: Tensor) -> list[str]:
         decoded = self.processor.batch_decode(tokens, skip_special_tokens=True)
@@ -216,12 +213,4 @@ def _kept(trimmer: Any) -> Kept:
 
 
 def _chat(item: Item) -> Chat:
-    return ask([_open(path) for path in item.images], item.turns[0].question)
-
-
-def _open(path: Any) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"image {str(path)!r} cannot be read: {error}") from error
+    return ask([open_image(path) for path in item.images], item.turns[0].question)

@@ -12,10 +12,11 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from loguru import logger
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import st3
 from st3.methods.policies import parse
+from st3.tools.common.images import to_rgb
+from st3.tools.common.load import load
 from st3.tools.eval.runs import Runner
 
 MAX_NEW_TOKENS = 128  # where a task does not say
@@ -61,18 +62,11 @@ class TrimmedModel(lmms):
         self._world_size = self.accelerator.num_processes
         several = self._world_size > 1
         self._device = self.accelerator.device if several or device is None else device
-        source = str(st3.bundled_model()) if pretrained is None else pretrained
-        self.model = AutoModelForImageTextToText.from_pretrained(
-            source,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-        )
-        self.model.to(self._device).eval()
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-        if not getattr(processor, "chat_template", None):
-            raise ValueError(f"{source} has no chat template, which lmms-eval's prompts need")
-        self.runner = Runner(self.model, processor)
+        loaded = load(pretrained, self._device, dtype, trust_remote_code, attn_implementation)
+        self.model = loaded.model
+        if not getattr(loaded.processor, "chat_template", None):
+            raise ValueError(f"{loaded.name} has no chat template, which lmms-eval's prompts need")
+        self.runner = Runner(self.model, loaded.processor)
         self.batch_size = int(batch_size)
         self.system_prompt = system_prompt
         with st3.trim(self.model, self.policy):  # refuses here what it would refuse at the first
@@ -125,7 +119,7 @@ class TrimmedModel(lmms):
         for message in chat:
             for part in message["content"]:
                 if part["type"] == "image":
-                    part["image"] = part["image"].convert("RGB")
+                    part["image"] = to_rgb(part["image"])
         chat = self._apply_system_prompt(chat, self.system_prompt)
         return chat
 

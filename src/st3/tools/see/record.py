@@ -15,6 +15,7 @@ from torch import Tensor
 
 from st3.engine import Trimmer
 from st3.models.places import Place
+from st3.tools.common.images import open_image
 from st3.tools.see.watch import Prompt, Watch
 
 FILE = "run.json"
@@ -115,8 +116,7 @@ class Run:
                 places = [Place(p[0], (p[1], p[2], p[3], p[4]) if p[1:] else None) for p in places]
             pictures = []
             for name in data.pop("pictures"):
-                with Image.open(folder / Path(name).name) as picture:
-                    pictures.append(picture.convert("RGB"))
+                pictures.append(open_image(folder / Path(name).name))
             return cls(places=places, attention=attention, pictures=pictures, **data)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{str(path)!r} cannot be read: {error}") from error

@@ -1,0 +1,233 @@
+"""Load a model with its processor: one way for all tools."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from st3.tools.common.bundled import BUNDLED_MODEL, bundled_model
+from st3.tools.common.errors import LoadError, first_line
+
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to answer. name: as the user gave it."""
+
+    name: str
+    model: Any
+    processor: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    def conditions(self) -> str:
+        """Where and in what precision the model runs, for printing beside a measurement."""
+        device = self.model.device.type
+        threads = torch.get_num_threads()
+        cpu = f"{threads} CPU thread{'s' if threads > 1 else ''}"
+        where = (
+            cpu if device == "cpu" else torch.cuda.get_device_name() if device == "cuda" else device
+        )
+        return f"{where}, {str(self.model.dtype).removeprefix('torch.')}"
+
+
+def load(
+    name: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+    **where: Any,
+) -> Loaded:
+    """A model in eval mode and its processor.
+
+    Args:
+        name: a folder or hub id; None: the bundled model.
+        device: as for :func:`device_of`.
+        dtype: ``"auto"`` (the checkpoint's), or as for :func:`dtype_of`.
+        attention: transformers' attention kernel; None: its choice.
+        where: arguments of from_pretrained that spread the model over devices, in place of
+            ``device``: device_map, distributed_config.
+
+    Raises:
+        LoadError: no such model, one that is no image-text-to-text model, a checkpoint that lacks
+            weights of the model, a device that cannot be used here.
+    """
+    source, shown = _source(name)
+    with _explained(shown, source), quiet():
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if not hasattr(processor, "image_processor"):
+        raise LoadError(f"cannot use model {shown!r}: its processor takes no images")
+    model = load_model(name, device, dtype, trust_remote_code, attention, **where)
+    return Loaded(shown, model, processor)
+
+
+def load_model(
+    name: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+    **where: Any,
+) -> Any:
+    """The model of :func:`load` alone, for what needs no processor."""
+    source, shown = _source(name)
+    target = None if where else device_of(device)
+    if attention is not None:
+        where["attn_implementation"] = attention
+    weights = dtype_of(dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    with _explained(shown, source), quiet():
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=weights,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **where,
+        )
+    _check_complete(shown, found)
+    return (model if target is None else model.to(target)).eval()
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """The device, if it can be used here (``"auto"``: the accelerator, if there is one).
+
+    Raises:
+        LoadError: it cannot; ``usage`` is set.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts when built without the device
+        message = f"device {str(name)!r} cannot be used here: {first_line(error)}"
+        raise LoadError(message, usage=True) from error
+    return device
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype of ``"bfloat16"``, ``"bf16"`` and the like; LoadError for other names."""
+    if name not in DTYPES:
+        message = f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}"
+        raise LoadError(message, usage=True)
+    return DTYPES[name]
+
+
+def pad_left(tokenizer: Any) -> None:
+    """Have rows of different lengths padded on the left, where the next token has one place for
+    all of them, with the end token if the tokenizer has no other for it."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def end_tokens(model: Any, tokenizer: Any = None) -> frozenset[int]:
+    """The ids that end an answer: those of the model's generation config, or the tokenizer's where
+    it names none."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    if ends is None and tokenizer is not None:
+        ends = tokenizer.eos_token_id
+    return frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and notes off stderr; errors still show."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _source(name: str | None) -> tuple[str, str]:
+    """What transformers is given, and what messages call it."""
+    if name is not None:
+        return str(_folder_or_id(name)), name
+    folder = bundled_model()
+    if not (folder / "config.json").is_file():
+        raise LoadError(
+            "the bundled model is not part of this installation: name a model with --model"
+        )
+    return str(folder), BUNDLED_MODEL
+
+
+def _folder_or_id(name: str) -> Path | str:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LoadError(f"folder {name!r} holds no model: it has no config.json")
+        return path
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
+    if not name.strip() or looks_like_path:
+        raise LoadError(f"no such model folder: {name!r}")
+    return name
+
+
+def _check_complete(shown: str, found: dict[str, Any]) -> None:
+    """Weights that the checkpoint lacks are drawn at random by transformers, with a note that
+    :func:`quiet` holds back: such a model answers nonsense."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise LoadError(
+            f"cannot use model {shown!r}: its checkpoint lacks {len(missing)} of the weights that "
+            f"its config.json asks for ({missing[0]} ...)"
+        )
+    left = sorted(found["unexpected_keys"])
+    if left:
+        warnings.warn(
+            f"model {shown!r}: {len(left)} weights of the checkpoint have no place in the model of "
+            f"its config.json ({left[0]} ...)",
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def _explained(shown: str, source: str) -> Iterator[None]:
+    """What transformers raises as one LoadError."""
+    try:
+        yield
+    except Exception as error:  # from_pretrained raises a dozen unrelated types
+        raise LoadError(_explain(shown, source, error)) from error
+
+
+def _explain(shown: str, source: str, error: Exception) -> str:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return f"model {shown!r} runs code of its own: pass --trust-remote-code if you trust it"
+    if isinstance(error, ImportError):
+        return f"model {shown!r} needs a package that is not installed: {first_line(error)}"
+    if not Path(source).is_dir() and isinstance(error, OSError):
+        return (
+            f"cannot load model {shown!r}: it is no folder here, and it is neither in the local "
+            "cache nor could it be had from the model hub (offline, misspelt, or access refused?). "
+            "Give a local folder, or check the name and the connection"
+        )
+    if "Unrecognized configuration class" in text or "Unrecognized model" in text:
+        return (
+            f"model {shown!r} is not an image-text-to-text model that this version of "
+            f"transformers ({transformers.__version__}) knows"
+        )
+    return f"cannot load model {shown!r}: {type(error).__name__}: {first_line(error)}"
