@@ -12,7 +12,7 @@ import torch
 
 import st3
 from st3.methods.policies import available, parse, presets, register
-from st3.methods.policies.base import _POLICIES
+from st3.methods.policies.registry import _POLICIES
 from st3.methods.schedule import Schedule
 from st3.methods.scores import SCORES, score_named
 from tests.helpers import METHODS, POLICIES, SCORED, Case
@@ -30,7 +30,10 @@ def test_every_method_and_score_is_in_the_matrix() -> None:
     own = {cls for cls in available().values() if cls.__module__.startswith("st3.")}
     rows = {**POLICIES, **METHODS, **SCORED}.values()
     assert {type(policy) for policy in rows} == own
-    assert {type(policy.scorer()) for policy in rows} == set(map(type, SCORES.values()))
+    scores = {type(score) for score in SCORES.values()}
+    assert {type(policy.scorer()) for policy in rows} == {
+        cls for cls in scores if cls.__module__.startswith("st3.")
+    }
 
 
 @pytest.mark.parametrize("name", [*POLICIES, *METHODS])
@@ -56,6 +59,8 @@ def test_strings_read_back(name: str) -> None:
         ("st3:score=key_norm", st3.ST3(score="key_norm")),
         ("st3-7b", PAPER_7B),
         ("st3-7b:stride=2", replace(PAPER_7B, stride=2)),
+        ("st3-7b:floor=0.1", replace(PAPER_7B, anneal=st3.Anneal(tau=128, floor=0.1))),
+        ("st3-7b:anneal=none", replace(PAPER_7B, anneal=st3.Anneal("none"))),
         ("random:like=fastv", st3.Random(like=st3.FastV())),
         (
             "random:like=(fastv:drop=0.75,layer=3),seed=4",
@@ -74,6 +79,33 @@ def test_options_come_on_top_of_a_string() -> None:
     assert parse(st3.FastV(layer=3), drop=0.9) == st3.FastV(layer=3, drop=0.9)
     trimmer = st3.trim(Case.of("llava").model, "st3", final_keep=0.01, stride=2)
     assert trimmer.policy == st3.ST3(final_keep=0.01, stride=2)
+
+
+def test_annealing_options_come_on_top_of_a_string() -> None:
+    """They are an Anneal's, but stand beside the policy's own; what is not given stays."""
+    trimmer = st3.trim(Case.of("llava").model, "st3", tau=64)
+    assert trimmer.policy == st3.ST3(anneal=st3.Anneal(tau=64))
+    assert parse("st3-7b:floor=0.1", tau=32).anneal == st3.Anneal(tau=32, floor=0.1)
+    assert parse(st3.ST3(anneal=st3.Anneal("linear", 9)), floor=0.2) == st3.ST3(
+        anneal=st3.Anneal("linear", 9, 0.2)
+    )
+    with pytest.raises(ValueError, match=r"has no argument 'tau': it takes layer, drop, score$"):
+        parse(st3.FastV(), tau=3)
+    with pytest.raises(ValueError, match=r"recall_every, score, curve, tau, floor$"):
+        parse("st3", period=3)
+
+
+def test_options_of_every_method_read_back_as_they_are_named() -> None:
+    """Each argument that a message names is taken, as a string and as a keyword."""
+    for name in available():
+        try:
+            parse(name, nothing=1)
+        except ValueError as error:
+            takes = str(error).rpartition("it takes ")[2]
+        for key in takes.split(", ") if takes != "none" else ():
+            policy = parse(name)
+            owner = policy if hasattr(policy, key) else policy.anneal
+            assert parse(name, **{key: getattr(owner, key)}) == policy, (name, key)
 
 
 def test_presets_are_the_papers() -> None:
@@ -162,11 +194,13 @@ def test_random_choices_of_neighbouring_seeds_share_no_more_than_chance(seed: in
         ("none:keep=1", "it takes none"),
         ("fastv:layer", "write name=value"),
         ("fastv:layer=", "write name=value"),
-        ("fastv:layer=two", "layer of policy 'fastv' must be a number"),
-        ("fastv:layer=2.5", "must be a whole number"),
-        ("fastv:drop=nan", "finite number"),
+        ("fastv:layer=two", "layer must be a decoder layer counted from 0, got 'two'"),
+        ("fastv:layer=2.5", "layer must be a decoder layer counted from 0, got 2.5"),
+        ("fastv:drop=half", "drop must be a number between 0 and 1, got 'half'"),
+        ("fastv:drop=nan", "drop must lie between 0 and 1"),
         ("fastv:drop=1.5", "drop must lie between 0 and 1"),
-        ("st3:tau=inf", "finite number"),
+        ("st3:tau=inf", "tau must be a positive number of tokens, got inf"),
+        ("st3:tau=soon", "tau must be a positive number of tokens, got 'soon'"),
         ("st3:curve=cos", "use one of cosine"),
         ("st3:score=looks", "unknown score 'looks': use one of attention"),
         ("random:like=what", "unknown policy 'what'"),

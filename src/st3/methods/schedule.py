@@ -18,7 +18,7 @@ Curve = Literal["cosine", "half_cosine", "linear", "exponential", "none"]
 CURVES: tuple[str, ...] = get_args(Curve)
 
 
-@functools.cache  # asked for at every layer of every decode step
+@functools.lru_cache(maxsize=1024)  # asked for at every layer of every decode step
 def exact(value: float | Fraction) -> Fraction:
     """The fraction a person means by a decimal: ``exact(0.07) == Fraction(7, 100)``."""
     return value if isinstance(value, Fraction) else Fraction(str(value))
@@ -60,7 +60,8 @@ class Anneal:
             raise ValueError(
                 f"unknown annealing curve {self.curve!r}: use one of {', '.join(CURVES)}"
             )
-        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not self.tau > 0:
+        number = isinstance(self.tau, (int, float)) and not isinstance(self.tau, bool)
+        if not number or not 0 < self.tau < math.inf:
             raise ValueError(f"anneal tau must be a positive number of tokens, got {self.tau!r}")
         check_share("anneal floor", self.floor)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from st3.methods.policies.base import Staged, register
-from st3.methods.scores import Dart, Score
+from st3.methods.policies.base import check_count
+from st3.methods.policies.layouts import Staged
+from st3.methods.policies.registry import register
+from st3.methods.scores.base import Score
+from st3.methods.scores.dart import Dart
 
 
 @register
@@ -33,9 +36,7 @@ class DART(Staged):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("image_pivots", "text_pivots"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            check_count(name, getattr(self, name))
 
     def scorer(self) -> Score:
         return Dart(self.image_pivots, self.text_pivots)

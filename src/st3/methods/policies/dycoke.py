@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
-from st3.methods.policies.base import Policy, check_layer, check_within, register
+from st3.methods.policies.base import Policy, check_count, check_layer
+from st3.methods.policies.layouts import check_within
+from st3.methods.policies.registry import register
 from st3.methods.schedule import Anneal, Schedule, check_share, exact
 
 
@@ -37,8 +39,7 @@ class DyCoke(Policy):
     def __post_init__(self) -> None:
         check_layer("layer", self.layer)
         check_share("keep", self.keep)
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"every must be a whole number of at least 1, got {self.every!r}")
+        check_count("every", self.every)
 
     @property
     def rerank(self) -> int | None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from st3.methods.policies.base import Policy, check_layer, check_within, register, stage_schedule
+from st3.methods.policies.base import Policy, check_layer
+from st3.methods.policies.layouts import check_within, stage_schedule
+from st3.methods.policies.registry import register
 from st3.methods.schedule import Schedule, check_share, exact
-from st3.methods.scores import Score, score_named
+from st3.methods.scores.base import Score
+from st3.methods.scores.registry import score_named
 
 
 @register

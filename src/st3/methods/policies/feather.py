@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from st3.methods.policies.base import Staged, register
-from st3.methods.scores import Feather, Score
+from st3.methods.policies.base import check_count
+from st3.methods.policies.layouts import Staged
+from st3.methods.policies.registry import register
+from st3.methods.scores.base import Score
+from st3.methods.scores.feather import Feather
 
 
 @register
@@ -34,8 +37,7 @@ class FEATHER(Staged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 1:
-            raise ValueError(f"stride must be a whole number of at least 1, got {self.stride!r}")
+        check_count("stride", self.stride)
 
     def scorer(self) -> Score:
         return Feather(self.stride)

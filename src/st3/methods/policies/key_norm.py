@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from st3.methods.policies.base import Staged, register
-from st3.methods.scores import KeyNorm, Score
+from st3.methods.policies.layouts import Staged
+from st3.methods.policies.registry import register
+from st3.methods.scores.base import Score
+from st3.methods.scores.key_norm import KeyNorm
 
 
 @register

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from st3.methods.policies.base import Policy, register
+from st3.methods.policies.base import Policy
+from st3.methods.policies.registry import register
 from st3.methods.schedule import Schedule
 
 

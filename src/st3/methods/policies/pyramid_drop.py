@@ -6,9 +6,12 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
-from st3.methods.policies.base import Policy, check_within, register, solve
+from st3.methods.policies.base import Policy, check_count
+from st3.methods.policies.layouts import check_within, solve
+from st3.methods.policies.registry import register
 from st3.methods.schedule import Schedule, check_share, exact
-from st3.methods.scores import Score, score_named
+from st3.methods.scores.base import Score
+from st3.methods.scores.registry import score_named
 
 
 @register
@@ -34,8 +37,7 @@ class PyramidDrop(Policy):
 
     def __post_init__(self) -> None:
         score_named(self.score)
-        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 2:
-            raise ValueError(f"stages must be a whole number of at least 2, got {self.stages!r}")
+        check_count("stages", self.stages, 2)
         check_share("keep", self.keep)
 
     def scorer(self) -> Score:

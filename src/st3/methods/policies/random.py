@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from st3.methods.policies.base import Policy, register
+from st3.methods.policies.base import Policy, check_count
+from st3.methods.policies.registry import register
 from st3.methods.policies.st3 import ST3
 from st3.methods.schedule import Schedule
-from st3.methods.scores import RandomScore, Score
+from st3.methods.scores.base import Score
+from st3.methods.scores.random import RandomScore
 
 
 @register
@@ -32,8 +34,7 @@ class Random(Policy):
     def __post_init__(self) -> None:
         if not isinstance(self.like, Policy):
             raise ValueError(f"like must be an st3 policy, got {self.like!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+        check_count("seed", self.seed, 0)
 
     def scorer(self) -> Score:
         return RandomScore(self.seed)

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import ClassVar
 
-from st3.methods.policies.base import Policy, check_layer, register, register_preset
+from st3.methods.policies.base import Policy, check_count, check_layer
+from st3.methods.policies.registry import register, register_preset
 from st3.methods.schedule import Anneal, Schedule, check_share, exact
-from st3.methods.scores import Score, score_named
+from st3.methods.scores.base import Score
+from st3.methods.scores.registry import score_named
 
 TAPER = Fraction(3, 5)  # where final_keep is not given: the last share of the first one
 
@@ -85,8 +87,7 @@ class ST3(Policy):
             value = getattr(self, name)
             if name != "stride" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            check_count(name, value)
         if self.rerank_every and self.recall_every:
             raise ValueError("rerank_every and recall_every exclude each other: give one of them")
         score_named(self.score)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from st3.methods.policies.base import BeforeDecoder, register
-from st3.methods.scores import Grid, Score
+from st3.methods.policies.layouts import BeforeDecoder
+from st3.methods.policies.registry import register
+from st3.methods.scores.base import Score
+from st3.methods.scores.grid import Grid
 
 
 @register

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from st3.methods.policies.base import BeforeDecoder, register
+from st3.methods.policies.layouts import BeforeDecoder
+from st3.methods.policies.registry import register
 from st3.methods.schedule import check_share
-from st3.methods.scores import ClassAttention, Score
+from st3.methods.scores.base import Score
+from st3.methods.scores.class_attention import ClassAttention
 
 
 @register

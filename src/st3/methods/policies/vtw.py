@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
-from st3.methods.policies.base import Policy, check_layer, check_within, register
+from st3.methods.policies.base import Policy, check_layer
+from st3.methods.policies.layouts import check_within
+from st3.methods.policies.registry import register
 from st3.methods.schedule import Schedule, exact
 
 

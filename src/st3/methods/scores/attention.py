@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from st3.methods.scores.base import LayerView
+from st3.methods.scores.registry import register
 
 ROWS_AT_ONCE = 64  # of all text rows' attention, so that long prompts need little memory
 VISUAL_HEADS = 4  # a quarter of the heads
 FIRST_LAZY = 2
+# What the words of a score's name say, "attention-text-rows-max" for example.
+WORDS: dict[str, dict[str, object]] = {
+    "text-rows": {"rows": "text"},
+    "max": {"heads": "max"},
+    "visual-heads": {"heads": "visual"},
+    "no-rope": {"rotary": False},
+    "debiased": {"debias": "divide"},
+    "detrended": {"debias": "subtract"},
+    **{f"lazy{n}": {"lazy": n} for n in range(2, 33)},
+}
 
 
+@register
 @dataclass(frozen=True)
 class Attention:
     """Softmax attention of the prompt's last token, mean over the query heads.
@@ -37,6 +49,11 @@ class Attention:
     the ranking alone: the layers' own attention is computed as ever.
     """
 
+    forms: ClassVar[str] = (
+        "attention with options, joined by hyphens: text-rows, max, visual-heads, no-rope, "
+        "debiased, detrended, lazy2 to lazy32"
+    )
+
     heads: Literal["mean", "max", "visual"] = "mean"
     rows: Literal["last", "text"] = "last"
     rotary: bool = True
@@ -49,6 +66,24 @@ class Attention:
                 "attention without RoPE is taken from the last row alone: leave out text-rows or "
                 "no-rope"
             )
+
+    @classmethod
+    def named(cls, name: str) -> Attention | None:
+        """The score that a name such as "attention-max-lazy4" or "text-rows" says; None for other
+        names."""
+        if not name.startswith(("attention", "text-rows")):
+            return None
+        rest = name.removeprefix("attention") if name.startswith("attention") else f"-{name}"
+        options: dict[str, Any] = {}
+        while rest:
+            word = next(
+                (w for w in sorted(WORDS, key=len, reverse=True) if rest.startswith(f"-{w}")), ""
+            )
+            if not word or options.keys() & WORDS[word]:
+                return None
+            options |= WORDS[word]
+            rest = rest[len(word) + 1 :]
+        return cls(**options)
 
     @property
     def name(self) -> str:
@@ -125,33 +160,3 @@ def _without_trend(score: Tensor, view: LayerView, debias: str) -> Tensor:
         torch.finfo(y.dtype).tiny
     )
     return y - slope * x
-
-
-# What the words of a score's name say, "attention-text-rows-max" for example.
-WORDS: dict[str, dict[str, object]] = {
-    "text-rows": {"rows": "text"},
-    "max": {"heads": "max"},
-    "visual-heads": {"heads": "visual"},
-    "no-rope": {"rotary": False},
-    "debiased": {"debias": "divide"},
-    "detrended": {"debias": "subtract"},
-    **{f"lazy{n}": {"lazy": n} for n in range(2, 33)},
-}
-
-
-def attention_named(name: str) -> Attention | None:
-    """The attention score that a name such as "attention-max-lazy4" or "text-rows" says; None for
-    other names."""
-    rest = name.removeprefix("attention") if name.startswith("attention") else f"-{name}"
-    if not name.startswith(("attention", "text-rows")):
-        return None
-    options: dict[str, object] = {}
-    while rest:
-        word = next(
-            (w for w in sorted(WORDS, key=len, reverse=True) if rest.startswith(f"-{w}")), ""
-        )
-        if not word or options.keys() & WORDS[word]:
-            return None
-        options |= WORDS[word]
-        rest = rest[len(word) + 1 :]
-    return Attention(**options)  # type: ignore[arg-type]

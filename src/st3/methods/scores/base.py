@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Stage = Literal["embeds", "input", "attention"]
+Shape = tuple[int, ...]
+"""The grid of an image's tokens (rows, columns), or of a video's (frames, rows, columns)."""
 
 
 @dataclass(kw_only=True)
@@ -29,6 +31,8 @@ class TokenView:
         group: [B, N] int, the image whose budget a visual token draws on; None when a row has one
             budget for all.
         images: for each row the original visual tokens of each image; empty if unknown.
+        grids: for each row the shape of each image's tokens in reading order, (rows, columns) or
+            (frames, rows, columns) of a video, None where they are no grid; empty if unknown.
         complete: whether no visual token has been dropped so far.
         at_end: whether the prompt's last token is known to stand in the last column of every row.
         wanted: the most visual tokens that any row will keep of those it ranks; None for all, where
@@ -47,6 +51,7 @@ class TokenView:
     valid: Tensor | None = None
     group: Tensor | None = None
     images: tuple[tuple[int, ...], ...] = ()
+    grids: tuple[tuple[Shape | None, ...], ...] = ()
     complete: bool = True
     at_end: bool = False
     wanted: int | None = None
@@ -233,9 +238,8 @@ def ranks(score: Tensor, among: Tensor, names: Tensor | None = None) -> Tensor:
     """Place of each column of ``among`` [B, N] bool by ``score`` [..., B, N], 0 the best; others
     stand behind. On equal scores the earlier column is the better. With ``names`` [..., 1, N] the
     place ``i`` is called ``names[..., i]``."""
-    order = (
-        score.masked_fill(~among, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
-    )
+    lowest = float("-inf") if score.is_floating_point() else torch.iinfo(score.dtype).min
+    order = score.masked_fill(~among, lowest).sort(dim=-1, descending=True, stable=True).indices
     if names is None:
         names = torch.arange(score.shape[-1], device=score.device)
     return names.new_empty(order.shape).scatter_(-1, order, names.expand_as(order))

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from st3.methods.scores.base import Stage, TokenView, ranks
+from st3.methods.scores.registry import register
 from st3.methods.scores.uniform import even_spread
 
 
+@register
 @dataclass(frozen=True)
 class ClassAttention:
     """Attention of the vision tower's class token, mean over its heads, in the layer whose output
@@ -33,10 +35,10 @@ class ClassAttention:
 
     def __call__(self, view: TokenView) -> Tensor:
         assert view.tower is not None  # the engine gives it or refuses
-        place = ranks(view.tower, view.visual).double()
+        place = ranks(view.tower, view.visual).float()
         if self.dominant == 1:
             return -place
-        spread = ranks(even_spread(view.ordinal), view.visual).double()
+        spread = ranks(even_spread(view.ordinal), view.visual).float()
         if self.dominant == 0:
             return -spread
         return -(place / self.dominant).minimum(spread / (1 - self.dominant))

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from st3.methods.scores.base import Stage, TokenView, ranks
+from st3.methods.scores.registry import register
 from st3.methods.scores.uniform import even_spread
 
 
+@register
 @dataclass(frozen=True)
 class Dart:
     """Keep the pivots, and for each pivot the visual tokens least similar to it.
@@ -40,9 +42,9 @@ class Dart:
         size = view.keys.float().abs().sum(dim=(1, 3))  # L1 norm over all heads, [B, N]
         pivots, real = [], []
         for among, count in ((view.visual, self.image_pivots), (view.question, self.text_pivots)):
-            best = size.masked_fill(~among, -1.0).topk(min(count, size.shape[1]), dim=1)
-            pivots.append(best.indices)
-            real.append(best.values >= 0)
+            largest = size.masked_fill(~among, -1.0).topk(min(count, size.shape[1]), dim=1)
+            pivots.append(largest.indices)
+            real.append(largest.values >= 0)
         pivot, exists = torch.cat(pivots, dim=1), torch.cat(real, dim=1)
         unit = torch.nn.functional.normalize(view.hidden.float(), dim=-1)
         chosen = unit.gather(1, pivot[..., None].expand(-1, -1, unit.shape[-1]))
@@ -50,7 +52,10 @@ class Dart:
         is_pivot = torch.zeros_like(size).scatter_add_(1, pivot, exists.to(size.dtype)) > 0
         others = view.visual & ~is_pivot
         places = torch.stack([ranks(-row, others) for row in similarity.unbind(1)], dim=1)
-        # Of tokens at the same place, the less similar one: a fraction of a place.
-        places = places.double() + (similarity.double() + 1) / 4
-        score = -places.masked_fill(~exists[..., None], places.shape[-1]).amin(1)
-        return torch.where(is_pivot, size.double(), score)
+        places = places.masked_fill(~exists[..., None], places.shape[-1])
+        best = places.amin(1)
+        # Of tokens at the same place, the less similar one first.
+        least = similarity.masked_fill(places > best[:, None], float("inf")).amin(1)
+        by_similarity = ranks(-least, others)
+        score = -ranks(-(best * places.shape[-1] + by_similarity), others).float() - 1.0
+        return torch.where(is_pivot, size, score)

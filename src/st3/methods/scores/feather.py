@@ -9,8 +9,10 @@ from torch import Tensor
 from st3.methods.scores.attention import Attention
 from st3.methods.scores.base import LayerView
 from st3.methods.scores.grid import on_stride
+from st3.methods.scores.registry import register
 
 
+@register
 @dataclass(frozen=True)
 class Feather:
     """The last token's attention without RoPE; as long as no token has been dropped, the tokens of
@@ -28,4 +30,4 @@ class Feather:
         attention = Attention(rotary=False)(view)
         if not view.complete:
             return attention
-        return attention + on_stride(view.images, self.stride, view.ordinal)  # attention is below 1
+        return attention + on_stride(view, self.stride)  # attention is below 1

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from st3.methods.scores.base import Stage, TokenView
+from st3.methods.scores.base import Shape, Stage, TokenView
+from st3.methods.scores.registry import register
 from st3.methods.scores.uniform import even_spread
 
-Images = tuple[tuple[int, ...], ...]
+# Until the engine fills in TokenView.grids: a square number of tokens is taken for a square image.
+# Wrong for an image of 18 x 32 tokens; to be removed with its use in shapes_of().
+SQUARE_IF_UNKNOWN = True
 
 
+@register
 @dataclass(frozen=True)
 class Grid:
     """Cover each image by an even grid, at any budget: the best quarter of the tokens are those of
     every second row and column, the best half a checkerboard (a Bayer matrix).
 
-    An image whose tokens are no square grid (newline tokens, tiles, other aspect ratios) is covered
-    evenly in the order of its tokens. All images of a row have the same share kept.
+    The frames of a video are covered alike. An image whose tokens are no grid (newline tokens,
+    tiles that a model packs), or whose grid is not known, is covered evenly in the order of its
+    tokens. All images of a row have the same share kept.
 
     Source: uniform sampling as a baseline, arXiv 2502.11501 and 2412.13180.
     """
@@ -31,57 +35,68 @@ class Grid:
     stage: Stage = "embeds"
 
     def __call__(self, view: TokenView) -> Tensor:
-        return -_by_ordinal(_places, view.images, view.ordinal)
+        shapes = shapes_of(view)
+        sides = [side for row in shapes for shape in row if len(shape) > 1 for side in shape[-2:]]
+        bayer = _bayer(max(sides, default=1), view.ordinal.device)
+        return -_of_tokens(view, shapes, lambda shape: _turns(shape, bayer))
 
 
-def on_stride(images: Images, stride: int, ordinal: Tensor) -> Tensor:
+def on_stride(view: TokenView, stride: int) -> Tensor:
     """1.0 for the visual tokens on every ``stride``-th row and column of their image, else 0.0,
-    [B, N]; in an image that is no square grid, on every ``stride * stride``-th token."""
-    return _by_ordinal(functools.partial(_strided, stride), images, ordinal)
+    [B, N]; in an image without a grid, on every ``stride * stride``-th token."""
+    device = view.ordinal.device
+
+    def strided(shape: Shape) -> Tensor:
+        if len(shape) == 1:
+            return torch.arange(shape[0], device=device) % (stride * stride) == 0
+        rows, columns = (torch.arange(side, device=device) % stride == 0 for side in shape[-2:])
+        return (rows[:, None] & columns).expand(shape).flatten()
+
+    return _of_tokens(view, shapes_of(view), lambda shape: strided(shape).float())
 
 
-def _by_ordinal(
-    of_image: Callable[[int], Sequence[float]], images: Images, ordinal: Tensor
+def shapes_of(view: TokenView) -> list[list[Shape]]:
+    """For each row the shape of each image's tokens: its grid, or where there is none (count,)."""
+    return [
+        [_shape(count, view.grids[row][i] if view.grids else None, bool(view.grids))
+         for i, count in enumerate(counts)]
+        for row, counts in enumerate(view.images)
+    ]  # fmt: skip
+
+
+def _shape(count: int, grid: Shape | None, known: bool) -> Shape:
+    side = math.isqrt(count)
+    if SQUARE_IF_UNKNOWN and not known and side * side == count:
+        return (side, side)
+    return grid if grid is not None and math.prod(grid) == count else (count,)
+
+
+def _of_tokens(
+    view: TokenView, shapes: list[list[Shape]], of_image: Callable[[Shape], Tensor]
 ) -> Tensor:
     """A number for each token of each image, [B, N], looked up by the tokens' ordinals."""
-    rows = [[value for n in row for value in of_image(n)] for row in images]
-    width = max(1, *map(len, rows))
-    table = torch.tensor([row + [0.0] * (width - len(row)) for row in rows], device=ordinal.device)
-    return table.gather(1, ordinal.clamp(0, width - 1))
+    made = {shape: of_image(shape) for shape in {shape for row in shapes for shape in row}}
+    none = torch.zeros(1, device=view.ordinal.device)  # for rows without an image
+    rows = [torch.cat([*(made[shape] for shape in row), none]) for row in shapes]
+    table = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return table.gather(1, view.ordinal.clamp(0, table.shape[1] - 1))
 
 
-def _side(count: int) -> int | None:
-    side = math.isqrt(count)
-    return side if side * side == count else None
-
-
-@functools.cache
-def _strided(stride: int, count: int) -> tuple[float, ...]:
-    side = _side(count)
-    if side is None:
-        return tuple(float(i % (stride * stride) == 0) for i in range(count))
-    return tuple(float(i // side % stride == 0 and i % side % stride == 0) for i in range(count))
-
-
-@functools.cache
-def _places(count: int) -> tuple[float, ...]:
-    """When each token of an image of ``count`` is taken, as a share of the image in (0, 1)."""
-    side = _side(count)
-    if side is None:
-        spread = even_spread(torch.arange(count))
-        order = spread.argsort(descending=True, stable=True).tolist()
+def _turns(shape: Shape, bayer: Tensor) -> Tensor:
+    """When each token of an image is taken, as a share of the image in (0, 1), flat."""
+    if len(shape) == 1:
+        key = -even_spread(torch.arange(shape[0], device=bayer.device))
     else:
-        order = sorted(range(count), key=lambda i: _bayer(i // side, i % side, side.bit_length()))
-    places = [0.0] * count
-    for place, token in enumerate(order):
-        places[token] = (place + 0.5) / count
-    return tuple(places)
+        key = bayer[: shape[-2], : shape[-1]].expand(shape).flatten()
+    order = key.argsort(stable=True)
+    turn = torch.arange(len(order), device=bayer.device) + 0.5
+    return torch.empty_like(turn).scatter_(0, order, turn) / len(order)
 
 
-def _bayer(y: int, x: int, bits: int) -> int:
-    """The Bayer matrix of side ``2 ** bits``: bits of ``x ^ y`` and ``y``, from the lowest on, each
-    finer step counting less."""
-    value = 0
-    for bit in range(bits):
-        value = value << 2 | ((x ^ y) >> bit & 1) << 1 | y >> bit & 1
-    return value
+def _bayer(side: int, device: torch.device) -> Tensor:
+    """A Bayer matrix of at least ``side`` rows and columns: the smaller, the earlier taken."""
+    matrix = torch.zeros(1, 1, dtype=torch.long, device=device)
+    while len(matrix) < side:
+        top = torch.cat([4 * matrix, 4 * matrix + 2], dim=1)
+        matrix = torch.cat([top, torch.cat([4 * matrix + 3, 4 * matrix + 1], dim=1)])
+    return matrix

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from st3.methods.scores.base import Stage, TokenView
+from st3.methods.scores.registry import register
 from st3.methods.scores.uniform import even_spread
 
 
+@register
 @dataclass(frozen=True)
 class HiddenChange:
     """L2 distance of a token's hidden state from what it was one layer before.

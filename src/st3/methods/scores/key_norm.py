@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from st3.methods.scores.base import LayerView
+from st3.methods.scores.registry import register
 
 
+@register
 @dataclass(frozen=True)
 class KeyNorm:
     """L2 norm of the keys, mean over the KV heads: the SMALLER the norm, the longer it is kept.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,10 +12,12 @@ from torch import Tensor
 from st3.methods.scores.attention import Attention
 from st3.methods.scores.base import LayerView, Score, Stage, TokenView, ranks
 from st3.methods.scores.grid import Grid
+from st3.methods.scores.registry import register
 
 EVERY = 6
 
 
+@register
 @dataclass(frozen=True)
 class Mixed:
     """The best tokens of an even grid, and at every sixth place the best by attention that is not
@@ -32,6 +35,8 @@ class Mixed:
     at the first drop alone and attention without RoPE.
     """
 
+    forms: ClassVar[str] = "mixed2, mixed3 ..."
+
     every: int = EVERY
     attention: Score = field(default_factory=Attention)
     cover: Score = field(default_factory=Grid)
@@ -42,6 +47,12 @@ class Mixed:
             raise ValueError(
                 f"mixed{self.every} leaves nothing to the grid: use mixed2 or more, or attention"
             )
+
+    @classmethod
+    def named(cls, name: str) -> Mixed | None:
+        """The score that a name such as "mixed4" says; None for other names."""
+        number = name.removeprefix("mixed")
+        return cls(int(number)) if number != name and number.isdecimal() else None
 
     @property
     def name(self) -> str:
@@ -76,9 +87,3 @@ def _all_worth(every: int, columns: int, device: torch.device) -> Tensor:
     by_attention = number * every + turns
     by_cover = number + number // turns  # all places but every sixth
     return torch.stack((by_attention, by_cover))[:, None] * -1.0
-
-
-def mixed_named(name: str) -> Mixed | None:
-    """The score that a name such as "mixed4" says; None for other names."""
-    number = name.removeprefix("mixed")
-    return Mixed(int(number)) if number != name and number.isdecimal() else None

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from st3.methods.scores.base import Stage, TokenView
+from st3.methods.scores.registry import register
 
 
+@register
 @dataclass(frozen=True)
 class RandomScore:
     """A pseudo-random number in [0, 1) per visual token.

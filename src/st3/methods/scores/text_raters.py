@@ -9,8 +9,10 @@ from torch import Tensor
 
 from st3.methods.scores.attention import Attention
 from st3.methods.scores.base import LayerView, TokenView
+from st3.methods.scores.registry import register
 
 
+@register
 @dataclass(frozen=True)
 class TextRaters:
     """Mean attention, over heads and raters, of the text tokens with above-mean visual relevance.

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from st3.methods.scores.base import Stage, TokenView
+from st3.methods.scores.registry import register
 
-_GOLDEN = 0.6180339887498949
+_GOLDEN = 2654435769  # the golden ratio's fractional part, of 2 ** 32
 
 
+@register
 @dataclass(frozen=True)
 class Uniform:
     """Spread the kept tokens evenly over their order in the prompt, at any budget.
@@ -31,4 +33,5 @@ class Uniform:
 
 def even_spread(ordinal: Tensor) -> Tensor:
     """A number in [0, 1) per token, of its place alone: any threshold picks an even spread."""
-    return (ordinal.double() * _GOLDEN).frac().float()
+    # In whole numbers, as Apple GPUs have no float64; 24 bits are what float32 holds exactly.
+    return ((ordinal * _GOLDEN & 0xFFFFFFFF) >> 8).float() / (1 << 24)
