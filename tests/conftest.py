@@ -1,9 +1,10 @@
-"""Settings of every test: one torch thread, no network, deprecations are errors, a tiny model."""
+"""Settings of every test: one torch thread, no network, --upstream and --quick, a tiny model."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,44 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # the tests run in two processes, on machines of two cores
+
+
+CASES = 3  # of each test with --quick
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("st3")
+    group.addoption(
+        "--upstream",
+        action="store_true",
+        help="run the tests that watch other projects' releases, too; deprecations are errors",
+    )
+    group.addoption(
+        "--quick", action="store_true", help=f"no slow tests, and the first {CASES} cases of others"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--upstream"):
+        # Announcements of removals. transformers logs others: see no_logged_deprecations.
+        config.addinivalue_line("filterwarnings", "error::FutureWarning")
+        config.addinivalue_line("filterwarnings", "error::DeprecationWarning:transformers.*")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    upstream, quick = config.getoption("--upstream"), config.getoption("--quick")
+    cases: Counter[str] = Counter()
+    kept, left_out = [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        cases[test] += 1
+        wanted = upstream or item.get_closest_marker("upstream") is None
+        if quick:
+            wanted = wanted and item.get_closest_marker("slow") is None and cases[test] <= CASES
+        (kept if wanted else left_out).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 class _Deprecations(logging.Handler):
@@ -29,11 +68,14 @@ class _Deprecations(logging.Handler):
 
 
 @pytest.fixture(autouse=True)
-def no_logged_deprecations() -> Iterator[None]:
-    """Fail on a deprecation that transformers logs; those that it warns of are errors already.
+def no_logged_deprecations(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --upstream: fail on a deprecation that transformers logs, as on those that it warns of.
 
     It logs most of them once in a process, so the test that fails is the first to meet one.
     """
+    if not request.config.getoption("--upstream"):
+        yield
+        return
     handler = _Deprecations()
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)

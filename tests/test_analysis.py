@@ -255,6 +255,7 @@ def test_position_bias_counts_tokens_by_their_places() -> None:
     assert collector.columns[0].std() == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_answer() -> None:
     """Bytes of all live tensors but the model's own KV cache, early and late in an answer."""
     model, batch = one("llava")
@@ -282,6 +283,7 @@ def test_memory_does_not_grow_with_the_answer() -> None:
     assert collector.shares_by_length.width == 4
 
 
+@pytest.mark.slow
 def test_the_sums_of_a_large_model_are_small() -> None:
     """32 layers and 2,880 visual tokens: 1.4 MiB, whatever the step."""
 

@@ -11,6 +11,7 @@ import pytest
 NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "seeing.ipynb"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_was_saved_without_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

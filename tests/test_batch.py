@@ -217,6 +217,7 @@ def test_folder_and_parquet(pictures: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_killed_process_goes_on_without_loss_or_repeats(
     pictures: Path, tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -52,6 +52,8 @@ def actor_processes() -> list[int]:
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 def test_killed_actor_loses_nothing(
     cluster: Any, pictures: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -82,6 +84,7 @@ def test_killed_actor_loses_nothing(
     assert found == {a["id"]: a["answer"] for a in answers(tmp_path / "here")}
 
 
+@pytest.mark.ray
 def test_failing_actor_is_one_line(cluster: Any, pictures: Path, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", many(pictures, 2))
     load = functools.partial(_loading.load, str(tmp_path), "cpu", "float32", False)
@@ -89,6 +92,8 @@ def test_failing_actor_is_one_line(cluster: Any, pictures: Path, tmp_path: Path)
         run(options(source), load, tmp_path / "out", on_ray("local"))
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 def test_server_on_ray_answers(cluster: Any, pictures: Path) -> None:
     pytest.importorskip("fastapi", reason="needs the extra st3[server]")
     serve = pytest.importorskip("ray.serve", reason="needs the extra st3[ray]")

@@ -132,6 +132,7 @@ def test_bad_input_is_refused(call: Any, message: str) -> None:
         call()
 
 
+@pytest.mark.slow
 def test_a_folder_is_measured_like_a_shape(tiny_model: Path) -> None:
     found = from_folder(tiny_model, CPU, torch.float32)
     work = Workload(visual=16, text=8, new_tokens=3, repeats=1)
@@ -452,6 +453,7 @@ def test_copying_of_buffers_is_a_part_of_the_steps(subject: Subject) -> None:
     assert move is TrimmedLayer._move
 
 
+@pytest.mark.slow
 def test_no_decode_step_waits_for_the_device_more_than_the_bare_model(subject: Subject) -> None:
     made = prompt(batch=2)
     bare, *others = [profile_decode(subject.model, made, m, 3, 5) for m in compare(["st3"], False)]
@@ -596,6 +598,7 @@ def test_policies_that_do_not_fit_are_refused(subject: Subject) -> None:
         run(subject, work, compare(["fastv:layer=99"], peers=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "qwen3_vl", "gemma3", "smolvlm"])
 def test_other_families_are_measured(name: str) -> None:
     _, model = build_family(name)
@@ -662,6 +665,7 @@ def test_trimmed_rows_are_predicted_to_be_smaller(subject: Subject) -> None:
     assert sizes[2] < sizes[0]
 
 
+@pytest.mark.slow
 def test_batches_that_do_not_fit_are_backed_off(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -684,6 +688,7 @@ def test_batches_that_do_not_fit_are_backed_off(
         capacity.measure_capacity(subject, work, [untouched()], memory=1, limit=9)
 
 
+@pytest.mark.slow
 def test_compiled_decode_is_measured_for_both(subject: Subject) -> None:
     work = Workload(visual=24, text=8, new_tokens=4, repeats=1)
     policies = [st3.NoTrim(), st3.ST3()]
@@ -716,6 +721,7 @@ def cli(*arguments: object) -> Any:
     return CliRunner().invoke(app, ["bench", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_st3_bench_writes_tables_and_files(tmp_path: Path) -> None:
     with _small_bandwidth():
         done = cli(
@@ -767,6 +773,7 @@ def test_wrong_usage_is_one_line(arguments: tuple[str, ...], parts: tuple[str, .
 TINY = ("--shape", "tiny", "--repeats", "1", "--no-plots", "--out")
 
 
+@pytest.mark.slow
 def test_the_cpu_table_is_written_with_its_goals(tmp_path: Path) -> None:
     from benchmarks import cpu
 
@@ -785,6 +792,7 @@ def test_the_cpu_table_is_written_with_its_goals(tmp_path: Path) -> None:
     assert all(goal["measured"] is not None for goal in json.loads(goals.read_text())["goals"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "kind", "content"),
     [

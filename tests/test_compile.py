@@ -18,6 +18,7 @@ from tests.test_trimmer import traces
 EAGER = {"backend": "eager"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 @pytest.mark.parametrize("rows", [SOLO, None], ids=["solo", "ragged"])
 def test_answers_are_those_of_plain_decoding(name: str, rows: Any) -> None:
@@ -31,6 +32,7 @@ def test_answers_are_those_of_plain_decoding(name: str, rows: Any) -> None:
     assert torch.equal(out.sequences, plain.sequences)
 
 
+@pytest.mark.slow
 def test_free_columns_reach_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a prompt's own buffer is already as long as a bucket."""
     case = Case.of("llava", SOLO)
@@ -48,6 +50,7 @@ def test_free_columns_reach_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(torch.stack(out.logits), torch.stack(plain.logits))
 
 
+@pytest.mark.slow
 def test_beams() -> None:
     case = Case.of("llava")
     plain = case.generate(ST3, 6, num_beams=2)
@@ -56,6 +59,7 @@ def test_beams() -> None:
     assert torch.equal(out.sequences, plain.sequences)
 
 
+@pytest.mark.slow
 def test_several_prompts_one_after_the_other() -> None:
     case = Case.of("llava", SOLO)
     plain = case.generate(ST3, 4)

@@ -320,6 +320,7 @@ def test_generate_computes_one_position_of_the_head_per_token(name: str) -> None
     assert held_bytes(cache_of(out)) == kv_bytes(dims, n_text, n_visual, None, 2, "fp32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "qwen3_vl_moe"])
 def test_a_trimmed_run_costs_what_the_model_says(name: str) -> None:
     policy = st3.ST3(

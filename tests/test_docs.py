@@ -71,6 +71,7 @@ def run_bash(block: Block, page: str) -> None:
         assert result.output.strip(), f"{where}: printed nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = sorted((ASSETS / "samples").glob("*.png"))

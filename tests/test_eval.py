@@ -243,6 +243,7 @@ def test_conversations_go_on_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(talk.answers) == len(item.turns)
 
 
+@pytest.mark.slow
 def test_command_prints_and_writes(folder: Path, tiny_model: Path, tmp_path: Path) -> None:
     result = st3_eval(folder, tiny_model, "--policies", POLICY, "--out", tmp_path, "--batch", 2)
     assert result.exit_code == 0, result.output

@@ -17,7 +17,7 @@ from st3.tools.cli import app
 from st3.tools.see.record import Run
 from tests.browser import PROGRAM, Browser
 
-needs_browser = pytest.mark.skipif(
+no_browser = pytest.mark.skipif(
     PROGRAM is None, reason="no browser: apt-get install --no-install-recommends chromium"
 )
 WORDS = [" a", " red", " do", "t", ".", " done"]
@@ -95,7 +95,8 @@ def slide(browser: Browser, to: int) -> None:
     assert int(browser.run("document.getElementById('layer').value")) == to
 
 
-@needs_browser
+@pytest.mark.browser
+@no_browser
 def test_the_slider_shows_what_each_layer_kept(browser: Browser, tmp_path: Path) -> None:
     page = page_of(sample_run(), tmp_path / "run")
     browser.open(page)
@@ -121,7 +122,8 @@ def test_the_slider_shows_what_each_layer_kept(browser: Browser, tmp_path: Path)
     assert [url for url in browser.requests if not url.startswith(("file:", "data:"))] == []
 
 
-@needs_browser
+@pytest.mark.browser
+@no_browser
 def test_words_tell_what_they_saw_by_mouse_and_by_keyboard(
     browser: Browser, tmp_path: Path
 ) -> None:
@@ -153,7 +155,8 @@ def test_words_tell_what_they_saw_by_mouse_and_by_keyboard(
     assert browser.complaints == []
 
 
-@needs_browser
+@pytest.mark.browser
+@no_browser
 def test_several_pictures_and_unknown_places(browser: Browser, tmp_path: Path) -> None:
     browser.open(page_of(sample_run(pictures=3), tmp_path / "three"))
     browser.wait("[...document.querySelectorAll('canvas')].every((c) => c.width > 100)")
@@ -172,7 +175,8 @@ def test_several_pictures_and_unknown_places(browser: Browser, tmp_path: Path) -
     assert browser.complaints == []
 
 
-@needs_browser
+@pytest.mark.browser
+@no_browser
 def test_pages_are_dark_where_the_reader_is(browser: Browser, tmp_path: Path) -> None:
     page = page_of(sample_run(), tmp_path / "run")
     ground = "getComputedStyle(document.body).backgroundColor"
@@ -223,7 +227,8 @@ def test_analyze_writes_page_data_and_figures(analysed: Path) -> None:
         assert (corner > 128) == (not name.endswith("-dark"))  # type: ignore[operator]
 
 
-@needs_browser
+@pytest.mark.browser
+@no_browser
 def test_the_analysis_page_shows_its_figures(browser: Browser, analysed: Path) -> None:
     for dark in (False, True):
         browser.open(analysed / "analysis.html", dark)

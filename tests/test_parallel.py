@@ -76,6 +76,7 @@ def torchrun(*args: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tensor_parallel_gives_the_tokens_of_one_process(
     tiny_model: Path, picture: Path, tmp_path: Path, alone: dict[str, Any]
 ) -> None:
@@ -87,6 +88,7 @@ def test_tensor_parallel_gives_the_tokens_of_one_process(
         check(rank["found"], alone)
 
 
+@pytest.mark.slow
 def test_generate_command_prints_once(tiny_model: Path, picture: Path) -> None:
     args = ["generate", str(picture), "-p", PROMPTS[0], "-m", str(tiny_model), "--json",
             "--max-new-tokens", "4", "--tp", "2"]  # fmt: skip

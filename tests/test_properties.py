@@ -228,6 +228,7 @@ pieces = st.lists(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pixtral", "qwen2_5_vl"])
 # The same examples every time: among many, some have scores too close to call in fp32.
 @settings(max_examples=12, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))

@@ -236,6 +236,7 @@ def test_resuming_from_nothing_says_so(tmp_path):
         Trainer(RECIPE, **SIZES).load(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_loss_falls(drawn):
     recipe = Recipe(tower_steps=0, steps=40, batch=2, warmup=1, lr=3e-3, pairs=0.0)
     trainer = Trainer(recipe, **SIZES)

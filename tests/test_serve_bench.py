@@ -25,6 +25,7 @@ def serving() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_a_small_run(serving: ModuleType, tiny_model: Path, tmp_path: Path,
                      capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     serving.main(["--quick", "--model", str(tiny_model), "--out", str(tmp_path)])

@@ -279,6 +279,7 @@ def test_nonsense_on_the_wire(served: Served, client: Any) -> None:
     client.chat.completions.create(**as_openai(mixed(1)[0][1]))
 
 
+@pytest.mark.slow
 def test_the_command_serves_and_stops_gracefully(tiny_model: Path, tmp_path: Path) -> None:
     """Told to stop, it finishes the answer under way, refuses new connections, and ends."""
     (tmp_path / "key").write_text(KEY + "\n")

@@ -198,6 +198,7 @@ def test_only_projector_and_adapters_learn(drawn, inputs):
     assert changed == learning
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(drawn, inputs, tmp_path):
     whole, part = trainer(inputs), trainer(inputs)
     losses = [whole.advance()["loss"] for _ in range(whole.last)]
@@ -212,6 +213,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(drawn, inputs, tmp_path):
         assert torch.equal(value, part._learning()[name]), name
 
 
+@pytest.mark.slow
 def test_the_loss_falls(drawn, inputs):
     """On one batch again and again; the words' embeddings are random and stay so."""
     recipe = replace(RECIPE, tower_steps=0, steps=40, batch=1, warmup=1, lr=2e-2, rank=16, pairs=0)

@@ -80,19 +80,23 @@ def words(tiny):
     return single_words(*tiny, EXAMPLES)
 
 
+@pytest.mark.slow
 def test_answers_single_words_from_the_image(words):
     assert accuracy(words) >= 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", SINGLE_WORD)
 def test_answers_every_task(words, task):
     assert accuracy({task: words[task]}) >= 0.85
 
 
+@pytest.mark.slow
 def test_cannot_guess_them_without_the_image(tiny):
     assert accuracy(single_words(*tiny, EXAMPLES, blind=True)) < 0.45
 
 
+@pytest.mark.slow
 def test_descriptions_name_the_objects(tiny):
     figures = descriptions(*tiny, EXAMPLES)
     assert figures["object_recall"] >= 0.85

@@ -114,6 +114,7 @@ def test_ways_to_generate(options: dict[str, Any]) -> None:
     assert torch.equal(answer(out, case.width), tokens)
 
 
+@pytest.mark.slow
 def test_compiled_steps() -> None:
     case = Case.of("gemma3", LONG)
     plain = case.generate(ST3, 60)
