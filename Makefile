@@ -13,7 +13,7 @@ DEMO_PROMPT ?= describe the image in detail.
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
-# Every version of every package but torch and what only torch needs. `make lock` writes them anew.
+# Versions of all packages but torch and what only torch needs; `make lock` writes them anew.
 LOCK := requirements/dev.lock
 DOCS_LOCK := requirements/docs.lock
 OLDEST := requirements/oldest.lock
@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml $(LOCK)
 	$(call venv,$(VENV))
 	$(call torch,$(VENV),$(TORCH))
 	$(BIN)/python -m pip install -r $(LOCK)
-	$(BIN)/python -m pip install --no-build-isolation -c $(LOCK) -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(LOCK) -e ".[$(EXTRAS)]"
 	$(BIN)/python -m pip check
 	@touch $@
 
