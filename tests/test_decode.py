@@ -3,6 +3,8 @@ tried here in fp32, where it must agree with the slow reference like everything 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,16 +26,16 @@ RERANKED = st3.ST3(first_drop=0.3, final_keep=0.2, stride=2, anneal=ANNEAL, rera
 
 @pytest.fixture
 def fp32(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Also fp32 is stored size first. Gives the size of each table of which rows were summed."""
+    """Also fp32 is stored size first. Gives the columns of each sum of rows of such keys."""
     sums: list[int] = []
-    weighted = decode._weighted_rows
+    logits = decode.bag_logits
 
-    def noted(table: Tensor, *args: Any) -> Tensor:
-        sums.append(table.numel())
-        return weighted(table, *args)
+    def noted(query: Tensor, key: Tensor, scaling: float | None = None) -> Tensor:
+        sums.append(key.shape[2])
+        return logits(query, key, scaling)
 
-    monkeypatch.setattr(decode, "suits", lambda states: True)
-    monkeypatch.setattr(decode, "_weighted_rows", noted)
+    monkeypatch.setattr(decode, "wants_size_first", lambda states: True)
+    monkeypatch.setattr(decode, "bag_logits", noted)
     return sums
 
 
@@ -52,8 +54,7 @@ def test_a_ragged_batch(name: str, policy: st3.Policy, fp32: list[int], kv_heads
     case = Case.of(name)
     # Past the headroom of the buffers.
     case.check_generate(policy, 40)
-    heads = case.model.config.get_text_config(decoder=True).num_key_value_heads
-    assert bool(fp32) == (heads == 4)
+    assert fp32
 
 
 def test_buffers_lie_size_first(fp32: list[int]) -> None:
@@ -83,7 +84,7 @@ def test_the_usual_layout_says_the_same(
 ) -> None:
     case = Case.of("llava")
     out = case.generate(policy, 24, **options)
-    monkeypatch.setattr(decode, "suits", lambda states: False)
+    monkeypatch.setattr(decode, "wants_size_first", lambda states: False)
     usual = case.generate(policy, 24, **options)
     assert torch.equal(out.sequences, usual.sequences)
     assert_same(torch.stack(out.logits, 1), torch.stack(usual.logits, 1))
@@ -114,27 +115,150 @@ def test_rows_join_a_batch(name: str, fp32: list[int], kv_heads: int) -> None:
         assert_same(got, both.alone(inputs[i], ST3, len(got)))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("masked", [False, True])
-@torch.no_grad()
-def test_sums_of_rows_are_attention(masked: bool, dtype: torch.dtype) -> None:
-    """Of a part of buffers whose other columns hold garbage; at most a rounding away."""
+LAYOUTS = pytest.mark.parametrize("size_first", [False, True], ids=["plain", "size-first"])
+# Query heads, KV heads: multi-head, two and six queries to a key, one key for all.
+HEADS = pytest.mark.parametrize("heads", [(4, 4), (4, 2), (12, 2), (6, 1)], ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+COLUMNS, SIZE, FIRST = 20, 16, 5
+
+
+def _states(
+    heads: tuple[int, int], dtype: torch.dtype, size_first: bool, batch: int = 3
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, keys and values; the latter are parts of buffers whose other columns hold garbage."""
     torch.manual_seed(0)
-    batch, heads, size, columns = 3, 2, 16, 20
-    query = torch.randn(batch, 1, heads, size, dtype=dtype).transpose(1, 2)
-    like = torch.empty(batch, heads, 1, size, dtype=dtype)
-    buffers = allocate(like, 32, size_first=True), allocate(like, 48)
-    key, value = (b.fill_(float("nan")).narrow(2, 5, columns) for b in buffers)
-    for part in (key, value):
-        part.copy_(torch.randn(part.shape))
-    seen = torch.arange(columns) >= torch.tensor([0, 3, 9])[:, None]
-    mask = seen[:, None, None] if masked else None
-    assert decode._are_rows(query, key, value)
-    module = torch.nn.Module()
-    output, _ = decode.dense_decode(module, query, key, value, mask, 0.3)
+    query = torch.randn(batch, 1, heads[0], SIZE, dtype=dtype).transpose(1, 2)
+    like = torch.empty(batch, heads[1], 1, SIZE, dtype=dtype)
+    key, value = (
+        allocate(like, columns, size_first=turned)
+        .fill_(float("nan"))
+        .narrow(2, FIRST, COLUMNS)
+        .copy_(torch.randn(batch, heads[1], COLUMNS, SIZE))
+        for columns, turned in ((32, size_first), (48, False))
+    )
+    return query, key, value
+
+
+def _assert_attention(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> None:
     exact = scaled_dot_product_attention(
-        query.float(), key.float(), value.float(), mask, scale=0.3
-    ).transpose(1, 2)
-    torch.testing.assert_close(output.float(), exact, rtol=0.02, atol=0.02)
-    grouped, _ = decode.matmul_decode(module, query, key, value, mask, 0.3)
-    torch.testing.assert_close(grouped.float(), exact, rtol=0.02, atol=0.02)
+        query.float(), key.float(), value.float(), mask, scale=scale, enable_gqa=True
+    )
+    loose = {} if query.dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(output.float(), exact.transpose(1, 2), **loose)
+
+
+@LAYOUTS
+@HEADS
+@DTYPES
+@pytest.mark.parametrize("rows", [0, 1, 3], ids=["unmasked", "one-mask", "masked"])
+@pytest.mark.parametrize("multiplies", [False, True], ids=["bags", "matmul"])
+@torch.no_grad()
+def test_every_layout_is_attention(
+    size_first: bool,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    rows: int,
+    multiplies: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At most a rounding away from fp32, whatever computes the products with keys."""
+    query, key, value = _states(heads, dtype, size_first)
+    seen = torch.arange(COLUMNS) >= torch.tensor([0, 3, 9])[:rows, None]
+    mask = seen[:, None, None] if rows else None
+    monkeypatch.setattr(decode, "_multiplies", lambda query, key: multiplies)
+    module = torch.nn.Module()
+    for attention in (decode.decode_attention, decode.matmul_decode):
+        output, _ = attention(module, query, key, value, mask, 0.3)
+        assert output.shape == (3, 1, heads[0], SIZE)
+        _assert_attention(output, query, key, value, mask, 0.3)
+    output, _ = decode.decode_attention(module, query, key, value, mask)
+    _assert_attention(output, query, key, value, mask, SIZE**-0.5)
+
+
+@LAYOUTS
+@torch.no_grad()
+def test_parts_that_are_no_table_of_rows(size_first: bool) -> None:
+    """Some of the rows or heads of a buffer, values as projected, or of another size than keys."""
+    module = torch.nn.Module()
+    query, key, value = _states((4, 2), torch.float32, size_first)
+    projected = torch.randn(3, COLUMNS, 2, SIZE).transpose(1, 2)
+    for q, k, v in (
+        (query[1:], key[1:], value[1:]),
+        (query[:, :2], key[:, 1:], value[:, 1:]),
+        (query, projected, projected),
+        (query, key, value[..., :7]),
+        (query, key, torch.randn(3, 2, COLUMNS, 5)),
+        (query, key[:1].expand(3, -1, -1, -1), value[:1].expand(3, -1, -1, -1)),
+    ):
+        output, _ = decode.decode_attention(module, q, k, v, None, 0.3)
+        _assert_attention(output, q, k, v, None, 0.3)
+
+
+def test_gradients_flow() -> None:
+    query, key, value = (t.clone().requires_grad_() for t in _states((4, 2), torch.float32, False))
+    output, _ = decode.decode_attention(torch.nn.Module(), query, key, value, None)
+    output.sum().backward()
+    assert all(states.grad is not None for states in (query, key, value))
+
+
+def _ways(monkeypatch: pytest.MonkeyPatch, query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    """The functions that an attention calls."""
+    called: list[str] = []
+
+    def noted(name: str, real: Callable[..., Tensor], *args: Any) -> Tensor:
+        called.append(name)
+        return real(*args)
+
+    for name in ("bag_logits", "matmul_logits", "bag_output", "matmul_output"):
+        monkeypatch.setattr(decode, name, partial(noted, name, getattr(decode, name)))
+    with torch.no_grad():
+        decode.decode_attention(torch.nn.Module(), query, key, value, None)
+    return called
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "columns", "native", "keys"),
+    [
+        ((4, 4), torch.bfloat16, 2048, True, "bag_logits"),
+        ((8, 2), torch.bfloat16, 2048, True, "bag_logits"),
+        ((10, 2), torch.bfloat16, 2048, True, "matmul_logits"),
+        ((10, 2), torch.bfloat16, 2048, False, "bag_logits"),
+        ((10, 2), torch.bfloat16, 300, True, "bag_logits"),
+        ((10, 2), torch.float16, 2048, True, "bag_logits"),
+        ((4, 4), torch.float32, 2048, True, "matmul_logits"),
+        ((10, 2), torch.float32, 2048, True, "matmul_logits"),
+    ],
+)
+def test_the_rule(
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    columns: int,
+    native: bool,
+    keys: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which function reads keys in the layout that was chosen for them."""
+    monkeypatch.setattr(decode, "_multiplies_bfloat16", lambda: native)
+    like = torch.zeros(1, heads[1], 1, 8, dtype=dtype)
+    size_first = decode.wants_size_first(like)
+    assert size_first == (dtype != torch.float32)
+    query = torch.zeros(1, heads[0], 1, 8, dtype=dtype)
+    key = allocate(like, columns, size_first=size_first).zero_()
+    value = allocate(like, columns).zero_()
+    assert _ways(monkeypatch, query, key, value) == [keys, "bag_output"]
+
+
+def test_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.zeros(1, 4, 1, 8, dtype=torch.bfloat16)
+    assert decode.applies(query, {})
+    assert decode.applies(query.float(), {})
+    assert not decode.applies(query.double(), {})
+    assert not decode.applies(query.to("meta"), {})
+    assert not decode.applies(query.expand(1, 4, 2, 8), {})
+    for name in ("dropout", "softcap", "position_bias", "s_aux"):
+        assert not decode.applies(query, {name: 0.5})
+    monkeypatch.setattr(decode, "_has_fbgemm", lambda: False)
+    assert not decode.applies(query, {})
+    assert not decode.wants_size_first(query)

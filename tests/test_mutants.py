@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import st3
 from st3.engine.columns import first_block, rank_visual, select
-from st3.engine.decode import dense_decode
+from st3.engine.decode import decode_attention
 from st3.hf.call import CACHE
 from tests.helpers import Case, assert_same
 from tests.test_cache import Run
@@ -41,7 +41,7 @@ def test_dense_decoding_is_attention(scaling: float | None, masked: bool) -> Non
         query, key, value, mask if masked else None, scale=scaling, enable_gqa=True
     )
     module = torch.nn.Module()
-    output, _ = dense_decode(module, query, key, value, mask if masked else None, scaling)
+    output, _ = decode_attention(module, query, key, value, mask if masked else None, scaling)
     torch.testing.assert_close(output, wanted.transpose(1, 2))
 
 

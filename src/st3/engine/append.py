@@ -86,7 +86,7 @@ class Append(Behind):
             )
             past.note_positions(fresh.expand(key.shape[0], -1))
         if self.plan.kind == "sdpa" and decode.applies(query, kwargs):
-            base = decode.dense_decode
+            base = decode.decode_attention
         output = base(module, query, key, value, mask, **kwargs)
         every = self.plan.rerank
         if every and self.clock.tokens == 1 and self.clock.step(self.clock.start) % every == 0:

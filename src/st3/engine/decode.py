@@ -1,11 +1,15 @@
-"""Attention of a single query over the dense KV buffers, for CPUs.
+"""Attention of a single query per row over the dense KV buffers, for CPUs.
 
-torch's sdpa reads 16-bit keys and values of a single query at a fraction of the speed of memory,
-and matrix products are not much faster (`st3 bench --threads 1`: column "step / bound"). Both
-products are sums of weighted rows, though: of values by the softmax's weights, of transposed keys
-by the query. ``embedding_bag`` computes just that, in fp32, several times as fast. So the cache
-stores keys *size first* (:mod:`st3.engine.layout`) where this path will read them. Trimmed and
-untrimmed runs on st3's cache both use it, so that its gain is never sold as trimming.
+torch's sdpa reads the keys and values of a single query at a fraction of the speed of memory. Both
+of its products are sums of weighted rows: of values by the softmax's weights, and, if keys lie
+*size first* (:mod:`st3.engine.layout`), of keys by the query. ``embedding_bag`` computes just that
+and sums in fp32. Queries that share a KV head are bags of the same rows, which are then still in
+the processor's cache. benchmarks/results/decode-attention.md has the time of each way, for
+multi-head and grouped-query shapes; what follows from it is said in :func:`wants_size_first` and
+:func:`_multiplies`.
+
+Trimmed and untrimmed runs on st3's cache both come here, so that the gain is never sold as
+trimming.
 """
 
 from __future__ import annotations
@@ -16,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from st3.methods.scores.base import products
+HALVES = (torch.bfloat16, torch.float16)
+# Where a matrix product of keys beats bags: so many queries to a KV head, over so many columns.
+SHARING, LONG = 5, 1024
 
 
-def dense_decode(
+def decode_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -32,29 +38,20 @@ def dense_decode(
 
     Args:
         query: [B, heads, 1, size].
-        key, value: [B, KV heads, K, size], views of a buffer allowed.
+        key, value: [B, KV heads, K, size], views of a buffer allowed; keys in either layout.
         attention_mask: [B or 1, 1, 1, K] bool, or None.
 
     Returns:
         [B, 1, heads, size], None.
     """
-    if not _are_rows(query, key, value):
-        return matmul_decode(module, query, key, value, attention_mask, scaling)
-    batch, heads, _, size = query.shape
-    columns, capacity, first = key.shape[2], key.stride(3), key.storage_offset()
-    # Each of the head size's places is a row, over all columns of the buffer.
-    table = key.as_strided((batch * heads * size, capacity), (capacity, 1), 0)
-    # The scale goes to the query, as softmax reads the sums as they are: they are 16-bit already.
-    query = query * (size**-0.5 if scaling is None else scaling)
-    found = _weighted_rows(table, _bags(batch * heads, size, size), query)
-    logits = found.view(batch, heads, 1, capacity)[..., first : first + columns]
+    bags = not torch.is_grad_enabled() and query.dtype == key.dtype == value.dtype
+    if bags and not _multiplies(query, key) and _size_rows(key):
+        logits = bag_logits(query, key, scaling)
+    else:
+        logits = matmul_logits(query, key, scaling)
     weights = _softmax(logits, attention_mask)
-
-    capacity, size = value.stride(1) // value.stride(2), value.shape[3]
-    stored = (batch * heads - 1) * capacity + columns
-    table = value.as_strided((stored, size), (size, 1), value.storage_offset())
-    output = _weighted_rows(table, _bags(batch * heads, columns, capacity), weights)
-    return output.view(batch, 1, heads, size), None
+    output = bag_output if bags and _column_rows(value) else matmul_output
+    return output(weights, value), None
 
 
 def matmul_decode(
@@ -66,19 +63,17 @@ def matmul_decode(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The same as two matrix products: for queries that share keys, and for compiled graphs."""
-    batch, heads = query.shape[:2]
-    logits = products(query, key) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    weights = _softmax(logits, attention_mask).to(query.dtype)
-    output = torch.matmul(weights.view(batch, key.shape[1], -1, key.shape[2]), value)
-    return output.view(batch, 1, heads, value.shape[-1]), None
+    """The same as two matrix products, whatever the layout: for compiled graphs."""
+    weights = _softmax(matmul_logits(query, key, scaling), attention_mask)
+    return matmul_output(weights, value), None
 
 
 def applies(query: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether :func:`dense_decode` can stand in for sdpa, and is the faster of the two."""
+    """Whether :func:`decode_attention` can stand in for sdpa, and is the faster of the two."""
     return (
         query.shape[2] == 1
-        and suits(query)
+        and _has_bags(query)
+        and (query.dtype in HALVES or query.dtype == torch.float32)
         and not kwargs.get("dropout")
         and kwargs.get("softcap") is None
         and kwargs.get("position_bias") is None
@@ -86,10 +81,91 @@ def applies(query: Tensor, kwargs: dict[str, Any]) -> bool:
     )
 
 
-def suits(states: Tensor) -> bool:
-    """Whether entries such as these are ones that :func:`dense_decode` is made for."""
-    # fp32: sdpa is as fast, in fewer calls.
-    return states.device.type == "cpu" and states.dtype in (torch.bfloat16, torch.float16)
+def wants_size_first(states: Tensor) -> bool:
+    """Whether keys such as these are to lie size first, however many queries share them. In fp32
+    too bags are the fastest for short prompts, but keys as they come are near, for long ones with
+    shared keys ahead, and filed several times as fast."""
+    return _has_bags(states) and states.dtype in HALVES
+
+
+def bag_logits(query: Tensor, key: Tensor, scaling: float | None = None) -> Tensor:
+    """Scaled products [B, heads, 1, K] with keys that lie size first, as sums of rows."""
+    batch, heads, _, size = query.shape
+    kv_heads, columns = key.shape[1:3]
+    capacity = key.stride(3)
+    # Each of the head size's places is a row, over all columns of the buffer.
+    first = key.storage_offset() % capacity
+    table = key.as_strided(
+        (batch * kv_heads * size, capacity), (capacity, 1), key.storage_offset() - first
+    )
+    bags = _bags(batch * kv_heads, heads // kv_heads, size, size)
+    found = _weighted_rows(table, bags, _scaled(query, scaling))
+    return found.view(batch, heads, 1, capacity)[..., first : first + columns]
+
+
+def matmul_logits(query: Tensor, key: Tensor, scaling: float | None = None) -> Tensor:
+    """Scaled products [B, heads, 1, K] as a matrix product, for both layouts."""
+    batch, heads, _, size = query.shape
+    kv_heads, columns = key.shape[1:3]
+    queries = _scaled(query, scaling).reshape(batch * kv_heads, -1, size)
+    keys = key.flatten(0, 1)
+    if key.stride(-1) == 1:
+        # Long operand first: `keys @ q` is many times faster than `q @ keys^T`, and than a matmul.
+        found = torch.bmm(keys, queries.transpose(1, 2)).transpose(1, 2)
+    else:
+        found = torch.bmm(queries, keys.transpose(1, 2))
+    return found.reshape(batch, heads, 1, columns)
+
+
+def bag_output(weights: Tensor, value: Tensor) -> Tensor:
+    """Sums [B, 1, heads, size] of the rows of ``value`` by ``weights`` [B, heads, 1, K]."""
+    batch, heads, _, columns = weights.shape
+    kv_heads, size = value.shape[1], value.shape[3]
+    capacity = value.stride(1) // size
+    stored = (batch * kv_heads - 1) * capacity + columns
+    table = value.as_strided((stored, size), (size, 1), value.storage_offset())
+    bags = _bags(batch * kv_heads, heads // kv_heads, columns, capacity)
+    return _weighted_rows(table, bags, weights).view(batch, 1, heads, size)
+
+
+def matmul_output(weights: Tensor, value: Tensor) -> Tensor:
+    """The same as a matrix product."""
+    batch, heads, _, columns = weights.shape
+    output = torch.matmul(weights.view(batch, value.shape[1], -1, columns), value)
+    return output.view(batch, 1, heads, value.shape[-1])
+
+
+def _multiplies(query: Tensor, key: Tensor) -> bool:
+    """Whether a matrix product beats bags on keys that lie size first: where many queries share a
+    key, and the processor multiplies numbers of this dtype."""
+    return (
+        query.shape[1] >= SHARING * key.shape[1]
+        and key.shape[0] * key.shape[2] >= LONG
+        and query.dtype == torch.bfloat16
+        and _multiplies_bfloat16()
+    )
+
+
+@lru_cache(maxsize=1)
+def _multiplies_bfloat16() -> bool:
+    # Without such instructions torch's matrix products in bf16 are up to 50 times slower than bags.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16"))
+
+
+@lru_cache(maxsize=1)
+def _has_fbgemm() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def _has_bags(states: Tensor) -> bool:
+    """Whether torch has a fast ``embedding_bag`` where these are."""
+    return states.device.type == "cpu" and _has_fbgemm()
+
+
+def _scaled(query: Tensor, scaling: float | None) -> Tensor:
+    # Scaled are the few queries: the logits would be read and written once more.
+    return query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -99,27 +175,34 @@ def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits.softmax(dim=-1)
 
 
-def _are_rows(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether all keys and values of the batch are rows of two tables, one query to each head."""
-    _, heads, columns, size = key.shape
-    if query.shape[1] != heads or query.dtype != key.dtype or torch.is_grad_enabled():
-        return False
-    capacity, first = key.stride(3), key.storage_offset()
+def _size_rows(key: Tensor) -> bool:
+    """Whether ``key`` are columns of a table whose rows are the places of the head size."""
+    heads, columns, size = key.shape[1:]
+    capacity = key.stride(3)
     return (
         key.stride() == (heads * size * capacity, size * capacity, 1, capacity)
-        and first + columns <= capacity
-        and value.stride()[2:] == (value.shape[3], 1)
-        and value.stride(0) == heads * value.stride(1)
+        and key.storage_offset() % capacity + columns <= capacity
+    )
+
+
+def _column_rows(value: Tensor) -> bool:
+    """Whether ``value`` are rows of a table that has as many for each head."""
+    return (
+        value.stride()[2:] == (value.shape[3], 1)
+        and value.stride(0) == value.shape[1] * value.stride(1)
+        and value.stride(1) % value.shape[3] == 0
     )
 
 
 @lru_cache(maxsize=4)  # layers that keep as many tokens, one behind the other, share them
-def _bags(bags: int, width: int, stride: int) -> tuple[Tensor, Tensor]:
-    """The first ``width`` of the ``stride`` rows that a table has for each bag, one bag behind the
-    other, and where each bag begins and the last one ends."""
-    rows = _numbers(1 << (bags * stride - 1).bit_length())[: bags * stride]
-    offsets = torch.arange(0, bags * width + 1, width, dtype=rows.dtype)
-    return rows.view(bags, stride)[:, :width].reshape(-1), offsets
+def _bags(heads: int, queries: int, width: int, stride: int) -> tuple[Tensor, Tensor]:
+    """The first ``width`` of the ``stride`` rows that a table has for each head, once for each of
+    the head's queries, one bag behind the other; and where each bag begins and the last one ends.
+    """
+    rows = _numbers(1 << (heads * stride - 1).bit_length())[: heads * stride]
+    rows = rows.view(heads, 1, stride)[:, :, :width].expand(heads, queries, width)
+    offsets = torch.arange(0, rows.numel() + 1, width, dtype=rows.dtype)
+    return rows.reshape(-1), offsets
 
 
 @lru_cache(maxsize=1)

@@ -66,7 +66,7 @@ class JoinedAppend(Behind):
         if self.plan.windows[layer] is not None and self._logical is not None:
             past.note_positions(self._logical.to(key.device))
         if self.plan.kind == "sdpa" and decode.applies(query, kwargs):
-            base = decode.dense_decode
+            base = decode.decode_attention
         output = base(module, query, key, value, mask, **kwargs)
         if self._due is not None:
             with torch.no_grad():

@@ -1,8 +1,8 @@
 """How the buffers of a KV cache lie in memory, and how columns get into them.
 
 Values lie as [B, KV heads, columns, head size]. So do keys, unless a layer is *size first*: then
-they lie as [B, KV heads, head size, columns], for :func:`st3.engine.decode.dense_decode`. Either
-way a buffer is a tensor of the former shape; only its strides differ.
+they lie as [B, KV heads, head size, columns], for :func:`st3.engine.decode.decode_attention`.
+Either way a buffer is a tensor of the former shape; only its strides differ.
 """
 
 from __future__ import annotations

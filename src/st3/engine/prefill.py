@@ -248,7 +248,7 @@ class Prefill:
         dense = self.plan.kind == "sdpa"
         for layer, block, holds in self._waiting:
             past = self.cache[layer]
-            past.size_first = dense and holds and decode.suits(past.given[0])
+            past.size_first = dense and holds and decode.wants_size_first(past.given[0])
             score = self.scoring.for_cache(layer) if self.ranked[layer] else None
             order = partial(_order, block, score, partial(stays, layer, self.rows))
             past.store(
