@@ -153,21 +153,17 @@ def _assert_attention(
 @HEADS
 @DTYPES
 @pytest.mark.parametrize("rows", [0, 1, 3], ids=["unmasked", "one-mask", "masked"])
-@pytest.mark.parametrize("multiplies", [False, True], ids=["bags", "matmul"])
 @torch.no_grad()
 def test_every_layout_is_attention(
     size_first: bool,
     heads: tuple[int, int],
     dtype: torch.dtype,
     rows: int,
-    multiplies: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At most a rounding away from fp32, whatever computes the products with keys."""
     query, key, value = _states(heads, dtype, size_first)
     seen = torch.arange(COLUMNS) >= torch.tensor([0, 3, 9])[:rows, None]
     mask = seen[:, None, None] if rows else None
-    monkeypatch.setattr(decode, "_multiplies", lambda query, key: multiplies)
     module = torch.nn.Module()
     for attention in (decode.decode_attention, decode.matmul_decode):
         output, _ = attention(module, query, key, value, mask, 0.3)
@@ -218,36 +214,17 @@ def _ways(monkeypatch: pytest.MonkeyPatch, query: Tensor, key: Tensor, value: Te
     return called
 
 
-@pytest.mark.parametrize(
-    ("heads", "dtype", "columns", "native", "keys"),
-    [
-        ((4, 4), torch.bfloat16, 2048, True, "bag_logits"),
-        ((8, 2), torch.bfloat16, 2048, True, "bag_logits"),
-        ((10, 2), torch.bfloat16, 2048, True, "matmul_logits"),
-        ((10, 2), torch.bfloat16, 2048, False, "bag_logits"),
-        ((10, 2), torch.bfloat16, 300, True, "bag_logits"),
-        ((10, 2), torch.float16, 2048, True, "bag_logits"),
-        ((4, 4), torch.float32, 2048, True, "matmul_logits"),
-        ((10, 2), torch.float32, 2048, True, "matmul_logits"),
-    ],
-)
+@HEADS
+@DTYPES
 def test_the_rule(
-    heads: tuple[int, int],
-    dtype: torch.dtype,
-    columns: int,
-    native: bool,
-    keys: str,
-    monkeypatch: pytest.MonkeyPatch,
+    heads: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which function reads keys in the layout that was chosen for them."""
-    monkeypatch.setattr(decode, "_multiplies_bfloat16", lambda: native)
-    like = torch.zeros(1, heads[1], 1, 8, dtype=dtype)
-    size_first = decode.wants_size_first(like)
-    assert size_first == (dtype != torch.float32)
-    query = torch.zeros(1, heads[0], 1, 8, dtype=dtype)
-    key = allocate(like, columns, size_first=size_first).zero_()
-    value = allocate(like, columns).zero_()
-    assert _ways(monkeypatch, query, key, value) == [keys, "bag_output"]
+    """Which functions read keys, in the layout that was chosen for them, and values."""
+    like = torch.empty(3, heads[1], 1, SIZE, dtype=dtype)
+    assert decode.wants_size_first(like) == (dtype != torch.float32)
+    states = _states(heads, dtype, decode.wants_size_first(like))
+    keys = "matmul_logits" if dtype == torch.float32 else "bag_logits"
+    assert _ways(monkeypatch, *states) == [keys, "bag_output"]
 
 
 def test_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,7 @@ of its products are sums of weighted rows: of values by the softmax's weights, a
 *size first* (:mod:`st3.engine.layout`), of keys by the query. ``embedding_bag`` computes just that
 and sums in fp32. Queries that share a KV head are bags of the same rows, which are then still in
 the processor's cache. benchmarks/results/decode-attention.md has the time of each way, for
-multi-head and grouped-query shapes; what follows from it is said in :func:`wants_size_first` and
-:func:`_multiplies`.
+multi-head and grouped-query shapes; what follows from it is said in :func:`wants_size_first`.
 
 Trimmed and untrimmed runs on st3's cache both come here, so that the gain is never sold as
 trimming.
@@ -21,8 +20,6 @@ import torch
 from torch import Tensor, nn
 
 HALVES = (torch.bfloat16, torch.float16)
-# Where a matrix product of keys beats bags: so many queries to a KV head, over so many columns.
-SHARING, LONG = 5, 1024
 
 
 def decode_attention(
@@ -45,7 +42,7 @@ def decode_attention(
         [B, 1, heads, size], None.
     """
     bags = not torch.is_grad_enabled() and query.dtype == key.dtype == value.dtype
-    if bags and not _multiplies(query, key) and _size_rows(key):
+    if bags and _size_rows(key):
         logits = bag_logits(query, key, scaling)
     else:
         logits = matmul_logits(query, key, scaling)
@@ -133,24 +130,6 @@ def matmul_output(weights: Tensor, value: Tensor) -> Tensor:
     batch, heads, _, columns = weights.shape
     output = torch.matmul(weights.view(batch, value.shape[1], -1, columns), value)
     return output.view(batch, 1, heads, value.shape[-1])
-
-
-def _multiplies(query: Tensor, key: Tensor) -> bool:
-    """Whether a matrix product beats bags on keys that lie size first: where many queries share a
-    key, and the processor multiplies numbers of this dtype."""
-    return (
-        query.shape[1] >= SHARING * key.shape[1]
-        and key.shape[0] * key.shape[2] >= LONG
-        and query.dtype == torch.bfloat16
-        and _multiplies_bfloat16()
-    )
-
-
-@lru_cache(maxsize=1)
-def _multiplies_bfloat16() -> bool:
-    # Without such instructions torch's matrix products in bf16 are up to 50 times slower than bags.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16"))
 
 
 @lru_cache(maxsize=1)
