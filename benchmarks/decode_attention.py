@@ -8,7 +8,8 @@ Every call reads buffers of its own, so many that they do not fit into the proce
 layers of a model do. The ways take turns. A time is the first decile over all calls of a way, in
 microseconds, with one thread of the processor's time: what waits for others' work on the machine is
 not counted. Buffers and views are made as st3's cache makes them; for transformers they are whole
-tensors, as in a DynamicCache (what its `cat` costs is not counted). Results go to benchmarks/results/decode-attention.{json,md}.
+tensors, as in a DynamicCache (what its `cat` costs is not counted). Results go to
+benchmarks/results/decode-attention.{json,md}.
 """
 
 from __future__ import annotations
