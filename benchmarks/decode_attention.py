@@ -191,10 +191,8 @@ def as_markdown(found: dict[str, Any], given: dict[str, Any]) -> str:
     head = ["shape", "dtype", "columns", "batch", *WAYS, "gain", "GB/s"]
     lines = ["# Attention of one decode step on a CPU", "", in_words(given), ""]
     lines += [f"    python benchmarks/{given['command']}", ""]
-    lines += [
-        "Microseconds of one layer; first decile of calls that read buffers of their own.",
-        "",
-    ]
+    clock = "of the processor" if given["threads"] == 1 else "by the wall clock"
+    lines += [f"Microseconds {clock} for one layer; first decile of the calls.", ""]
     lines += [f"- {name}: {what}" for name, what in WAYS.items()]
     lines += ["- gain: the faster of both transformers columns over st3's", ""]
     lines += [f"- {shape}: query heads / KV heads x head size of {SHAPES[shape][3]}"
