@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 import st3
-from st3.models.families import FAMILIES as SUPPORTED_FAMILIES
-from st3.models.families import parts_of
+from st3.models import families, find_parts
 from st3.tools.see import GROUPS, Collector, Watch, analyse
 from st3.tools.see.collect import LENGTHS, ByLength
 from tests.zoo import FAMILIES, I, T, build
 
-SUPPORTED = {family.model_type for family in SUPPORTED_FAMILIES}
+SUPPORTED = {family.model_type for family in families()}
 WATCHED = [name for name, f in FAMILIES.items() if (f.model_type or name) in SUPPORTED]
 
 
@@ -63,7 +62,7 @@ def test_every_family_is_watched_without_a_change(name: str) -> None:
         watched = generate(model, batch, 3)
     assert torch.equal(watched, bare)
     assert notes.steps == [0, 1, 2]
-    layers = len(parts_of(model).layers)
+    layers = len(find_parts(model).layers)
     for heard in notes.heard[:-1]:
         assert sorted(heard) == list(range(layers))
         for attention, columns in heard.values():
@@ -79,7 +78,7 @@ def test_attention_is_the_models_own(name: str) -> None:
     notes = Notes()
     with Watch(model, notes):
         generate(model, batch, 3)
-    parts_of(model).text.config._attn_implementation = "eager"
+    find_parts(model).text.config._attn_implementation = "eager"
     with torch.no_grad():
         out = model.generate(
             **batch, max_new_tokens=3, do_sample=False, output_attentions=True,
@@ -129,7 +128,7 @@ def test_a_trimmed_model_is_heard_behind_its_windows() -> None:
     """Windows of 16 tokens, a longer prompt, and an answer during which layers are cleared."""
     family, model = build("gemma3")
     batch = family.inputs(model, [[T(21), I(), T(30)]])
-    windows = parts_of(model).windows
+    windows = find_parts(model).windows
     notes = Notes()
     with st3.trim(model, "st3", stride=2):
         plain = generate(model, batch, 40)
@@ -156,7 +155,7 @@ def test_nothing_is_left_behind(trimmed: bool) -> None:
     def state() -> list[Any]:
         hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
         attributes = [sorted(m.__dict__) for m in model.modules()]
-        return [hooks, attributes, parts_of(model).text.config._attn_implementation]
+        return [hooks, attributes, find_parts(model).text.config._attn_implementation]
 
     before = state()
     with st3.trim(model, "st3" if trimmed else "none"):
@@ -309,7 +308,7 @@ def test_the_sums_of_a_large_model_are_small() -> None:
 
 def _grows(tensor: Tensor, model: Any) -> bool:
     """Keys and values of the cache."""
-    heads = parts_of(model).text.config.num_key_value_heads
+    heads = find_parts(model).text.config.num_key_value_heads
     return tensor.dim() == 4 and tensor.shape[1] == heads
 
 

@@ -22,6 +22,8 @@ from st3.engine.cache import TrimmedLayer
 from st3.engine.director import Director
 from st3.engine.prefill import Prefill
 from st3.hf.call import CACHE
+from st3.models import config_family
+from st3.models.tiled import image_size
 from st3.tools.bench import (
     SHAPES,
     Deadline,
@@ -59,7 +61,7 @@ from st3.tools.bench.overhead import (
 )
 from st3.tools.bench.profile import profile_decode, selection_share
 from st3.tools.bench.ragged import RaggedRow, against_uniform
-from st3.tools.bench.tower import _image_size, tower, vision_inputs
+from st3.tools.bench.tower import tower
 from st3.tools.common.load import device_of, dtype_of
 from tests.zoo import build as build_family
 
@@ -400,7 +402,7 @@ def test_a_weights_only_step_before_each_decode_step_changes_nothing(
 )
 def test_the_tower_gets_pixels_for_the_wanted_tokens(name: str) -> None:
     _, model = build_family(name)
-    inputs = vision_inputs(model, 16, 2)
+    inputs = config_family(model.config).bench_inputs(model, 16, 2)
     assert inputs is not None
     features = model.get_image_features(**inputs).pooler_output
     assert sum(len(f.flatten(0, -2)) for f in features) == 2 * 16
@@ -411,12 +413,12 @@ def test_the_tower_gets_pixels_for_the_wanted_tokens(name: str) -> None:
 
 def test_llava_next_gets_an_image_of_as_many_crops() -> None:
     config = SHAPES["llava-next-7b"].config
-    assert _image_size(config.image_grid_pinpoints, 336, 5) == [672, 672]
-    assert _image_size(config.image_grid_pinpoints, 336, 99) is None
+    assert image_size(config.image_grid_pinpoints, 336, 5) == [672, 672]
+    assert image_size(config.image_grid_pinpoints, 336, 99) is None
 
 
 def test_towers_that_are_not_described_are_left_out() -> None:
-    _, model = build_family("paligemma")
+    _, model = build_family("aria")
     assert tower(model, 16, 1) is None
 
 

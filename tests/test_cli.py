@@ -142,11 +142,11 @@ def test_heatmap_of_chosen_layers(picture: Path, tiny_model: Path, tmp_path: Pat
 
 
 def test_models_lists_every_family() -> None:
-    from st3.models.families import FAMILIES
+    from st3.models import families
 
     result = st3("models")
     assert result.exit_code == 0
-    for family in FAMILIES:
+    for family in families():
         assert family.model_type in result.stdout
 
 

@@ -15,9 +15,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AttentionInterface
 
-from st3.models.families import parts_of
+from st3.models import UnknownPlaces, config_family, families, find_parts
 from st3.models.places import image_token, places
-from st3.models.tiles import ANYRES, KNOWN, UnknownPlaces, framed, image_tiles, pack
 from tests.zoo import FAMILIES, I, T, V, build
 from tests.zoo.base import features
 
@@ -33,7 +32,7 @@ AttentionInterface.register("tests_alone", _alone)
 
 @contextmanager
 def local_vision(model: Any) -> Iterator[None]:
-    text = {id(m) for m in parts_of(model).text.modules()}
+    text = {id(m) for m in find_parts(model).text.modules()}
     configs = {id(m.config): m.config for m in model.modules()
                if hasattr(m, "config") and id(m) not in text}  # fmt: skip
     names = {}
@@ -59,13 +58,14 @@ def embeddings(model: Any, batch: dict[str, Any]) -> Tensor:
         seen.append(kwargs["inputs_embeds"][0])
         raise _Enough
 
-    hook = parts_of(model).text.register_forward_pre_hook(take, with_kwargs=True)
+    hook = find_parts(model).text.register_forward_pre_hook(take, with_kwargs=True)
     with torch.no_grad(), local_vision(model), pytest.raises(_Enough):
         model(**batch)
     hook.remove()
     return seen[0]
 
 
+KNOWN = {family.model_type for family in families() if family.layout.placed}
 MAPPED = [name for name, family in FAMILIES.items() if (family.model_type or name) in KNOWN
           or name in ("pixtral", "paligemma2")]  # fmt: skip
 
@@ -81,16 +81,13 @@ def test_a_tiles_pixels_reach_the_token_that_is_said_to_lie_there(name: str) -> 
     pixels = batch["pixel_values"]
     # The tiles of a tensor of consecutive numbers say which pixels each cell is made of.
     numbered = torch.arange(pixels.numel(), dtype=torch.float64).view_as(pixels)
-    tiles = image_tiles(model, {**batch, "pixel_values": numbered}, len(visual))
-    # In models that pack tiles, their packing says which token a cell becomes, if any.
+    layout = config_family(model.config).layout
+    tiles = layout.tiles(model, {**batch, "pixel_values": numbered}, len(visual))
+    # Models that pack tiles, or put tokens around their rows, say which token a cell becomes.
     counts = [tile.rows * tile.columns for tile in tiles]
     number = torch.arange(sum(counts)).float()
-    if model.config.model_type in ANYRES:
-        boxes = number.view(len(tiles), -1, 1).expand(-1, -1, 4)
-        number = pack(model, batch, boxes)[:, 0]
-    else:
-        parts = zip(tiles, number.split(counts), strict=True)
-        number = torch.cat([framed(model, t, n[:, None].expand(-1, 4))[:, 0] for t, n in parts])
+    number = layout.arrange(model, batch, tiles, number[:, None].split(counts))[:, 0]
+    assert layout.pictures(model, batch, tiles, [3] * len(tiles)) == [3] * len(visual)
     assert len(number) == len(visual)
     before = embeddings(model, batch)[visual]
     rng = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from st3.models.families import FAMILIES as SUPPORTED
+from st3.models import families
 from tests.helpers import POLICIES, ST3, Case
 from tests.zoo import FAMILIES as ZOO
 from tests.zoo import T, V
@@ -35,7 +35,7 @@ MAIN = [
     "gemma4",
 ]
 # Not all of them are in every supported version of transformers.
-TYPES = {f.model_type for f in SUPPORTED if f.model_type in CONFIG_MAPPING_NAMES}
+TYPES = {f.model_type for f in families() if f.model_type in CONFIG_MAPPING_NAMES}
 OTHERS = [name for name, family in ZOO.items() if name not in MAIN]
 TOKENS = 8
 # Newline tokens share one embedding, so that their keys' norms in layer 0 are equal but for RoPE's

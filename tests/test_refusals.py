@@ -17,7 +17,7 @@ from transformers import (
 import st3
 from st3.hf.call import CACHE
 from st3.methods.schedule import Schedule
-from st3.models.families import FAMILIES, VisualTokens
+from st3.models import VisualTokens, families
 from tests.helpers import ST3, Case
 from tests.test_cache import Run
 from tests.test_modes import SOLO
@@ -48,7 +48,7 @@ def test_a_text_model() -> None:
     with refused("not a supported vision-language model") as error:
         st3.trim(LlamaForCausalLM(text(LlamaConfig)))
     assert "untested=True" in str(error.value)
-    assert all(family.model_type in str(error.value) for family in FAMILIES)
+    assert all(family.model_type in str(error.value) for family in families())
 
 
 def test_something_that_is_no_model() -> None:

@@ -17,7 +17,7 @@ from tests.helpers import ANNEAL, POLICIES, assert_same, rows_for
 from tests.zoo import FAMILIES, Family, I, T, build
 
 NAMES = ["llava", "qwen2_5_vl", "gemma3", "smolvlm"]
-_TYPES = {family.model_type for family in families.FAMILIES}
+_TYPES = {family.model_type for family in families()}
 SUPPORTED = [name for name, f in FAMILIES.items() if (f.model_type or name) in _TYPES]
 RERANKED = st3.ST3(first_drop=0.3, final_keep=0.2, stride=2, anneal=ANNEAL, rerank_every=2)
 

@@ -88,7 +88,7 @@ class Report:
             start: length of the cache before the prompt, padding included.
         """
         size = torch.empty((), dtype=dtype).element_size()
-        entries = tuple(2 * la.kv_heads * la.head_dim * size for la in dims.layers) if dims else ()
+        entries = tuple(la.entry * size for la in dims.layers) if dims else ()
         n_text = tuple(n - rows.tail for n in rows.n_text)
         past = tuple(n_past) if n_past is not None else (0,) * len(n_text)
         report = cls(policy, schedule, rows.images, n_text, past, budgets, dims, entries)

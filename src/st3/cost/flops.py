@@ -81,7 +81,7 @@ def prefill_flops(
         layers.append(
             LayerFlops(
                 projections=2 * tokens * layer.projections,
-                scores=4 * layer.heads * layer.head_dim * pairs,
+                scores=layer.pair * pairs,
                 mlp=2 * tokens * layer.mlp,
             )
         )
@@ -100,7 +100,7 @@ def decode_flops(
     check(dims, n_text, n_visual, schedule)
     total = 2 * (dims.inputs + dims.lm_head)
     for layer, keys in zip(dims.layers, read(dims, n_text, n_visual, schedule, step), strict=True):
-        total += 2 * (layer.projections + layer.mlp) + 4 * layer.heads * layer.head_dim * keys
+        total += 2 * (layer.projections + layer.mlp) + layer.pair * keys
     return total
 
 

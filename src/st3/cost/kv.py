@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .dims import LayerDims, TextDims
+from .dims import TextDims
 from .flops import Schedule, check, read
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -69,7 +69,7 @@ def kv_bytes(
     prefill): keys and values of all layers. ``windows`` as in :func:`kv_entries`."""
     size = bytes_per_value(dtype)
     live = kv_entries(dims, n_text, n_visual, schedule, step, windows=windows)
-    return sum(_entry(layer) * n * size for layer, n in zip(dims.layers, live, strict=True))
+    return sum(layer.entry * n * size for layer, n in zip(dims.layers, live, strict=True))
 
 
 def mean_kv_bytes(
@@ -111,7 +111,7 @@ def kv_allocated_bytes(
         kv_entries(dims, n_text, n_visual, schedule, s, windows=windows) for s in range(step + 1)
     ]
     return sum(
-        _entry(layer) * rule([live[index] for live in history]) * size
+        layer.entry * rule([live[index] for live in history]) * size
         for index, layer in enumerate(dims.layers)
     )
 
@@ -163,10 +163,5 @@ def decode_bytes(
     size = bytes_per_value(dtype)
     weights = dims.inputs + dims.lm_head + sum(layer.weights(batch) for layer in dims.layers)
     keys = read(dims, n_text, n_visual, schedule, step)
-    entries = sum(_entry(layer) * n for layer, n in zip(dims.layers, keys, strict=True))
+    entries = sum(layer.entry * n for layer, n in zip(dims.layers, keys, strict=True))
     return (weights + batch * entries) * size
-
-
-def _entry(layer: LayerDims) -> int:
-    """Numbers in one KV entry: a key and a value for each KV head."""
-    return 2 * layer.kv_heads * layer.head_dim

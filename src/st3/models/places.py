@@ -1,6 +1,6 @@
 """Where in the picture a visual token lies.
 
-How the model cuts its pixel input into tokens is written down in :mod:`st3.models.tiles`. What the
+How a model cuts its pixel input into tokens is written down in :mod:`st3.models.layouts`. What the
 processor does before that (resize, crop, pad, cut into tiles) is not modelled but measured: it is
 given drawn pictures of the same sizes whose red is the horizontal and whose green is the vertical
 place, and from what comes out an affine map from each tile back to its picture is read. So the
@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from st3.models.tiles import ANYRES, Tile, UnknownPlaces, framed, image_tiles, pack, video_rasters
+from st3.models.layouts import Layout, Tile, UnknownPlaces
+from st3.models.parts import base_model
+from st3.models.registry import config_family, families
 
 Box = tuple[float, float, float, float]
 Process = Callable[[list[Image.Image]], Mapping[str, Any]]
@@ -58,6 +60,8 @@ def places(
         UnknownPlaces: if they are not known for this model, or if what the model was given does not
             fit what is known of it. The message says which.
     """
+    model = base_model(model)
+    layout = check_placed(model)
     ids = inputs["input_ids"]
     if ids.shape[0] != 1:
         raise UnknownPlaces("places are found for one row at a time")
@@ -67,8 +71,12 @@ def places(
     has_video = any(inputs.get(key) is not None for key in ("pixel_values_videos",))
     if has_video and not n_videos and not images:  # frames that use the images' placeholder
         n_images, n_videos, video_id = 0, n_images, image_id
-    of_images = iter(_image_places(model, inputs, images, process, n_images) if n_images else [])
-    of_videos = iter(_video_places(model, inputs, n_videos, len(images)) if n_videos else [])
+    of_images = iter(
+        _image_places(layout, model, inputs, images, process, n_images) if n_images else []
+    )
+    of_videos = iter(
+        _video_places(layout, model, inputs, n_videos, len(images)) if n_videos else []
+    )
     found = []
     for token in ids[0].tolist():
         if token == video_id and n_videos:
@@ -76,6 +84,36 @@ def places(
         elif token == image_id and n_images:
             found.append(next(of_images))
     return found
+
+
+def check_placed(model: Any) -> Layout:
+    """The layout of a model's visual tokens.
+
+    Raises:
+        UnknownPlaces: a model whose visual tokens st3 cannot place.
+    """
+    kind = base_model(model).config.model_type
+    layout = config_family(base_model(model).config).layout
+    if not layout.placed:
+        known = sorted(family.model_type for family in families() if family.layout.placed)
+        raise UnknownPlaces(
+            f"where the visual tokens of {kind!r} models lie in the image is not known to st3 "
+            f"(known: {', '.join(known)})"
+        )
+    return layout
+
+
+def image_tiles(layout: Layout, model: Any, inputs: Mapping[str, Any], n_tokens: int) -> list[Tile]:
+    """The tiles of all images of a prompt, which become its ``n_tokens`` image tokens.
+
+    Raises:
+        UnknownPlaces: inputs that do not fit what is known of the model.
+    """
+    try:
+        return layout.tiles(model, inputs, n_tokens)
+    except (KeyError, IndexError, RuntimeError, AttributeError, TypeError) as error:
+        kind = model.config.model_type
+        raise UnknownPlaces(f"the pixel input of this {kind!r} model is not understood") from error
 
 
 def image_token(config: Any) -> int:
@@ -95,33 +133,28 @@ def video_token(config: Any) -> int | None:
 
 
 def _image_places(
+    layout: Layout,
     model: Any,
     inputs: Mapping[str, Any],
     images: Sequence[Image.Image],
     process: Process,
     n_tokens: int,
 ) -> list[Place]:
-    tiles = image_tiles(model, inputs, n_tokens)
+    tiles = image_tiles(layout, model, inputs, n_tokens)
     shapes = [tile.pixels.shape for tile in tiles]
     drawn = []
     for draw in (_black, _white, _chart):
         probe = process([draw(image.size, i, len(images)) for i, image in enumerate(images)])
-        drawn.append(image_tiles(model, probe, n_tokens))
+        drawn.append(image_tiles(layout, model, probe, n_tokens))
         if [tile.pixels.shape for tile in drawn[-1]] != shapes:
             raise UnknownPlaces("the processor does not cut images of one size always alike")
     maps = []
     for trio in zip(*drawn, strict=True):
         black, white, chart = (tile.pixels.float().cpu() for tile in trio)
         maps.append(_measure(black, white, chart, images))
-    boxes = [
-        framed(model, tile, _raster(tile, found)) for tile, found in zip(tiles, maps, strict=True)
-    ]
-    if model.config.model_type in ANYRES:
-        pictures = _packed_pictures(model, inputs, boxes, maps)
-        flat = pack(model, inputs, torch.stack(boxes))
-    else:
-        pictures = [found.picture for found, b in zip(maps, boxes, strict=True) for _ in b]
-        flat = torch.cat(boxes)
+    boxes = [_raster(tile, found) for tile, found in zip(tiles, maps, strict=True)]
+    flat = layout.arrange(model, inputs, tiles, boxes)
+    pictures = layout.pictures(model, inputs, tiles, [found.picture for found in maps])
     if len(flat) != n_tokens or len(pictures) != n_tokens:
         raise UnknownPlaces(f"{n_tokens} visual tokens, but places of {len(flat)}")
     return [
@@ -129,21 +162,16 @@ def _image_places(
     ]
 
 
-def _packed_pictures(
-    model: Any, inputs: Mapping[str, Any], boxes: Sequence[Tensor], maps: Sequence[_Map]
-) -> list[int]:
-    """The pictures of packed tokens; newline tokens belong to the picture before them."""
-    numbers = [torch.full_like(b, m.picture) for b, m in zip(boxes, maps, strict=True)]
-    packed = pack(model, inputs, torch.stack(numbers))[:, 0].tolist()
-    pictures: list[int] = []
-    for number in packed:
-        pictures.append(pictures[-1] if number != number else round(number))
-    return pictures
-
-
-def _video_places(model: Any, inputs: Mapping[str, Any], n_tokens: int, first: int) -> list[Place]:
+def _video_places(
+    layout: Layout, model: Any, inputs: Mapping[str, Any], n_tokens: int, first: int
+) -> list[Place]:
+    try:
+        rasters = layout.video_rasters(model, inputs, n_tokens)
+    except (KeyError, IndexError, RuntimeError, AttributeError, TypeError) as error:
+        kind = model.config.model_type
+        raise UnknownPlaces(f"the video input of this {kind!r} model is not understood") from error
     found = []
-    for frame, (rows, columns) in enumerate(video_rasters(model, inputs, n_tokens)):
+    for frame, (rows, columns) in enumerate(rasters):
         found += [
             Place(first + frame, (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows))
             for r in range(rows)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from st3.errors import UnsupportedModelError
+from st3.models.decoders import PARTLY_ROTATED
+from st3.models.parts import Parts
 
 # Of queries, keys and the layer's position tables: both without RoPE.
 Unrotate = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
 
-# Attention modules that rotate in some layers only, or norm queries and keys behind the rotation.
-_PARTLY = ("Cohere2", "Exaone4", "SmolLM3", "Llama4", "HunYuan", "Muse")
 
-
-def inverse_rotation(attentions: Sequence[nn.Module]) -> Unrotate:
+def inverse_rotation(parts: Parts) -> Unrotate:
     """A function of queries [B, heads, N, size], keys [B, KV heads, N, size] and the layer's
     position tables (cos and sin) that returns both unrotated.
 
@@ -26,13 +25,15 @@ def inverse_rotation(attentions: Sequence[nn.Module]) -> Unrotate:
     scale (YaRN) are divided by their squared length.
 
     Raises:
-        UnsupportedModelError: a family that rotates in another way, or not in all layers.
+        UnsupportedModelError: a decoder that rotates in another way, or not in all layers.
     """
-    kind = type(attentions[0])
+    attention = parts.attentions[0]
+    kind = type(attention)
     apply = getattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", None)
     # Multi-head latent attention, and those that count rotary dimensions, rotate a part of a head.
-    part = hasattr(attentions[0], "kv_b_proj") or hasattr(attentions[0], "rotary_ndims")
-    if apply is None or not _takes_tables(apply) or part or kind.__name__.startswith(_PARTLY):
+    part = hasattr(attention, "kv_b_proj") or hasattr(attention, "rotary_ndims")
+    part = part or parts.text.config.model_type.startswith(PARTLY_ROTATED)
+    if apply is None or not _takes_tables(apply) or part:
         raise UnsupportedModelError(
             f"{kind.__name__} rotates queries and keys in a way of its own, which st3 cannot undo: "
             "rank by another score, such as score=attention"

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from st3.engine.columns import gather_positions
-from st3.models.families import parts_of
+from st3.models import find_parts
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def fastv_official(
     Raises:
         ValueError: a layer that does not exist, or rows of different layout.
     """
-    parts = parts_of(model)
+    parts = find_parts(model)
     if not 1 <= layer < len(parts.layers):
         raise ValueError(f"layer must lie between 1 and {len(parts.layers) - 1}, got {layer}")
     if not bool((visual == visual[:1]).all()):

@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL.Image import Image
 
+from st3.models import UnknownPlaces
 from st3.models import places as grid
-from st3.models.tiles import UnknownPlaces
 from st3.tools.cli import _loading
 from st3.tools.cli._common import CliError
 from st3.tools.cli._loading import Loaded

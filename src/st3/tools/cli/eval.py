@@ -73,7 +73,7 @@ def evaluate(
     shares = None if budgets is None else _shares(budgets)
     console = stderr()
     with console.status("importing torch and transformers"):
-        from st3.models.families import parts_of
+        from st3.models import find_parts
         from st3.tools.bench.conditions import conditions
         from st3.tools.bench.methods import split_policies
         from st3.tools.cli import _loading
@@ -93,7 +93,7 @@ def evaluate(
         loaded = _loading.load(model, device, dtype.value, trust_remote_code)
     with _one_line_errors(1):
         able, refused = usable(loaded.model, chosen)
-        rows, notes = entries(able, shares, len(parts_of(loaded.model).layers))
+        rows, notes = entries(able, shares, len(find_parts(loaded.model).layers))
         notes = refused + notes
         for note in notes:
             console.print(f"note: {note}", soft_wrap=True)

@@ -102,7 +102,7 @@ def generate(
     console = stderr()
     with console.status("importing torch and transformers"):
         import st3
-        from st3.models.tiles import check_known
+        from st3.models.places import check_placed
         from st3.tools.cli import _loading, _seeing
     chosen = _policy(policy)
     pictures = _loading.load_images(images)
@@ -117,7 +117,7 @@ def generate(
     }
     with _failures_in_one_line():
         if heatmap is not None:
-            check_known(loaded.model.config.model_type)
+            check_placed(loaded.model)
         trimmer = st3.trim(loaded.model, chosen)
         inputs = _loading.prepare(loaded, pictures, prompt)
     if compare:

@@ -12,13 +12,13 @@ def models() -> None:
 
     [bold]Example[/bold]: st3 models
     """
-    from st3.models.families import FAMILIES
+    from st3.models import families
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("model_type", no_wrap=True)
     table.add_column("name", no_wrap=True)
     table.add_column("notes")
-    for family in FAMILIES:
+    for family in families():
         table.add_row(family.model_type, family.name, family.notes)
     console = stdout()
     console.print(table)

@@ -26,7 +26,7 @@ from st3.hf.attention import ATTRIBUTE, LayerHandle, base_attention, registered
 from st3.hf.call import cache_in
 from st3.hf.hooks import Hooks
 from st3.methods.scores import LayerView
-from st3.models.families import VisualTokens, family_of, parts_of
+from st3.models import VisualTokens, family_of, find_parts
 
 ONE_ROW = (
     "a watched model runs one prompt with an image at a time, without padding, beams or copies"
@@ -83,7 +83,7 @@ class Watch:
         family_of(model)
         self.model = model
         self.listener = listener
-        self.parts = parts_of(model)
+        self.parts = find_parts(model)
         self.count = len(self.parts.layers)
         self.current: Prompt | None = None
         self._trimmer: Trimmer | None = None

@@ -39,7 +39,7 @@ def entry_bytes(model: Any, layers: int) -> tuple[int, ...]:
     except ValueError:  # a decoder without a cost model: look at what it stores
         return _probed(model, layers)
     size = bytes_per_value(model.dtype)
-    return tuple(2 * layer.kv_heads * layer.head_dim * size for layer in dims.layers)
+    return tuple(layer.entry * size for layer in dims.layers)
 
 
 def _probed(model: Any, layers: int) -> tuple[int, ...]:

@@ -1,0 +1,181 @@
+"""The dimensions of a decoder, counted on the real modules in place of a closed form.
+
+The text model runs twice without numbers (on the meta device), on prompts of two lengths. torch's
+own formulas for the FLOPs of each operation (:mod:`torch.utils.flop_counter`) then give, for each
+layer, what every token costs and what every pair of tokens costs; the KV cache says how large an
+entry is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import DynamicCache
+
+from st3.cost.dims import LayerDims, Lookahead, TextDims
+from st3.hf.call import CACHE
+
+_LENGTHS = (5, 9)
+
+
+class _Counter(TorchDispatchMode):
+    """FLOPs by place. FlopCounterMode would do, but hooks the modules of all threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = ["rest"]
+        self.flops: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None and func is not torch.ops.prim.device.default:
+            with self:
+                result = func.decompose(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+        result = func(*args, **kwargs)
+        if formula is not None:
+            place = self.places[-1]
+            flops = formula(*args, **kwargs, out_val=result)
+            self.flops[place] = self.flops.get(place, 0) + flops
+        return result
+
+    def watch(self, module: nn.Module, place: str, stack: ExitStack) -> None:
+        """Count what ``module`` does under ``place``, as long as ``stack`` is open."""
+
+        def enter(*_: Any) -> None:
+            self.places.append(place)
+
+        def leave(*_: Any) -> None:
+            self.places.pop()
+
+        stack.callback(module.register_forward_pre_hook(enter).remove)
+        stack.callback(module.register_forward_hook(leave).remove)
+
+
+def count_text(
+    text: Any,
+    layers: Sequence[nn.Module],
+    attentions: Sequence[nn.Module],
+    windows: Sequence[int | None],
+    lookahead: Sequence[Lookahead],
+) -> TextDims:
+    """The dimensions of a text model on the meta device with eager attention.
+
+    Args:
+        text: takes ``inputs_embeds`` [1, T, hidden] and runs ``layers``.
+        attentions, windows, lookahead: of each layer.
+
+    Raises:
+        ValueError: a decoder that does not run without numbers, or whose layers do not cost so much
+            a token and so much a pair of tokens.
+    """
+    config = text.config
+    try:
+        (short, _), (long, cache) = (_run(text, layers, attentions, n) for n in _LENGTHS)
+    except (NotImplementedError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"no cost model for the decoder {config.model_type!r}: it has no closed form, and "
+            f"cannot be counted on the meta device ({type(error).__name__}). Describe it with "
+            "TextDims(...) by hand"
+        ) from error
+    return TextDims(
+        hidden=config.hidden_size,
+        vocab=config.vocab_size,
+        layers=tuple(
+            _layer(layer, short, long, cache.layers[i], i, windows[i], lookahead[i], config)
+            for i, layer in enumerate(layers)
+        ),
+        inputs=_split(short, long, "rest")[0] // 2,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+    )
+
+
+def _run(
+    text: Any, layers: Sequence[nn.Module], attentions: Sequence[nn.Module], tokens: int
+) -> tuple[dict[str, int], Any]:
+    embeds = torch.empty(1, tokens, text.config.hidden_size, device="meta", dtype=text.dtype)
+    cache, counter = DynamicCache(config=text.config), _Counter()
+    with ExitStack() as stack:
+        for i, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
+            counter.watch(layer, f"{i}", stack)
+            counter.watch(attention, f"{i}.attention", stack)
+        for name, module in text.named_modules():
+            if name.endswith("rotary_emb"):
+                counter.watch(module, "rotary", stack)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(counter)
+        text(inputs_embeds=embeds, use_cache=True, **{CACHE: cache})
+    return counter.flops, cache
+
+
+def _layer(
+    layer: nn.Module,
+    short: dict[str, int],
+    long: dict[str, int],
+    kept: Any,
+    index: int,
+    window: int | None,
+    lookahead: Lookahead,
+    config: Any,
+) -> LayerDims:
+    token, pair = _split(short, long, f"{index}.attention")
+    weights, rest = _split(short, long, f"{index}")
+    if rest or not pair:
+        raise ValueError(
+            f"no cost model for the decoder {config.model_type!r}: its layer {index} is no softmax "
+            "attention with an MLP"
+        )
+    (_, kv_heads, _, head_dim), value_dim = kept.keys.shape, kept.values.shape[-1]
+    heads, odd = divmod(pair, 2 * (head_dim + value_dim))
+    if odd:
+        raise ValueError(
+            f"no cost model for the decoder {config.model_type!r}: its attention does not work on "
+            "the keys and values that it stores"
+        )
+    expert, experts, chosen = _experts(layer, weights // 2)
+    return LayerDims(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        projections=token // 2,
+        dense=weights // 2 - expert * chosen,
+        expert=expert,
+        experts=experts,
+        experts_per_token=chosen,
+        window=window,
+        lookahead=lookahead,
+        value_dim=None if value_dim == head_dim else value_dim,
+    )
+
+
+def _split(short: dict[str, int], long: dict[str, int], place: str) -> tuple[int, int]:
+    """FLOPs a token and FLOPs a pair, from those of two prompts: ``f = token n + pair n^2``."""
+    n, m = _LENGTHS
+    a, b = short.get(place, 0), long.get(place, 0)
+    pair, odd = divmod(b * n - a * m, n * m * (m - n))
+    token, odd_too = divmod(a - pair * n * n, n)
+    if odd or odd_too:
+        raise ValueError("no cost model for a decoder whose cost is not a polynomial of its tokens")
+    return token, pair
+
+
+def _experts(layer: nn.Module, weights: int) -> tuple[int, int, int]:
+    """Weights of one expert, how many there are, and how many a token passes; ``weights`` are those
+    that a token passes outside of attention. Experts are stacked in tensors of three dimensions."""
+    stacks = [p for p in layer.parameters() if p.dim() == 3]
+    if not stacks or len({p.shape[0] for p in stacks}) > 1:
+        return 0, 0, 0
+    expert = sum(p[0].numel() for p in stacks)
+    attention = {id(p) for p in layer.self_attn.parameters()}  # type: ignore[union-attr]
+    flat = [p for p in layer.parameters() if p.dim() == 2 and id(p) not in attention]
+    chosen, odd = divmod(weights - sum(p.numel() for p in flat), expert)
+    return (expert, stacks[0].shape[0], chosen) if chosen > 0 and not odd else (0, 0, 0)

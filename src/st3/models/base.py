@@ -1,0 +1,155 @@
+"""One model family: all that differs between models, behind one object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from st3.cost.dims import Lookahead, TextDims
+from st3.cost.vision import VisionDims
+from st3.errors import UnsupportedModelError
+from st3.models.class_attention import REMEDY, ClassAttentionTap
+from st3.models.decoders import closed_form
+from st3.models.grids import Grids, grids_of, no_grids
+from st3.models.layouts import Layout, UnknownPlaces
+from st3.models.meta import counted
+from st3.models.parts import Parts, base_model, find_parts
+from st3.models.rotary import Unrotate, inverse_rotation
+from st3.models.towers import has_class_token, tower_of
+from st3.models.visual import Encoded, VisualTokens
+
+_NOT_UNDERSTOOD = (UnknownPlaces, KeyError, IndexError, RuntimeError, AttributeError, TypeError)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: what st3 must know of it, in fields, or in methods that a subclass
+    overrides. Models may come wrapped by peft.
+
+    Attributes:
+        model_type: ``config.model_type`` of its models.
+        name: how people call it.
+        notes: what a user should know.
+        video: whether videos are trimmed too.
+        layout: how an image becomes visual tokens.
+        class_order: whether the visual tokens stand in the order of the tower's patches, or go the
+            way of ``pack_image_features`` or ``pixel_shuffle``, so that the class token's attention
+            can be followed to them.
+    """
+
+    model_type: str
+    name: str
+    notes: str = ""
+    video: bool = False
+    layout: Layout = Layout()  # noqa: RUF009 (it holds nothing)
+    class_order: bool = False
+
+    # Where things are --------------------------------------------------------------------------
+
+    def parts(self, model: nn.Module) -> Parts:
+        """The modules that the engine hooks into.
+
+        Raises:
+            UnsupportedModelError: if the model is laid out otherwise, with the reason.
+        """
+        return find_parts(model)
+
+    def visual_tokens(self, model: nn.Module, parts: Parts) -> VisualTokens:
+        """What listens for which tokens of a prompt are visual."""
+        return VisualTokens(base_model(model), parts.inner)
+
+    def class_attention(self, model: nn.Module, parts: Parts) -> ClassAttentionTap:
+        """What listens for the attention of the vision tower's class token.
+
+        Raises:
+            UnsupportedModelError: if the tower has none, or the family's way from patches to visual
+                tokens is not known.
+        """
+        config: Any = base_model(model).config
+        vision = getattr(config, "vision_config", None)
+        if not self.class_order or not has_class_token(vision):
+            tower = getattr(vision, "model_type", "") or "unknown"
+            raise UnsupportedModelError(
+                f"{self.model_type}: its vision tower ({tower}) gives no attention of a class "
+                f"token over the visual tokens: {REMEDY}"
+            )
+        return ClassAttentionTap(config, parts.inner)
+
+    def inverse_rotation(self, parts: Parts) -> Unrotate:
+        """What takes RoPE off queries and keys.
+
+        Raises:
+            UnsupportedModelError: if the family rotates in a way that cannot be undone.
+        """
+        return inverse_rotation(parts)
+
+    # Where tokens lie --------------------------------------------------------------------------
+
+    def image_grids(
+        self, model: nn.Module, encoded: Sequence[Encoded], images: Sequence[Sequence[int]]
+    ) -> Grids:
+        """The grid of tokens of each image of a prompt.
+
+        Args:
+            encoded: what its images were encoded from (:attr:`VisualTokens.encoded`).
+            images: for each row the visual tokens of each image: each run of visual tokens, or what
+                the encoder said of images that touch.
+
+        Returns:
+            (rows, columns) for each image, laid out as ``images``; None for images whose tokens are
+            no grid, or not known to be one. May wait for the device.
+        """
+        counts = [count for row in images for count in row]
+        try:
+            rasters = list(self.layout.all_rasters(base_model(model), encoded, counts))
+        except _NOT_UNDERSTOOD:
+            return no_grids(images)
+        return grids_of(images, rasters)
+
+    # What it costs -----------------------------------------------------------------------------
+
+    def lookahead(self, text: Any, window: int | None) -> Lookahead:
+        """Which later positions a token may see in a layer with this sliding window; ``text`` is
+        the config of the text model."""
+        return "none"
+
+    def text_dims(self, config: Any) -> TextDims:
+        """The dimensions of the text decoder: by a closed form, or else counted.
+
+        Raises:
+            ValueError: a decoder whose cost is not described, and cannot be counted.
+        """
+        return closed_form(config, self.lookahead) or counted(self, config)
+
+    def tower_dims(self, config: Any) -> VisionDims:
+        """The dimensions of the vision tower and its projector.
+
+        Raises:
+            ValueError: a tower or projector whose cost is not described.
+        """
+        dims = self.project(tower_of(config), config)
+        if dims is None:
+            raise ValueError(
+                f"no cost model for the way from the vision tower of {config.model_type!r} to its "
+                "visual tokens: describe it with VisionDims(...) by hand"
+            )
+        return dims
+
+    def project(self, tower: VisionDims, config: Any) -> VisionDims | None:
+        """The tower with its projector; None if that is not described."""
+        return None
+
+    # How it is measured ------------------------------------------------------------------------
+
+    def bench_inputs(self, model: nn.Module, visual: int, batch: int) -> dict[str, Any] | None:
+        """Random arguments of ``get_image_features`` that give each of ``batch`` rows about
+        ``visual`` tokens; None where st3 cannot make any."""
+        model = base_model(model)
+        try:
+            dims = self.tower_dims(model.config)
+        except ValueError:
+            return None
+        return self.layout.bench_inputs(model, dims, visual, batch)

@@ -1,0 +1,158 @@
+"""Which tokens of a prompt are visual."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from st3.hf.call import cache_in
+from st3.hf.hooks import Hooks
+
+_ENCODERS = {"get_image_features": False, "get_video_features": True}
+_IMAGE_ARGUMENTS = ("pixel_values", "image_hidden_states", "mm_encoder_outputs", "image_embeds")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One call of a model's encoder of images or videos.
+
+    Attributes:
+        video: whether of videos.
+        inputs: its arguments by name; pixels without their numbers, on the meta device.
+        tokens: visual tokens that it gave.
+    """
+
+    video: bool
+    inputs: dict[str, Any]
+    tokens: int
+
+
+class VisualTokens:
+    """Listens to a model for which tokens of the chunk under way are visual.
+
+    Most families ask their own ``get_placeholder_mask`` where image features go, which also answers
+    for ``inputs_embeds``; where none asks, the config's image token id is looked for.
+
+    Attributes:
+        encoded: the encoder's calls for the prompt whose sizes were taken last. generate() encodes
+            a prompt's images before its first forward call, which shows no pixels.
+    """
+
+    def __init__(self, model: Any, inner: Any) -> None:
+        self.model = model
+        self.inner = inner
+        self._mask: Tensor | None = None
+        self._chunk: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.sizes: list[int] = []
+        self.encoded: tuple[Encoded, ...] = ()
+        self._calls: list[Encoded] = []
+        self._inside = False
+        self.has_image = False
+        self.unknown = False
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[B, T] bool, the visual tokens of the chunk under way; None if none were found."""
+        if self._mask is None and self.has_image:
+            self._mask = self._placeholders(*self._chunk)
+        return self._mask
+
+    def _placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
+        token = getattr(self.model.config, "image_token_id", None)
+        if token is None:
+            return None
+        if ids is not None:
+            return ids == token
+        if embeds is None:
+            return None
+        row = self.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+        return (embeds == row).all(-1)
+
+    def listen(self, hooks: Hooks) -> None:
+        """Listen on this instance alone; the class stays as it is."""
+        for name, video in _ENCODERS.items():
+            if hasattr(self.inner, name):
+                hooks.replace(self.inner, name, self._noting(getattr(self.inner, name), video))
+        if not hasattr(self.inner, "get_placeholder_mask"):
+            return
+        original: Callable[..., Any] = self.inner.get_placeholder_mask
+
+        def get_placeholder_mask(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            for mask in result if isinstance(result, tuple) else (result,):
+                self._add(mask)
+            return result
+
+        hooks.replace(self.inner, "get_placeholder_mask", get_placeholder_mask)
+
+    def end(self) -> None:
+        """Forget what was heard."""
+        self._mask, self._chunk = None, (None, None)
+        self.encoded = ()
+        self.sizes.clear()
+        self._calls.clear()
+
+    def _noting(self, encode: Callable[..., Any], video: bool) -> Callable[..., Any]:
+        signature = inspect.signature(encode)
+
+        @functools.wraps(encode)  # generate() reads the signature
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:  # videos are encoded as images are
+                return encode(*args, **kwargs)
+            self._inside = True
+            try:
+                result = encode(*args, **kwargs)
+            finally:
+                self._inside = False
+            features = getattr(result, "pooler_output", result)
+            images = features if isinstance(features, (list, tuple)) else [features]
+            if images is features and features is not result:
+                self.sizes += [len(image) for image in features]
+            tokens = sum(f.numel() // f.shape[-1] for f in images if isinstance(f, Tensor))
+            given = signature.bind(*args, **kwargs).arguments
+            inputs = {**given, **given.get("kwargs", {})}
+            inputs = {name: _without_pixels(name, value) for name, value in inputs.items()}
+            self._calls.append(Encoded(video, inputs, tokens))
+            return result
+
+        return noting
+
+    def take_sizes(self) -> list[int]:
+        """The sizes noted so far, and :attr:`encoded` along with them; the next prompt starts with
+        none."""
+        sizes, self.sizes = self.sizes, []
+        self.encoded, self._calls = tuple(self._calls), []
+        return sizes
+
+    def begin(self, kwargs: dict[str, Any]) -> None:
+        """A forward pass starts, with these arguments of the model inside."""
+        self._mask = None
+        self._chunk = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        # Encoded features come as a tensor or as a dict that may be empty.
+        given = (value for name, value in kwargs.items() if name.startswith(_IMAGE_ARGUMENTS))
+        self.has_image = any(v is not None and (isinstance(v, Tensor) or bool(v)) for v in given)
+        past = cache_in(kwargs)
+        self.unknown = (
+            not self.has_image
+            and kwargs.get("input_ids") is None
+            and (past is None or past.get_seq_length() == 0)
+        )
+
+    def _add(self, mask: Tensor | None) -> None:
+        """``mask`` is [B, T], [B, T, 1] or [B, T, D]."""
+        if mask is None:
+            return
+        flat = mask[..., 0] if mask.dim() == 3 else mask
+        self._mask = flat if self._mask is None else self._mask | flat
+
+
+def _without_pixels(name: str, value: Any) -> Any:
+    if name.startswith("pixel_values") and isinstance(value, Tensor):
+        return torch.empty_like(value, device="meta")
+    return value
