@@ -40,6 +40,7 @@ from st3.cost.shapes import SHAPES, load_config, shape
 from st3.engine.layout import capacity_for
 from st3.hf.call import CACHE, cache_of
 from st3.methods.schedule import Anneal, Schedule
+from st3.models import config_family, decoders, find_parts, meta
 from tests.zoo import FAMILIES, Family, I, T, build
 from tests.zoo.base import TEXT
 
@@ -209,6 +210,65 @@ def test_untrimmed_flops_and_kv_bytes_are_exactly_the_real_ones(name: str, atten
         step_flops = counted[decoder] - angles + counted[head]
         assert step_flops == decode_flops(dims, n_text, n_visual, step=step)
         assert held_bytes(cache) == kv_bytes(dims, n_text, n_visual, None, step, torch.float32)
+
+
+# Decoders that have no closed form: the model itself is counted, without its weights.
+COUNTED = [
+    "aria",
+    "cohere_compass",
+    "cosmos3_edge",
+    "deepseek_ocr2",
+    "emu3",
+    "fuyu",
+    "gemma4_unified",
+    "granite_docling",
+    "hyperclovax_vision_v2",
+    "muse_glimmer",
+    "muse_spark",
+]
+
+
+@pytest.mark.parametrize("name", [name for name in COUNTED if name in FAMILIES])
+def test_counted_decoders_cost_what_torch_counts_on_the_real_model(name: str) -> None:
+    """On another number of tokens than it was counted on, with weights, in prefill and decode."""
+    model, batch, n_text, n_visual = one_image(name, "eager")
+    assert decoders.closed_form(model.config, lambda text, window: "none") is None
+    text = find_parts(model).text.config
+    text._attn_implementation = "sdpa"
+    try:
+        dims = TextDims.from_config(model.config)
+    except ValueError:
+        if name != "aria":
+            raise
+        pytest.skip("in transformers 5.16 it counts its experts' tokens")
+    assert text._attn_implementation == "sdpa"  # a living model's config is left alone
+    text._attn_implementation = "eager"
+    where, layers = decoder_layers(model)
+    counted, outputs = count(model, **batch, use_cache=True, logits_to_keep=1)
+    flops = prefill_flops(dims, n_text, n_visual, attention="full")
+    assert [counted[f"{where}.{i}"] for i in range(len(layers))] == [x.total for x in flops.layers]
+    for i, layer in enumerate(flops.layers):
+        assert counted[f"{where}.{i}.self_attn"] == layer.projections + layer.scores
+    cache = cache_of(outputs)
+    assert held_bytes(cache) == kv_bytes(dims, n_text, n_visual, dtype=torch.float32)
+    more = {"input_ids": torch.full((1, 1), 40), CACHE: cache}
+    counted, _ = count(model, **more, use_cache=True)
+    read = decode_flops(dims, n_text, n_visual) - 2 * (dims.inputs + dims.lm_head)
+    assert sum(counted[f"{where}.{i}"] for i in range(len(layers))) == read
+    held = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
+    assert sum(layer.weights(batch=1000) for layer in dims.layers) == held
+
+
+@pytest.mark.parametrize("name", [*DESCRIBED, *OTHERS])
+def test_the_closed_form_is_what_is_counted(name: str) -> None:
+    if name == "gemma4_per_layer":
+        pytest.skip("its inputs to each layer need token ids")
+    make = FAMILIES[name].make_config if name in FAMILIES else OTHERS[name]
+    config = make()
+    family = config_family(config)
+    counted = meta.counted(family, config)
+    assert decoders.closed_form(config, family.lookahead) == counted
+    assert meta.counted(family, make()) is counted  # once for all configs that are alike
 
 
 @pytest.mark.parametrize("name", [*REQUIRED, *OTHERS])
@@ -498,6 +558,20 @@ def test_the_tables_of_the_docs_are_up_to_date() -> None:
 
 
 # -- bad input ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("kimi_k25", "work on more than their own token"),  # it unfolds latent keys at each step
+        ("step3p7", "cannot be counted"),  # a loop over the experts that tokens chose
+    ],
+)
+def test_decoders_whose_cost_is_neither_known_nor_counted(name: str, reason: str) -> None:
+    if name not in FAMILIES:
+        pytest.skip("not in this transformers")
+    with pytest.raises(ValueError, match=f"no cost model for the decoder .*{reason}"):
+        TextDims.from_config(FAMILIES[name].make_config())
 
 
 def test_unknown_decoders_and_towers_are_refused_by_name() -> None:

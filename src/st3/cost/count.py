@@ -1,9 +1,9 @@
 """The dimensions of a decoder, counted on the real modules in place of a closed form.
 
-The text model runs twice without numbers (on the meta device), on prompts of two lengths. torch's
-own formulas for the FLOPs of each operation (:mod:`torch.utils.flop_counter`) then give, for each
-layer, what every token costs and what every pair of tokens costs; the KV cache says how large an
-entry is.
+The text model runs without numbers (on the meta device) on prompts of two lengths, and one decode
+step. torch's own formulas for the FLOPs of each operation (:mod:`torch.utils.flop_counter`) then
+give, for each layer, what every token costs and what every pair of tokens costs; the KV cache says
+how large an entry is; the step must cost what these say.
 """
 
 from __future__ import annotations
@@ -79,30 +79,44 @@ def count_text(
     """
     config = text.config
     try:
-        (short, _), (long, cache) = (_run(text, layers, attentions, n) for n in _LENGTHS)
+        passes: list[dict[str, int]] = []
+        for tokens in _LENGTHS:
+            cache = DynamicCache(config=config)
+            passes.append(_run(text, layers, attentions, cache, tokens))
+        step = _run(text, layers, attentions, cache, 1)
     except (NotImplementedError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
             f"no cost model for the decoder {config.model_type!r}: it has no closed form, and "
             f"cannot be counted on the meta device ({type(error).__name__}). Describe it with "
             "TextDims(...) by hand"
         ) from error
-    return TextDims(
+    dims = TextDims(
         hidden=config.hidden_size,
         vocab=config.vocab_size,
         layers=tuple(
-            _layer(layer, short, long, cache.layers[i], i, windows[i], lookahead[i], config)
+            _layer(layer, passes, cache.layers[i], i, windows[i], lookahead[i], config)
             for i, layer in enumerate(layers)
         ),
-        inputs=_split(short, long, "rest")[0] // 2,
+        inputs=_split(passes, "rest")[0] // 2,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
     )
+    for i, layer in enumerate(dims.layers):
+        read = step.get(f"{i}", 0) + step[f"{i}.attention"]
+        if read != 2 * (layer.projections + layer.mlp) + layer.pair * (_LENGTHS[1] + 1):
+            raise ValueError(
+                f"no cost model for the decoder {config.model_type!r}: its decode steps work on "
+                "more than their own token"
+            )
+    return dims
 
 
 def _run(
-    text: Any, layers: Sequence[nn.Module], attentions: Sequence[nn.Module], tokens: int
-) -> tuple[dict[str, int], Any]:
+    text: Any, layers: Sequence[nn.Module], attentions: Sequence[nn.Module], cache: Any, tokens: int
+) -> dict[str, int]:
+    """FLOPs of ``tokens`` further tokens: of each layer, of its attention (not counted twice), of
+    the rotary tables and of the rest."""
     embeds = torch.empty(1, tokens, text.config.hidden_size, device="meta", dtype=text.dtype)
-    cache, counter = DynamicCache(config=text.config), _Counter()
+    counter = _Counter()
     with ExitStack() as stack:
         for i, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
             counter.watch(layer, f"{i}", stack)
@@ -114,21 +128,20 @@ def _run(
         stack.enter_context(torch.no_grad())
         stack.enter_context(counter)
         text(inputs_embeds=embeds, use_cache=True, **{CACHE: cache})
-    return counter.flops, cache
+    return counter.flops
 
 
 def _layer(
     layer: nn.Module,
-    short: dict[str, int],
-    long: dict[str, int],
+    passes: Sequence[dict[str, int]],
     kept: Any,
     index: int,
     window: int | None,
     lookahead: Lookahead,
     config: Any,
 ) -> LayerDims:
-    token, pair = _split(short, long, f"{index}.attention")
-    weights, rest = _split(short, long, f"{index}")
+    token, pair = _split(passes, f"{index}.attention")
+    weights, rest = _split(passes, f"{index}")
     if rest or not pair:
         raise ValueError(
             f"no cost model for the decoder {config.model_type!r}: its layer {index} is no softmax "
@@ -157,10 +170,10 @@ def _layer(
     )
 
 
-def _split(short: dict[str, int], long: dict[str, int], place: str) -> tuple[int, int]:
-    """FLOPs a token and FLOPs a pair, from those of two prompts: ``f = token n + pair n^2``."""
+def _split(passes: Sequence[dict[str, int]], place: str) -> tuple[int, int]:
+    """FLOPs a token and FLOPs a pair, from those of the two prompts: ``f = token n + pair n^2``."""
     n, m = _LENGTHS
-    a, b = short.get(place, 0), long.get(place, 0)
+    a, b = (flops.get(place, 0) for flops in passes)
     pair, odd = divmod(b * n - a * m, n * m * (m - n))
     token, odd_too = divmod(a - pair * n * n, n)
     if odd or odd_too:

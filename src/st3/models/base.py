@@ -99,8 +99,8 @@ class Family:
                 the encoder said of images that touch.
 
         Returns:
-            (rows, columns) for each image, laid out as ``images``; None for images whose tokens are
-            no grid, or not known to be one. May wait for the device.
+            (rows, columns) for each image, or (frames, rows, columns), laid out as ``images``; None
+            for images whose tokens are no grid, or not known to be one. May wait for the device.
         """
         counts = [count for row in images for count in row]
         try:

@@ -96,7 +96,9 @@ class AnyRes(Layout):
         return found
 
     def video_rasters(self, model: Any, inputs: Inputs, n_tokens: int) -> list[Raster]:
-        videos = inputs["pixel_values_videos"]
+        videos = inputs.get("pixel_values_videos")
+        if videos is None:
+            videos = inputs["pixel_values"]  # of the encoder, on transformers 5.16
         frames = videos.shape[0] * videos.shape[1]
         newlines = self.newlines * len(videos)
         side = math.isqrt((n_tokens - newlines) // frames)

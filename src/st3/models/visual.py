@@ -113,8 +113,8 @@ class VisualTokens:
             features = getattr(result, "pooler_output", result)
             images = features if isinstance(features, (list, tuple)) else [features]
             if images is features and features is not result:
-                self.sizes += [len(image) for image in features]
-            tokens = sum(f.numel() // f.shape[-1] for f in images if isinstance(f, Tensor))
+                self.sizes += map(_tokens, features)
+            tokens = sum(map(_tokens, images))
             given = signature.bind(*args, **kwargs).arguments
             inputs = {**given, **given.get("kwargs", {})}
             inputs = {name: _without_pixels(name, value) for name, value in inputs.items()}
@@ -150,6 +150,11 @@ class VisualTokens:
             return
         flat = mask[..., 0] if mask.dim() == 3 else mask
         self._mask = flat if self._mask is None else self._mask | flat
+
+
+def _tokens(features: Any) -> int:
+    """Of features [..., D]."""
+    return features.numel() // features.shape[-1] if isinstance(features, Tensor) else 0
 
 
 def _without_pixels(name: str, value: Any) -> Any:
