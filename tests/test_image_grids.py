@@ -174,12 +174,7 @@ def test_generate_encodes_before_its_first_pass(name: str) -> None:
     heard.take_sizes()
     (call,) = heard.encoded  # once for both beams, or for each (transformers 5.16)
     assert call.tokens in ((16, 32) if name == "llava" else (12, 24))
-    assert all(
-        value.device.type == "meta"
-        for call in heard.encoded
-        for argument, value in call.inputs.items()
-        if argument == "pixel_values"
-    )
+    assert call.inputs["pixel_values"].device.type == "meta"  # shapes alone are kept
     visual = family.visual_mask(model, batch).repeat_interleave(2, dim=0)
     rows, _ = first_block(visual, None, 0, False)
     one = GRIDS[name][: len(GRIDS[name]) // 2]
