@@ -28,7 +28,7 @@ torch = $(1)/bin/python -c "import torch" 2>/dev/null || $(1)/bin/python -m pip 
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-latest test-oldest lint format bench bench-gpu docs lock clean
+.PHONY: help demo test test-quick test-latest test-oldest test-vllm lint format bench bench-gpu docs lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -88,6 +88,22 @@ $(OLD)/.installed: pyproject.toml $(OLDEST)
 test-oldest: $(OLD)/.installed ## run the tests on the oldest versions that are supported (Python 3.11)
 	$(call pytest,$(OLD)) $(PYTEST_ARGS)
 
+# vLLM wants a transformers of its own: it is tested in an environment of its own.
+VLLM := .venv-vllm
+VLLM_LOCK := requirements/vllm.lock
+
+$(VLLM)/.installed: pyproject.toml $(VLLM_LOCK) tests/vllm/cpu_torchvision.py
+	@rm -f $@
+	$(call venv,$(VLLM))
+	$(call torch,$(VLLM),torch==2.13.0)
+	$(VLLM)/bin/python -m pip install --no-deps -r $(VLLM_LOCK)
+	$(VLLM)/bin/python tests/vllm/cpu_torchvision.py
+	$(VLLM)/bin/python -m pip install --no-deps -e .
+	@touch $@
+
+test-vllm: $(VLLM)/.installed ## run the tests of the plug-in for vLLM (Python 3.11 or newer, x86-64)
+	$(call pytest,$(VLLM)) tests/vllm
+
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -136,6 +152,6 @@ lock: ## choose the versions in requirements/ anew (see CONTRIBUTING.md)
 	$(COMPILE) $(LOCK_ARGS) --extra dev --resolution lowest-direct -o $(OLDEST)
 
 clean: ## remove builds, caches and the environments
-	rm -rf $(VENV) $(LATEST) $(OLD) $(LOCKER)
+	rm -rf $(VENV) $(LATEST) $(OLD) $(VLLM) $(LOCKER)
 	rm -rf build dist site demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,57 @@
+"""Where a request's images stand in its prompt, as scheduler and workers see it alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+VISUAL = ("image", "video")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The facts of a request that trimming needs.
+
+    Attributes:
+        length: tokens of the prompt.
+        runs: (start, end) of each unbroken run of visual tokens, in order.
+        whole: whether its every row is wanted (log-probabilities of the prompt): never trimmed.
+    """
+
+    length: int
+    runs: tuple[tuple[int, int], ...]
+    whole: bool = False
+
+    @classmethod
+    def of(cls, length: int, features: Iterable[Any] | None, whole: bool = False) -> Prompt:
+        """From vLLM's multimodal features. The prompt's very last token never counts as visual:
+        its row ranks the others, so it must stay."""
+        runs = [
+            (int(first), min(int(last) + 1, length - 1))
+            for feature in features or ()
+            if feature.modality in VISUAL
+            for first, last in feature.mm_position.extract_embeds_range()
+        ]
+        return cls(length, tuple(sorted(run for run in runs if run[0] < run[1])), whole)
+
+    @cached_property
+    def images(self) -> tuple[int, ...]:
+        """Visual tokens of each run."""
+        return tuple(end - start for start, end in self.runs)
+
+    @cached_property
+    def n_visual(self) -> int:
+        return 0 if self.whole else sum(self.images)
+
+    @cached_property
+    def positions(self) -> list[int]:
+        """Places of the visual tokens."""
+        return [place for start, end in self.runs for place in range(start, end)]
+
+
+def in_one_piece(prompt: Prompt, computed: int, new: int) -> bool:
+    """Whether a request is trimmed, asked when it gets its first slots: it has visual tokens, and
+    all of its prompt is computed at once. Scheduler and workers both ask this."""
+    return prompt.n_visual > 0 and computed == 0 and new >= prompt.length

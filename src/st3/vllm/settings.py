@@ -1,0 +1,151 @@
+"""What an engine's ``additional_config`` says of st3, and what cannot be combined with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from st3.methods.policies import Policy, parse
+from st3.methods.scores import Attention, KeyNorm, Mixed, needs_of, stage_of
+from st3.vllm.plan import Plan
+
+KEY = "st3"
+OPTIONS = ("policy", "layers_per_group")
+
+#: Architectures (``architectures`` in config.json) that are tested, and how people call them.
+FAMILIES = {
+    "LlavaForConditionalGeneration": "LLaVA 1.5",
+    "LlavaNextForConditionalGeneration": "LLaVA-NeXT",
+    "Qwen2VLForConditionalGeneration": "Qwen2-VL",
+    "Qwen2_5_VLForConditionalGeneration": "Qwen2.5-VL",
+    "Qwen3VLForConditionalGeneration": "Qwen3-VL",
+    "InternVLForConditionalGeneration": "InternVL (transformers layout)",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user asked for.
+
+    Attributes:
+        policy: the policy.
+        layers_per_group: layers that share a block table; None lets the plan choose.
+    """
+
+    policy: Policy
+    layers_per_group: int | None = None
+
+    def plan(self, num_layers: int) -> Plan | None:
+        """The policy on a model; None if it drops nothing.
+
+        Raises:
+            ValueError: a policy or group size that does not fit so many layers.
+        """
+        if not self.policy.schedule(num_layers).drops:
+            return None
+        size = self.layers_per_group
+        if size is None:
+            return Plan.choose(str(self.policy), num_layers)
+        if num_layers % size:
+            raise ValueError(
+                f"st3: layers_per_group={size} does not divide this model's {num_layers} layers"
+            )
+        return Plan(str(self.policy), num_layers, size)
+
+
+def read(additional_config: Any) -> Settings | None:
+    """``{"st3": {"policy": "fastv:layer=2,drop=0.5"}}``; None where st3 is not asked for.
+
+    Raises:
+        ValueError: an unknown option, or a policy that cannot run inside of vLLM.
+    """
+    asked = additional_config.get(KEY) if isinstance(additional_config, dict) else None
+    if asked is None:
+        return None
+    if not isinstance(asked, dict) or "policy" not in asked:
+        raise ValueError(f'st3: write {{"{KEY}": {{"policy": "st3"}}}}, got {asked!r}')
+    for name in asked:
+        if name not in OPTIONS:
+            raise ValueError(f"st3: unknown option {name!r}: use {' or '.join(OPTIONS)}")
+    policy = parse(asked["policy"])
+    size = asked.get("layers_per_group")
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f"st3: layers_per_group must be a whole number from 1, got {size!r}")
+    why = unsupported(policy)
+    if why:
+        raise ValueError(f"st3: policy {policy.name!r} cannot run inside of vLLM: {why}")
+    return Settings(policy, size)
+
+
+def unsupported(policy: Policy) -> str | None:
+    """Why a policy cannot run inside of vLLM; None if it can. Its counts must follow from the
+    schedule, and its score from what one layer has in hand."""
+    score: Any = policy.scorer()
+    if policy.rerank:
+        return "ranking anew while decoding reads attention weights that its kernels do not keep"
+    if needs_of(score):
+        return f"its score needs {', '.join(sorted(needs_of(score)))}, which vLLM does not hand out"
+    if stage_of(score) == "embeds":
+        return None
+    if getattr(score, "lazy", 0):
+        return "scores that layers share are not carried over"
+    if isinstance(score, Mixed):
+        score = score.attention
+    if isinstance(score, KeyNorm) or (isinstance(score, Attention) and score.last_row):
+        return None
+    return f"the score {score.name!r} reads more than the prompt's last query row and the keys"
+
+
+def obstacles(config: Any) -> Iterator[str]:
+    """Why an engine with this ``VllmConfig`` cannot be trimmed, with the remedy, one by one."""
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    known = [name for name in model.architectures if name in FAMILIES]
+    if not known:
+        names = ", ".join(FAMILIES.values())
+        yield f"model {model.architectures[0]} is not among the tested families: {names}"
+    if model.runner_type != "generate":
+        yield "only generation is trimmed: leave out --runner"
+    if model.get_sliding_window() is not None and getattr(
+        model.hf_text_config, "use_sliding_window", True
+    ):
+        yield "sliding windows count slots that trimming leaves out: use --disable-sliding-window"
+    if parallel.pipeline_parallel_size > 1:
+        yield "pipeline parallelism: use --pipeline-parallel-size 1 (or tensor parallelism)"
+    if parallel.data_parallel_size > 1:
+        yield "data parallelism inside of one server: start one server per replica"
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            yield f"context parallelism: use --{name.replace('_', '-')} 1"
+    if getattr(parallel, "use_ubatching", False):
+        yield "microbatches: leave out --enable-dbo and --ubatch-size"
+    if config.speculative_config is not None:
+        yield "speculative decoding: leave out --speculative-config"
+    if config.lora_config is not None:
+        yield "LoRA maps adapters to rows that trimming removes: leave out --enable-lora"
+    if config.kv_transfer_config is not None:
+        yield "KV connectors move whole prompts: leave out --kv-transfer-config"
+    if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+        yield f"a quantised KV cache ({cache.cache_dtype}): use --kv-cache-dtype auto"
+    mode = config.compilation_config.cudagraph_mode
+    if mode is not None and mode.name == "FULL":
+        yield (
+            "full CUDA graphs of prefills: use --compilation-config "
+            '\'{"cudagraph_mode": "FULL_AND_PIECEWISE"}\''
+        )
+
+
+def require(config: Any) -> Settings | None:
+    """The settings of an engine, checked; None where st3 is not asked for.
+
+    Raises:
+        ValueError: with every obstacle, one line each.
+    """
+    settings = read(config.additional_config)
+    if settings is None:
+        return None
+    found = list(obstacles(config))
+    if found:
+        raise ValueError("st3 cannot trim with these settings: " + "; ".join(found))
+    settings.plan(config.model_config.hf_text_config.num_hidden_layers)
+    return settings

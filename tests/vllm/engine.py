@@ -1,0 +1,287 @@
+"""Runs engines of vLLM in a process of their own: `python -m tests.vllm.engine JOBS RESULTS`.
+
+vLLM sets up its process for itself (threads, distributed state), so the tests, which also run
+transformers, start it apart, and several engines one after another, as its import takes long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TQDM_DISABLE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+}
+
+
+@dataclass
+class Ask:
+    """One request.
+
+    Attributes:
+        text: its prompt.
+        images, videos: its pictures, as PIL images or arrays.
+        params: of vLLM's ``SamplingParams``; greedy, 24 tokens and log-probabilities by default.
+        at: the step before which it is sent.
+        abort: the step before which it is aborted.
+    """
+
+    text: str
+    images: list[Any] = field(default_factory=list)
+    videos: list[Any] = field(default_factory=list)
+    params: dict[str, Any] = field(default_factory=dict)
+    at: int = 0
+    abort: int | None = None
+
+
+@dataclass
+class Job:
+    """One engine and what it is asked.
+
+    Attributes:
+        model: a checkpoint's folder.
+        policy: of st3; None: not configured.
+        asks: the requests.
+        options: of vLLM's ``LLM``, over those that all have.
+        st3: further options of st3.
+        script: what to do with the engine: a function of this module.
+    """
+
+    model: Path
+    policy: str | None
+    asks: list[Ask]
+    options: dict[str, Any] = field(default_factory=dict)
+    st3: dict[str, Any] = field(default_factory=dict)
+    script: str = "drive"
+
+
+@dataclass
+class Result:
+    """What an engine gave.
+
+    Attributes:
+        ids, logprobs: of each request, for each of its answers.
+        prompts: token ids of each request's prompt.
+        steps: before each step: requests running, blocks in use, and each request's held blocks by
+            KV cache group.
+        in_use: blocks in use at the end.
+        counters: st3's.
+        preemptions: how often a request was preempted.
+        error: why there is no answer.
+    """
+
+    ids: list[list[list[int]]] = field(default_factory=list)
+    logprobs: list[list[list[float]]] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
+    steps: list[tuple[int, int, dict[str, list[int]]]] = field(default_factory=list)
+    in_use: int = 0
+    blocks: int = 0
+    groups: list[int] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)
+    preemptions: int = 0
+    error: str | None = None
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """The first answer of each request."""
+        return [answers[0] for answers in self.ids]
+
+
+def run(jobs: dict[str, Job], folder: Path, **environment: str) -> dict[str, Result]:
+    """Run engines one after another in a new process."""
+    asked, found = folder / "jobs.pickle", folder / "results.pickle"
+    asked.write_bytes(pickle.dumps(jobs))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.vllm.engine", str(asked), str(found)],
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    results: dict[str, Result] = pickle.loads(found.read_bytes())
+    return results
+
+
+def engine(job: Job) -> Any:
+    """An ``LLM`` for a job."""
+    from vllm import LLM
+
+    options: dict[str, Any] = {
+        "model": str(job.model),
+        "dtype": "float32",
+        "block_size": 32,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "enable_chunked_prefill": False,
+        "max_num_seqs": 16,
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 4096,
+        "kv_cache_memory_bytes": 1 << 28,
+        "skip_mm_profiling": True,
+        "seed": 0,
+        "disable_log_stats": False,
+        **job.options,
+    }
+    if job.policy is not None:
+        options["additional_config"] = {"st3": {"policy": job.policy, **job.st3}}
+    return LLM(**options)
+
+
+def prompt(ask: Ask) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    if ask.images:
+        data["image"] = ask.images
+    if ask.videos:
+        data["video"] = ask.videos
+    return {"prompt": ask.text, "multi_modal_data": data} if data else {"prompt": ask.text}
+
+
+def params(ask: Ask) -> Any:
+    from vllm import SamplingParams
+
+    given = {"temperature": 0, "max_tokens": 24, "logprobs": 0, "ignore_eos": True, **ask.params}
+    return SamplingParams(**given)
+
+
+def drive(llm: Any, job: Job) -> Result:
+    """Step until all is answered, and look into the scheduler where it is in this process."""
+    result, done, step = Result(), dict[int, Any](), 0
+    front, scheduler = llm.llm_engine, _scheduler(llm)
+    if scheduler is not None:
+        _count_preemptions(scheduler, result)
+    waiting = dict(enumerate(job.asks))
+    while waiting or front.has_unfinished_requests():
+        for i in [i for i, ask in waiting.items() if ask.at <= step]:
+            ask = waiting.pop(i)
+            front.add_request(str(i), prompt(ask), params(ask))
+        gone = [str(i) for i, ask in enumerate(job.asks) if ask.abort == step]
+        if gone:
+            front.abort_request(gone)
+        for out in front.step():
+            if out.finished:
+                done[int(out.request_id)] = out
+        if scheduler is not None:
+            result.steps.append(_look(scheduler))
+        step += 1
+    for i in range(len(job.asks)):
+        _take(result, done.get(i))
+    if scheduler is not None:
+        _finish(scheduler, result)
+    return result
+
+
+def beam(llm: Any, job: Job) -> Result:
+    """Beam search of two beams for each request."""
+    from vllm.sampling_params import BeamSearchParams
+
+    result = Result()
+    asked = BeamSearchParams(beam_width=2, max_tokens=8, ignore_eos=True)
+    for out in llm.beam_search([prompt(ask) for ask in job.asks], asked):
+        result.ids.append([list(sequence.tokens) for sequence in out.sequences])
+    scheduler = _scheduler(llm)
+    if scheduler is not None:
+        _finish(scheduler, result)
+    return result
+
+
+def start(llm: Any, job: Job) -> Result:
+    """Nothing: the engine starts, or says why not."""
+    return Result()
+
+
+def _take(result: Result, out: Any) -> None:
+    answers = out.outputs if out is not None else []
+    result.ids.append([list(answer.token_ids) for answer in answers])
+    result.prompts.append(list(out.prompt_token_ids) if out is not None else [])
+    result.logprobs.append(
+        [
+            [step[token].logprob for step, token in zip(a.logprobs, a.token_ids, strict=True)]
+            for a in answers
+            if a.logprobs
+        ]
+    )
+
+
+def _scheduler(llm: Any) -> Any:
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    return getattr(core, "scheduler", None)
+
+
+def _count_preemptions(scheduler: Any, result: Result) -> None:
+    inner = scheduler._preempt_request
+
+    def preempt(*args: Any, **kwargs: Any) -> Any:
+        result.preemptions += 1
+        return inner(*args, **kwargs)
+
+    scheduler._preempt_request = preempt
+
+
+def _look(scheduler: Any) -> tuple[int, int, dict[str, list[int]]]:
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    held = {
+        request.request_id: [
+            sum(not block.is_null for block in one.req_to_blocks.get(request.request_id, ()))
+            for one in managers
+        ]
+        for request in scheduler.running
+    }
+    return len(scheduler.running), _in_use(scheduler), held
+
+
+def _in_use(scheduler: Any) -> int:
+    pool = scheduler.kv_cache_manager.block_pool
+    return int(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+
+
+def _finish(scheduler: Any, result: Result) -> None:
+    result.in_use = _in_use(scheduler)
+    result.blocks = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
+    groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
+    result.groups = [len(group.layer_names) for group in groups]
+    ledger = getattr(scheduler, "st3", None)
+    result.counters = dict(ledger.counters) if ledger is not None else {}
+
+
+def main() -> None:
+    asked, found = map(Path, sys.argv[1:])
+    results = {}
+    for name, job in pickle.loads(asked.read_bytes()).items():
+        llm = None
+        try:
+            llm = engine(job)
+            results[name] = globals()[job.script](llm, job)
+        except (ValueError, RuntimeError) as error:
+            results[name] = Result(error=f"{type(error).__name__}: {error}")
+            print(name, results[name].error, file=sys.stderr)
+        if llm is not None:
+            with contextlib.suppress(AttributeError):
+                llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+    found.write_bytes(pickle.dumps(results))
+
+
+if __name__ == "__main__":
+    # Under its own name, so that what is pickled is not of the module "__main__".
+    from tests.vllm.engine import main as entry
+
+    entry()
