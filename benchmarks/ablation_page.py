@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from st3.tools.bench.conditions import in_words
-from st3.tools.common.palette import INK, LINES, PAPER, color
-from st3.tools.eval.plot import dress, new_figure
+from st3.tools.common.conditions import in_words
+from st3.tools.common.palette import INK, color
+from st3.tools.common.style import canvas
+from st3.tools.common.tables import markdown
 
 PAGE = Path("docs/ablations.md")
 PICTURES = Path("docs/img/ablations")
@@ -86,7 +87,7 @@ def table(ablation: dict[str, Any]) -> str:
     heads = ["", "mean share", "KV", *(f[2] for f in shown)]
     heads += [name for _, name in THIRDS] if thirds else []
     heads.append("time")
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
+    lines = []
     for number, label in enumerate(ablation["labels"]):
         rows = {kind: part["rows"][number] for kind, part in kinds.items()}
         any_row = rows.get(CAPTIONS) or rows[QUESTIONS]
@@ -100,8 +101,8 @@ def table(ablation: dict[str, Any]) -> str:
         if thirds:
             cells += [f"{100 * rows[CAPTIONS]['values'][name][0]:.1f}" for name, _ in THIRDS]
         cells.append(f"{any_row['time']:.0%}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(heads, lines)
 
 
 def verdicts(ablation: dict[str, Any]) -> list[str]:
@@ -125,32 +126,31 @@ def draw(ablation: dict[str, Any], untrimmed: dict[str, Any], path: Path) -> Non
     the objects the thirds of the text as well."""
     labels, kinds = ablation["labels"], ablation["kinds"]
     shown = _figures(kinds)
-    figure = new_figure((10.2, 1.25 + 0.36 * len(labels)))
-    panels: Any = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for panel, (kind, name, heading, factor, _) in zip(panels, shown, strict=True):
-        dress(panel)
-        rows = kinds[kind]["rows"]
-        for place, label in enumerate(labels):
-            value, low, high = (factor * v for v in rows[place]["values"][name])
-            shade = color("random") if label == "random choice" else color("st3")
-            panel.plot([low, high], [place, place], color=shade, linewidth=1.4)
-            first = place == 0
-            panel.scatter([value], [place], color=shade, s=46 if first else 30, zorder=3,
-                          marker="D" if first else "o")  # fmt: skip
-            if name == "recall":
-                for third, mark in zip(THIRDS, "123", strict=True):
-                    x = 100 * rows[place]["values"][third[0]][0]
-                    panel.scatter([x], [place - 0.27], marker=f"${mark}$", color=INK, s=24,
-                                  linewidths=0.3)  # fmt: skip
-        if name != "kl":
-            top = factor * untrimmed[kind]["rows"][0]["values"][name][0]
-            panel.axvline(top, color=color("none"), linestyle=":", linewidth=1)
-        panel.set_title(heading, fontsize=9.5, color=INK)
-        panel.set_yticks(range(len(labels)), labels, fontsize=9)
-        panel.spines["left"].set_color(LINES)
-    panels[0].set_ylim(len(labels) - 0.6, -0.6)
-    note = "diamond: what the others are compared with; dotted: untrimmed; bars: 95 %"
-    if any(name == "recall" for _, name, *_ in shown):
-        note += "; 1 2 3: objects of the first, middle, last third of the text"
-    figure.supxlabel(note, fontsize=8, color=INK)
-    figure.savefig(path, dpi=110, facecolor=PAPER)
+    with canvas((10.2, 1.25 + 0.36 * len(labels))) as figure:
+        panels: Any = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for panel, (kind, name, heading, factor, _) in zip(panels, shown, strict=True):
+            panel.grid()
+            rows = kinds[kind]["rows"]
+            for place, label in enumerate(labels):
+                value, low, high = (factor * v for v in rows[place]["values"][name])
+                shade = color("random") if label == "random choice" else color("st3")
+                panel.plot([low, high], [place, place], color=shade, linewidth=1.4)
+                first = place == 0
+                panel.scatter([value], [place], color=shade, s=46 if first else 30, zorder=3,
+                              marker="D" if first else "o")  # fmt: skip
+                if name == "recall":
+                    for third, mark in zip(THIRDS, "123", strict=True):
+                        x = 100 * rows[place]["values"][third[0]][0]
+                        panel.scatter([x], [place - 0.27], marker=f"${mark}$", color=INK, s=24,
+                                      linewidths=0.3)  # fmt: skip
+            if name != "kl":
+                top = factor * untrimmed[kind]["rows"][0]["values"][name][0]
+                panel.axvline(top, color=color("none"), linestyle=":", linewidth=1)
+            panel.set_title(heading)
+            panel.set_yticks(range(len(labels)), labels)
+        panels[0].set_ylim(len(labels) - 0.6, -0.6)
+        note = "diamond: what the others are compared with; dotted: untrimmed; bars: 95 %"
+        if any(name == "recall" for _, name, *_ in shown):
+            note += "; 1 2 3: objects of the first, middle, last third of the text"
+        figure.supxlabel(note)
+        figure.savefig(path, dpi=110)

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import st3
 from benchmarks.ablation_page import write_page
 from st3.methods.policies import Policy, Random, parse
-from st3.tools.bench.conditions import conditions
+from st3.tools.common.conditions import conditions
 from st3.tools.eval import Entry, Evaluation, Store, bundled_scenes, fingerprint, summarise, to_dict
 
 RESULTS = Path("benchmarks/results/ablations.json")

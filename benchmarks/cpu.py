@@ -38,13 +38,14 @@ from st3.tools.bench import (
 )
 from st3.tools.bench.bars import Bar
 from st3.tools.bench.bars import as_markdown as bars_table
-from st3.tools.bench.conditions import conditions
 from st3.tools.bench.files import save
-from st3.tools.bench.memory import keep_freed_memory
 from st3.tools.bench.overhead import copying_share
 from st3.tools.bench.prompts import build
 from st3.tools.bench.ragged import RaggedRow, against_uniform
+from st3.tools.common.conditions import conditions
 from st3.tools.common.load import dtype_of
+from st3.tools.common.memory import keep_freed_memory
+from st3.tools.common.tables import markdown
 
 RESULTS = Path(__file__).with_name("results")
 CPU = torch.device("cpu")
@@ -125,11 +126,12 @@ class Session:
     def _ragged(self) -> str:
         text = ""
         for title, rows in self.ragged:
-            text += f"\n## Ragged against uniform: {title}\n\n"
-            text += "| method | prefill, ragged / uniform | generation |\n|---|--:|--:|\n"
-            for row in rows:
-                figures = (row.slower("first") or 0, row.slower("total") or 0)
-                text += f"| {row.label} | {figures[0]:.3f} | {figures[1]:.3f} |\n"
+            head = ("method", "prefill, ragged / uniform", "generation")
+            cells = [
+                [row.label, *(f"{row.slower(part) or 0:.3f}" for part in ("first", "total"))]
+                for row in rows
+            ]
+            text += f"\n## Ragged against uniform: {title}\n\n{markdown(head, cells)}\n"
         return text
 
 

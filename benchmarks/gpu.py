@@ -44,11 +44,12 @@ from st3.tools.bench import (
 from st3.tools.bench.bound import read_bandwidth
 from st3.tools.bench.capacity import measure_capacity
 from st3.tools.bench.compiled import compiled_decode
-from st3.tools.bench.conditions import conditions, in_words
 from st3.tools.bench.files import save
 from st3.tools.bench.profile import profile_decode, selection_share
 from st3.tools.bench.prompts import build
+from st3.tools.common.conditions import conditions, in_words
 from st3.tools.common.load import device_of, dtype_of
+from st3.tools.common.tables import markdown
 
 RESULTS = Path(__file__).with_name("results")
 # The paper's settings for 32 and 40 layers; st3's defaults for other depths.
@@ -133,9 +134,8 @@ def _table(title: str, rows: list[dict[str, Any]]) -> str:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     names = list(rows[0]) if rows else []
-    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-    lines += [f"| {' | '.join(show(value) for value in row.values())} |" for row in rows]
-    return f"\n## {title}\n\n" + "\n".join(lines) + "\n"
+    cells = [[show(value) for value in row.values()] for row in rows]
+    return f"\n## {title}\n\n{markdown(names, cells, left=range(len(names)))}\n"
 
 
 def latency(part: Part) -> None:

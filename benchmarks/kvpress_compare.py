@@ -32,10 +32,10 @@ from st3.tools.bench import (
     run,
     untouched,
 )
-from st3.tools.bench.conditions import conditions
 from st3.tools.bench.files import save
 from st3.tools.bench.prompts import Prompt
 from st3.tools.bench.report import as_markdown
+from st3.tools.common.conditions import conditions
 from st3.tools.common.load import device_of, dtype_of
 
 RESULTS = Path(__file__).with_name("results")

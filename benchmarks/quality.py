@@ -18,6 +18,7 @@ import torch
 
 from st3.tools.cli._options import DType
 from st3.tools.cli.eval import evaluate
+from st3.tools.common.tables import markdown
 
 ITEMS = Path("runs/quality")  # finished items, not committed
 RESULTS = Path("benchmarks/results/quality-st3-tiny.json")
@@ -82,10 +83,8 @@ def main() -> None:
 
 def bars(results: dict[str, Any]) -> str:
     """What ST3 keeps of the untrimmed figures at the paper's budget, and who is above it."""
-    lines = [
-        f"| at {BUDGETS[0]:.0%} | untrimmed | ST3 | kept | bar | above ST3 at this share or less |",
-        "|---|--:|--:|--:|--:|---|",
-    ]
+    head = ("untrimmed", "ST3", "kept", "bar", "above ST3 at this share or less")
+    lines = []
     for kind, name, title in (
         ("questions", "accuracy", "single words right"),
         ("descriptions", "recall", "objects named"),
@@ -103,10 +102,10 @@ def bars(results: dict[str, Any]) -> str:
         kept = own / whole if whole else 1.0
         met = "met" if kept >= KEPT else "missed"
         lines.append(
-            f"| {title} | {whole:.1%} | {own:.1%} | {kept:.1%} | {KEPT:.0%}: {met} | "
-            f"{', '.join(above) or 'none'} |"
-        )
-    return "\n".join(lines) + "\n"
+            [title, f"{whole:.1%}", f"{own:.1%}", f"{kept:.1%}", f"{KEPT:.0%}: {met}",
+             ", ".join(above) or "none"]
+        )  # fmt: skip
+    return markdown((f"at {BUDGETS[0]:.0%}", *head), lines, left=(0, 5)) + "\n"
 
 
 def _name(row: dict[str, Any]) -> str:

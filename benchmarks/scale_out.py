@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from st3.tools.common.bundled import ASSETS
+from st3.tools.common.tables import markdown
 
 PROMPT = "describe the image in detail."
 WAYS = [("none", 1, 0), ("none", 8, 0), ("st3", 1, 0), ("st3", 8, 0)]
@@ -31,9 +32,8 @@ def main() -> None:
     given = parser.parse_args()
     scenes = sorted((ASSETS / "scenes").glob("*.webp"))[: given.images]
     ways = [*WAYS, ("st3", 8, 2)] if given.ray else WAYS
+    rows: list[list[object]] = []
     answers: dict[str, list[dict[str, str]]] = {}
-    print("| policy | rows in a batch | processes | images/s | tokens/s | KV saved |")
-    print("|---|--:|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "in").mkdir()
@@ -51,15 +51,17 @@ def main() -> None:
             )  # fmt: skip
             summary = json.loads((out / "summary.json").read_text())
             this = summary["this_run"]
-            print(
-                f"| `{policy}` | {batch} | {actors or 1}{' (Ray)' if actors else ''} "
-                f"| {this['images_per_s']:.2f} | {this['tokens_per_s']:.0f} "
-                f"| {summary['mean_kv_saved']:.1%} |",
-                flush=True,
-            )
+            rows.append(
+                [f"`{policy}`", batch, f"{actors or 1}{' (Ray)' if actors else ''}",
+                 f"{this['images_per_s']:.2f}", f"{this['tokens_per_s']:.0f}",
+                 f"{summary['mean_kv_saved']:.1%}"]
+            )  # fmt: skip
+            print(*rows[-1], file=sys.stderr)
             lines = [line for f in out.glob("answers-*") for line in f.read_text().splitlines()]
             found = {row["id"]: row["answer"] for row in map(json.loads, lines)}
             answers.setdefault(policy, []).append(found)
+    head = ("policy", "rows in a batch", "processes", "images/s", "tokens/s", "KV saved")
+    print(markdown(head, rows))
     for policy, found_in in answers.items():
         same = all(found == found_in[0] for found in found_in)
         print(f"answers of {policy}: {'the same in all of these' if same else 'NOT the same'}")

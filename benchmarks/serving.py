@@ -51,8 +51,9 @@ from transformers import (
 
 import st3
 from st3.tools.bench.bars import Bar, as_markdown
-from st3.tools.bench.conditions import conditions, in_words
 from st3.tools.common.chats import ask, encode
+from st3.tools.common.conditions import conditions, in_words
+from st3.tools.common.tables import markdown
 from st3.tools.serve import Engine, Settings, create_app
 
 RESULTS = Path(__file__).with_name("results")
@@ -152,13 +153,16 @@ class Arm:
     ttft: list[float] = dataclasses.field(default_factory=list)
     kv_bytes: int = 0
 
-    def row(self) -> str:
+    def row(self) -> list[str]:
         middle = statistics.median
-        return (
-            f"| {self.policy} | {min(self.at_once)} | {middle(self.requests_per_s):.3f} | "
-            f"{middle(self.tokens_per_s):.1f} | {middle(self.ttft):.1f} | "
-            f"{self.kv_bytes / 2**20:.1f} |"
-        )
+        return [
+            self.policy,
+            f"{min(self.at_once)}",
+            f"{middle(self.requests_per_s):.3f}",
+            f"{middle(self.tokens_per_s):.1f}",
+            f"{middle(self.ttft):.1f}",
+            f"{self.kv_bytes / 2**20:.1f}",
+        ]
 
 
 def capacity(size: Size, untrimmed: int, progress: Progress) -> tuple[dict[str, Any], list[Bar]]:
@@ -398,9 +402,17 @@ def table(found: dict[str, Any]) -> str:
             f"at once, KV budget {part['budget_bytes'] / 2**20:.0f} MiB; medians of "
             f"{part['size']['repeats']} turns.",
             "",
-            "| policy | run at once | answers/s | tokens/s | TTFT, s | KV of a request, MiB |",
-            "|---|--:|--:|--:|--:|--:|",
-            *[Arm(**arm).row() for arm in part["arms"]],
+            markdown(
+                (
+                    "policy",
+                    "run at once",
+                    "answers/s",
+                    "tokens/s",
+                    "TTFT, s",
+                    "KV of a request, MiB",
+                ),
+                [Arm(**arm).row() for arm in part["arms"]],
+            ),
             "",
         ]
     if "overload" in found:

@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from st3 import ST3, VTW, Anneal, FastV, Schedule
-from st3.cost import as_markdown, cost_table
+from st3.cost import COLUMNS, cost_table
 from st3.cost.shapes import SHAPES, shape
 from st3.methods.policies import parse
+from st3.tools.common.tables import markdown
 
 PAGE = Path(__file__).with_name("cost.md")
 NEW_TOKENS = 128
@@ -47,18 +48,19 @@ def paper_table(name: str, preset: str) -> str:
     model = shape(name)
     config = model.config
     schedules = rivals(config.get_text_config().num_hidden_layers, preset)
-    return as_markdown(
-        cost_table(config, N_TEXT, model.visual_tokens, schedules, NEW_TOKENS, images=model.images)
+    rows = cost_table(
+        config, N_TEXT, model.visual_tokens, schedules, NEW_TOKENS, images=model.images
     )
+    return markdown(COLUMNS, [row.cells() for row in rows])
 
 
 def shapes_table() -> str:
     """Every shape under ST3's defaults."""
-    lines = [
-        "| shape | visual tokens | tower TFLOPs | decoder TFLOPs | ST3 | ST3 with tower "
-        "| KV after prefill, MiB | ST3 | ST3, mean |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    head = (
+        "shape", "visual tokens", "tower TFLOPs", "decoder TFLOPs", "ST3", "ST3 with tower",
+        "KV after prefill, MiB", "ST3", "ST3, mean",
+    )  # fmt: skip
+    lines = []
     for model in SHAPES.values():
         config = model.config
         schedule = ST3().schedule(config.get_text_config().num_hidden_layers)
@@ -70,12 +72,19 @@ def shapes_table() -> str:
             raise ValueError(f"the vision tower of {model.name} has no cost model")
         whole = (tower + st3.prefill_tflops) / (tower + plain.prefill_tflops)
         lines.append(
-            f"| {model.name} | {model.visual_tokens} ({model.note}) | {tower:.3g} "
-            f"| {plain.prefill_tflops:.3g} | {st3.prefill_ratio:.1%} | {whole:.1%} "
-            f"| {plain.kv_prefill_mib:.1f} | {st3.kv_prefill_ratio:.1%} "
-            f"| {st3.kv_mean_ratio:.1%} |"
+            [
+                model.name,
+                f"{model.visual_tokens} ({model.note})",
+                f"{tower:.3g}",
+                f"{plain.prefill_tflops:.3g}",
+                f"{st3.prefill_ratio:.1%}",
+                f"{whole:.1%}",
+                f"{plain.kv_prefill_mib:.1f}",
+                f"{st3.kv_prefill_ratio:.1%}",
+                f"{st3.kv_mean_ratio:.1%}",
+            ]
         )
-    return "\n".join(lines)
+    return markdown(head, lines)
 
 
 def render(page: str) -> str:

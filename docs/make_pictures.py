@@ -12,14 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
-
 import st3
 from st3.tools.cli import app
-from st3.tools.common.palette import INK, PAPER, looks
+from st3.tools.common.palette import looks
+from st3.tools.common.style import canvas
 
-matplotlib.use("Agg")
 HERE = Path(__file__).resolve().parent
 OUT, PAGES = HERE / "img", HERE / "pages"
 LAYERS, VISUAL = 32, 576
@@ -29,31 +26,30 @@ PROMPT = "describe the image in detail."
 
 def schedule() -> None:
     """ST3's defaults, the paper's 7B setting and baselines: by depth, and over the answer."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), dpi=160)
-    colours = [look[0] for look in looks(POLICIES).values()]
-    for name, colour in zip(POLICIES, colours, strict=True):
-        counts = st3.methods.policies.parse(name).schedule(LAYERS)
-        kept = [counts.kept(layer, VISUAL) for layer in range(LAYERS)]
-        label = f"{name} (mean {counts.mean_share:.0%})"
-        left.step(range(LAYERS), kept, where="mid", color=colour, label=label, lw=2)
-        steps = range(0, 301, 2)
-        shown = [
-            sum(counts.visible(layer, VISUAL, step) for layer in range(LAYERS)) / LAYERS
-            for step in steps
-        ]
-        right.plot(steps, shown, color=colour, lw=2)
-    left.set(title="Prefill: visual tokens kept", xlabel="decoder layer", ylabel="visual tokens")
-    right.set(title="Decode: visual KV entries shown", xlabel="generated tokens")
-    right.set_ylabel("mean over the layers")
-    for axis in (left, right):
-        axis.set_facecolor(PAPER)
-        axis.set_ylim(0, VISUAL * 1.05)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=9, loc=(0.54, 0.5))
-    figure.suptitle(f"{LAYERS} layers, {VISUAL} visual tokens", fontsize=11, color=INK)
-    figure.tight_layout()
-    figure.savefig(OUT / "schedule.png", facecolor=PAPER)
+    with canvas((10, 3.6)) as figure:
+        left, right = figure.subplots(1, 2)
+        colours = [look[0] for look in looks(POLICIES).values()]
+        for name, colour in zip(POLICIES, colours, strict=True):
+            counts = st3.methods.policies.parse(name).schedule(LAYERS)
+            kept = [counts.kept(layer, VISUAL) for layer in range(LAYERS)]
+            label = f"{name} (mean {counts.mean_share:.0%})"
+            left.step(range(LAYERS), kept, where="mid", color=colour, label=label, lw=2)
+            steps = range(0, 301, 2)
+            shown = [
+                sum(counts.visible(layer, VISUAL, step) for layer in range(LAYERS)) / LAYERS
+                for step in steps
+            ]
+            right.plot(steps, shown, color=colour, lw=2)
+        left.set(title="Prefill: visual tokens kept", xlabel="decoder layer")
+        left.set_ylabel("visual tokens")
+        right.set(title="Decode: visual KV entries shown", xlabel="generated tokens")
+        right.set_ylabel("mean over the layers")
+        for axis in (left, right):
+            axis.set_ylim(0, VISUAL * 1.05)
+            axis.grid()
+        left.legend(loc=(0.54, 0.5))
+        figure.suptitle(f"{LAYERS} layers, {VISUAL} visual tokens")
+        figure.savefig(OUT / "schedule.png", dpi=160)
 
 
 def gallery() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import ablation_page, ablations, quality
-from st3.tools.bench.conditions import conditions
+from st3.tools.common.conditions import conditions
 
 LAYERS = 16  # of st3-tiny
 

@@ -18,10 +18,11 @@ from .kv import (
     mean_kv_bytes,
     with_headroom,
 )
-from .table import CostRow, as_markdown, cost_table
+from .table import COLUMNS, CostRow, cost_table
 from .vision import VisionDims, vision_flops
 
 __all__ = [
+    "COLUMNS",
     "AllocationRule",
     "CostRow",
     "LayerDims",
@@ -30,7 +31,6 @@ __all__ = [
     "Schedule",
     "TextDims",
     "VisionDims",
-    "as_markdown",
     "as_needed",
     "cost_table",
     "decode_bytes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,11 @@ from .kv import kv_bytes, mean_kv_bytes
 from .vision import VisionDims, vision_flops
 
 _MIB = 2**20
+
+COLUMNS = (
+    "policy", "prefill TFLOPs", "ratio", "visual tokens per layer", "share",
+    "KV after prefill, MiB", "ratio", "KV mean, MiB", "ratio",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,20 @@ class CostRow:
     kv_mean_mib: float  # live, mean over the generation
     kv_mean_ratio: float
     vision_tflops: float | None  # the tower, the same in every row; None: not known
+
+    def cells(self) -> list[str]:
+        """What stands in a table under :data:`COLUMNS`; the tower is left out."""
+        return [
+            self.policy,
+            f"{self.prefill_tflops:.3g}",
+            f"{self.prefill_ratio:.1%}",
+            f"{self.mean_visual:.0f}",
+            f"{self.mean_share:.1%}",
+            f"{self.kv_prefill_mib:.1f}",
+            f"{self.kv_prefill_ratio:.1%}",
+            f"{self.kv_mean_mib:.1f}",
+            f"{self.kv_mean_ratio:.1%}",
+        ]
 
 
 def cost_table(
@@ -93,20 +112,3 @@ def _vision_tflops(config: Any, n_visual: int) -> float | None:
         return vision_flops(VisionDims.from_config(config), n_visual) / 1e12
     except ValueError:  # a tower that is not described; the decoder's rows are right without it
         return None
-
-
-def as_markdown(rows: Sequence[CostRow]) -> str:
-    """The rows as a Markdown table (the tower is left out: it is the same in every row)."""
-    lines = [
-        "| policy | prefill TFLOPs | ratio | visual tokens per layer | share "
-        "| KV after prefill, MiB | ratio | KV mean, MiB | ratio |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.policy} | {row.prefill_tflops:.3g} | {row.prefill_ratio:.1%} "
-            f"| {row.mean_visual:.0f} | {row.mean_share:.1%} "
-            f"| {row.kv_prefill_mib:.1f} | {row.kv_prefill_ratio:.1%} "
-            f"| {row.kv_mean_mib:.1f} | {row.kv_mean_ratio:.1%} |"
-        )
-    return "\n".join(lines)

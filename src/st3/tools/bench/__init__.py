@@ -10,7 +10,7 @@
 """
 
 from st3.tools.bench.clock import Deadline
-from st3.tools.bench.methods import Method, attached, compare, own_cache, split_policies, untouched
+from st3.tools.bench.methods import Method, attached, compare, own_cache, untouched
 from st3.tools.bench.models import SHAPES, Subject, from_folder, from_shape
 from st3.tools.bench.suite import Result, Row, Workload, run, steps_of
 
@@ -28,7 +28,6 @@ __all__ = [
     "from_shape",
     "own_cache",
     "run",
-    "split_policies",
     "steps_of",
     "untouched",
 ]

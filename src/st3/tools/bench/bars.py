@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from st3.tools.common.tables import markdown
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -31,10 +33,10 @@ class Bar:
 
 def as_markdown(bars: Sequence[Bar]) -> str:
     """A table, one line for each bar."""
-    lines = ["| goal | measured | asked | met |", "|---|--:|--:|---|"]
+    rows = []
     for bar in bars:
         measured = "-" if bar.measured is None else f"{bar.measured:.4g}"
         sign = "at most" if bar.at_most else "at least"
         verdict = {True: "yes", False: "no", None: "not measured"}[bar.met]
-        lines.append(f"| {bar.name} | {measured} | {sign} {bar.goal:g} | {verdict} |")
-    return "\n".join(lines) + "\n"
+        rows.append((bar.name, measured, f"{sign} {bar.goal:g}", verdict))
+    return markdown(("goal", "measured", "asked", "met"), rows, left=(0, 3)) + "\n"

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from st3.tools.bench.clock import Marks
 from st3.tools.bench.measure import Footprint
+from st3.tools.common.clock import Marks
 
 _BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 

@@ -16,10 +16,10 @@ from st3.methods.schedule import Schedule
 from st3.tools.bench import prompts
 from st3.tools.bench.clock import Deadline, in_turn, median
 from st3.tools.bench.measure import Generation, generation
-from st3.tools.bench.memory import Peak, available_bytes
 from st3.tools.bench.methods import Method
 from st3.tools.bench.models import Subject
 from st3.tools.bench.suite import Workload
+from st3.tools.common.memory import Peak, available_bytes
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Marks in time, runs in turn, and the statistics of pairs."""
+"""Runs in turn, and the statistics of pairs."""
 
 from __future__ import annotations
 
@@ -6,50 +6,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
-from torch import Tensor
-from transformers import LogitsProcessor
+from st3.tools.common.clock import Marks as Marks
 
 T = TypeVar("T")
-
-
-class Marks:
-    """Points in time on a device. On CUDA they are events: nothing waits until :meth:`seconds`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._marks: list[Any] = []
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    def mark(self) -> None:
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        """From each mark to the next."""
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return [a.elapsed_time(b) / 1e3 for a, b in pairs]
-        return [b - a for a, b in pairs]
-
-
-class MarkSteps(LogitsProcessor):
-    """Marks each new token: generate() calls it right behind every forward pass."""
-
-    def __init__(self, marks: Marks) -> None:
-        self.marks = marks
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.marks.mark()
-        return scores
 
 
 @dataclass

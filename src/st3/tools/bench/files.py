@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from st3.tools.bench.conditions import in_words
 from st3.tools.bench.report import as_markdown, to_dict
 from st3.tools.bench.suite import Result
+from st3.tools.common.conditions import in_words
 
 
 def save(

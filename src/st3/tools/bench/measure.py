@@ -12,9 +12,9 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from st3.engine.cache import TrimmedLayer
 from st3.hf.call import CACHE
-from st3.tools.bench.clock import Marks, MarkSteps
-from st3.tools.bench.memory import Peak
 from st3.tools.bench.prompts import Prompt
+from st3.tools.common.clock import Marks, MarkSteps
+from st3.tools.common.memory import Peak
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -80,18 +79,6 @@ def fastv_by_its_authors(policy: FastV) -> Method:
         return fastv_official(model, prompt.visual, policy.layer, policy.drop)
 
     return Method(f"{policy} (authors' way)", attach, policy, equal_rows=True)
-
-
-def split_policies(text: str) -> list[str]:
-    """``"st3,fastv:layer=2,drop=0.5,vtw"`` -> three policies: a part that begins with ``name=``
-    belongs to the policy before it, and commas in parentheses split nothing."""
-    parts: list[str] = []
-    for part in re.split(r",(?![^()]*\))", text):
-        if parts and re.match(r"\s*\w+=", part):
-            parts[-1] += "," + part
-        elif part.strip():
-            parts.append(part.strip())
-    return parts
 
 
 def compare(policies: Sequence[str | Policy], peers: bool = True) -> list[Method]:

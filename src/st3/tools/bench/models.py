@@ -18,8 +18,8 @@ from transformers.initialization import no_init_weights
 
 from st3.cost.shapes import SHAPES as MODEL_SHAPES
 from st3.cost.shapes import Shape
-from st3.tools.bench.memory import available_bytes
 from st3.tools.common.load import load_model
+from st3.tools.common.memory import available_bytes
 
 
 def _tiny() -> LlavaConfig:

@@ -7,55 +7,36 @@ from typing import Any
 
 from st3.tools.bench.report import summary
 from st3.tools.bench.suite import Result
-from st3.tools.common.palette import INK, LINES, PAPER, looks
+from st3.tools.common.palette import LINES, looks
+from st3.tools.common.style import canvas
 
 
 def draw(result: Result, path: Path, where: str) -> None:
     """Write bars of TTFT and TPOT (of the prefill, where nothing was generated), KV bytes over the
-    steps, and speed-up against the FLOPs ratio. The ground is light by itself, so that the picture
-    reads the same on light and dark pages.
-
+    steps, and speed-up against the FLOPs ratio.
     Args:
         where: the conditions, for the line below.
 
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("drawing needs matplotlib: pip install 'st3[plot]'") from error
-    figure = Figure(figsize=(13, 4.6), facecolor=PAPER, layout="constrained")
-    FigureCanvasAgg(figure)
     figures = [summary(result, row) for row in result.rows]
     generated = bool(result.reference.generations)
     compared = bool(result.reference.prefill)
-    axes: Any = figure.subplots(1, (3 if generated else 1) + compared, squeeze=False)[0]
-    for axis in axes:
-        _dress(axis)
-    if generated:
-        _bars(axes[0], result, figures, "ttft_s", "TTFT, ms")
-        _bars(axes[1], result, figures, "tpot_s", "TPOT, ms")
-        axes[1].set_yticklabels([])
-        _kv(axes[2], result)
-    else:
-        _bars(axes[0], result, figures, "prefill_s", "prefill, ms")
-    if compared:
-        _gains(axes[-1], result, figures)
-    figure.suptitle(f"{result.subject}: {result.workload.title}", color=INK, fontsize=12)
-    figure.supxlabel(where, color=INK, fontsize=7)
-    figure.savefig(path, dpi=150, facecolor=PAPER)
-
-
-def _dress(axis: Any) -> None:
-    axis.set_facecolor(PAPER)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color(LINES)
-    axis.tick_params(colors=INK, labelsize=8)
-    axis.title.set_color(INK)
+    with canvas((13, 4.6), font=8) as figure:
+        axes: Any = figure.subplots(1, (3 if generated else 1) + compared, squeeze=False)[0]
+        if generated:
+            _bars(axes[0], result, figures, "ttft_s", "TTFT, ms")
+            _bars(axes[1], result, figures, "tpot_s", "TPOT, ms")
+            axes[1].set_yticklabels([])
+            _kv(axes[2], result)
+        else:
+            _bars(axes[0], result, figures, "prefill_s", "prefill, ms")
+        if compared:
+            _gains(axes[-1], result, figures)
+        figure.suptitle(f"{result.subject}: {result.workload.title}")
+        figure.supxlabel(where, fontsize=7)
+        figure.savefig(path, dpi=150)
 
 
 def _labels(result: Result) -> list[str]:
@@ -66,11 +47,11 @@ def _bars(axis: Any, result: Result, figures: list[dict[str, Any]], key: str, ti
     labels = _labels(result)
     values = [1e3 * (figure[key] or 0.0) for figure in figures]
     bars = axis.barh(labels, values, color=[looks(labels)[name][0] for name in labels], height=0.65)
-    axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8, color=INK)
+    axis.bar_label(bars, fmt="%.1f", padding=3)
     axis.invert_yaxis()
     axis.margins(x=0.18)
     axis.locator_params(axis="x", nbins=4)  # long numbers would run into each other
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title)
 
 
 def _kv(axis: Any, result: Result) -> None:
@@ -81,8 +62,8 @@ def _kv(axis: Any, result: Result) -> None:
         for held, style in ((row.footprint.kv_live, "-"), (row.footprint.kv_allocated, ":")):
             axis.plot([b / 2**20 for b in held], style, color=look[row.label][0], linewidth=1.6)
     axis.set_ylim(bottom=0)
-    axis.set_xlabel("decode step", fontsize=8, color=INK)
-    axis.set_title("KV cache, MiB: live (line), allocated (dots)", fontsize=10)
+    axis.set_xlabel("decode step")
+    axis.set_title("KV cache, MiB: live (line), allocated (dots)")
 
 
 def _gains(axis: Any, result: Result, figures: list[dict[str, Any]]) -> None:
@@ -102,7 +83,7 @@ def _gains(axis: Any, result: Result, figures: list[dict[str, Any]]) -> None:
         )
         top = max(top, row.flops_ratio, gain["paired"])
     axis.plot([1, top * 1.05], [1, top * 1.05], color=LINES, linewidth=1, zorder=0)
-    axis.set_xlabel("FLOPs ratio, untrimmed / trimmed", fontsize=8, color=INK)
-    axis.set_title("prefill speed-up (line: as the FLOPs)", fontsize=10)
+    axis.set_xlabel("FLOPs ratio, untrimmed / trimmed")
+    axis.set_title("prefill speed-up (line: as the FLOPs)")
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=7, frameon=False, labelcolor=INK)
+        axis.legend()

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from st3.tools.bench.clock import Ratio, median
-from st3.tools.bench.conditions import in_words
 from st3.tools.bench.suite import Result, Row
+from st3.tools.common.conditions import in_words
+from st3.tools.common.tables import markdown
 
 MIB = 1 << 20
 
@@ -156,14 +157,9 @@ def as_markdown(results: Sequence[Result], conditions: dict[str, Any], title: st
     lines = [f"# {title}", "", f"`{conditions['command']}`", "", in_words(conditions) + ".", ""]
     for result in results:
         lines += [f"## {result.subject}: {result.workload.title}", ""]
-        lines += [
-            *_table(result, TIMES + MEMORY),
-            "",
-            *_table(result, GAINS),
-            "",
-            footnote(result),
-            "",
-        ]
+        for columns in (TIMES + MEMORY, GAINS):
+            lines += [markdown(*cells(result, columns)), ""]
+        lines += [footnote(result), ""]
     return "\n".join([*lines, NOTES]) + "\n"
 
 
@@ -174,12 +170,6 @@ def cells(result: Result, columns: Sequence[Column]) -> tuple[list[str], list[li
     shown = {name: column for name, column in shown.items() if set(column) != {"-"}}
     labels = [row.label for row in result.rows]
     return ["method", *shown], [list(line) for line in zip(labels, *shown.values(), strict=True)]
-
-
-def _table(result: Result, columns: Sequence[Column]) -> list[str]:
-    names, lines = cells(result, columns)
-    rows = [names, ["---", *["--:"] * (len(names) - 1)], *lines]
-    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def footnote(result: Result) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from rich.console import Console
 
 from st3.tools.common.bundled import BUNDLED_MODEL as BUNDLED_MODEL
@@ -25,3 +27,15 @@ def stdout() -> Console:
 
 def stderr() -> Console:
     return Console(stderr=True, highlight=False)
+
+
+def split_policies(text: str) -> list[str]:
+    """``"st3,fastv:layer=2,drop=0.5,vtw"`` -> three policies: a part that begins with ``name=``
+    belongs to the policy before it, and commas in parentheses split nothing."""
+    parts: list[str] = []
+    for part in re.split(r",(?![^()]*\))", text):
+        if parts and re.match(r"\s*\w+=", part):
+            parts[-1] += "," + part
+        elif part.strip():
+            parts.append(part.strip())
+    return parts

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from st3.tools.cli._common import CliError, stderr, stdout
+from st3.tools.cli._common import CliError, split_policies, stderr, stdout
 from st3.tools.common.errors import first_line
 
 if TYPE_CHECKING:
@@ -85,12 +85,12 @@ def bench(
         import torch
 
         from st3.tools import bench as measuring
-        from st3.tools.bench.conditions import conditions
+        from st3.tools.common.conditions import conditions
         from st3.tools.common.load import device_of, dtype_of
     if threads is not None:
         torch.set_num_threads(threads)
     with _one_line_errors():
-        methods = measuring.compare(measuring.split_policies(policies), peers)
+        methods = measuring.compare(split_policies(policies), peers)
         with console.status("making the model"):
             where, kind = device_of(device), dtype_of(dtype)
             subject = (
@@ -161,10 +161,9 @@ def _measured(subject: Subject, workloads: list[Workload], methods: Any) -> list
 
 
 def _show(results: list[Result], given: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    from st3.tools.bench.conditions import in_words
     from st3.tools.bench.report import BRIEF_GAINS, MEMORY, NOTES, TIMES, cells, footnote
+    from st3.tools.common import tables
+    from st3.tools.common.conditions import in_words
 
     console = stdout()
     for result in results:
@@ -173,13 +172,7 @@ def _show(results: list[Result], given: dict[str, Any]) -> None:
             names, lines = cells(result, columns)
             if len(names) == 1:
                 continue
-            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-            for name in names:
-                method = name == "method"
-                table.add_column(name, justify="left" if method else "right", no_wrap=method)
-            for line in lines:
-                table.add_row(*line)
-            console.print(table, "")
+            console.print(tables.console(names, lines), "")
         console.print(footnote(result), "", style="dim")
     console.print(f"{in_words(given)}.\n{' '.join(NOTES.split())}", style="dim")
 

@@ -95,24 +95,10 @@ def cost(
 
 
 def _show(given: dict[str, Any], rows: list[CostRow]) -> None:
-    from rich.table import Table
+    from st3.tools.common import tables
 
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("policy", min_width=9, overflow="fold")
-    for name in ("TFLOPs", "", "visual", "", "KV first", "", "KV mean", ""):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row.policy,
-            f"{row.prefill_tflops:.3g}",
-            f"{row.prefill_ratio:.1%}",
-            f"{row.mean_visual:.0f}",
-            f"{row.mean_share:.1%}",
-            f"{row.kv_prefill_mib:.1f}",
-            f"{row.kv_prefill_ratio:.1%}",
-            f"{row.kv_mean_mib:.1f}",
-            f"{row.kv_mean_ratio:.1%}",
-        )
+    head = ("policy", "TFLOPs", "", "visual", "", "KV first", "", "KV mean", "")
+    table = tables.console(head, [row.cells() for row in rows], fold=(0,))
     console = stdout()
     console.print(f"{given['model']}: {given['visual']} visual and {given['text']} text tokens\n")
     console.print(table)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from st3.tools.cli._common import CliError, stderr, stdout
+from st3.tools.cli._common import CliError, split_policies, stderr, stdout
 from st3.tools.cli._options import Device, DType, Model, Precision, TrustRemoteCode
 from st3.tools.common.errors import first_line
 
@@ -74,9 +74,8 @@ def evaluate(
     console = stderr()
     with console.status("importing torch and transformers"):
         from st3.models import find_parts
-        from st3.tools.bench.conditions import conditions
-        from st3.tools.bench.methods import split_policies
         from st3.tools.cli import _loading
+        from st3.tools.common.conditions import conditions, versions
         from st3.tools.eval import (
             Evaluation,
             Store,
@@ -103,6 +102,7 @@ def evaluate(
             "max_new_tokens": max_new_tokens,
             "dtype": str(loaded.model.dtype),
             "device": loaded.model.device.type,
+            **{key: version for key, version in versions().items() if key != "python"},
         }
         given = conditions(loaded.model.device, loaded.model.dtype) | {
             "model": loaded.name,
@@ -181,20 +181,16 @@ def _run(work: Evaluation) -> Any:
 
 def _show(summary: Summary, given: dict[str, Any]) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
-    from st3.tools.bench.conditions import in_words
+    from st3.tools.common.conditions import in_words
+    from st3.tools.common.tables import console as table
     from st3.tools.eval.report import NOTES, tables
 
     console = stdout()
     for title, columns, rows in tables(summary, brief=True):
         console.print(f"[bold]{title}[/bold]\n")
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for number, (name, _) in enumerate(columns):
-            table.add_column(name, justify="right" if number else "left", no_wrap=not number)
-        for row in rows:
-            table.add_row(*(escape(cell(row)) for _, cell in columns))
-        console.print(table, "")
+        names, cells = [name for name, _ in columns], [[c(row) for _, c in columns] for row in rows]
+        console.print(table(names, cells), "")
     console.print(escape(f"{' '.join(NOTES.split())}\n{in_words(given)}."), style="dim")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from st3.tools.common.palette import INK, LINES, PAPER, color, looks
+from st3.tools.common.palette import color, looks
+from st3.tools.common.style import canvas
 from st3.tools.eval.data import CAPTION
 from st3.tools.eval.summary import Row, Summary
 
@@ -49,58 +50,64 @@ def draw(
     Raises:
         ValueError: matplotlib is not installed.
     """
-    figure = new_figure((9.6, 3.9 * ((len(summary.rows) + 1) // 2) + 0.9))
-    across_panels = min(2, len(summary.rows))
-    down = (len(summary.rows) + across_panels - 1) // across_panels
-    panels: Any = figure.subplots(down, across_panels, squeeze=False)
     sources = _sources(summary)
     chosen = looks(sources)
-    for panel in panels.flat[len(summary.rows) :]:
-        panel.set_visible(False)
-    for panel, (kind, rows) in zip(panels.flat, summary.rows.items(), strict=False):
-        dress(panel)
-        name = main_metric(kind, rows[0])
-        scale = 10 if name == "cider" else 100
-        top = scale * rows[0].values[name].value
-        panel.axhline(top, color=color("none"), linewidth=1, linestyle=":")
-        if bubbles:
-            panel.scatter([100], [top], s=_area(rows[0]), color=color("none"), alpha=0.5)
-        places = {row.entry.label: across(row) for row in rows}
-        heights = {row.entry.label: scale * row.values[name].value for row in rows}
-        for source in sources:
-            own = [row for row in rows if row.entry.source == source and across(row) is not None]
-            own.sort(key=lambda row: across(row) or 0.0)
-            xs = [100 * (across(row) or 0.0) for row in own]
-            ys = [scale * row.values[name].value for row in own]
-            shade, marker = chosen[source]
-            if len(own) > 1:
-                panel.plot(xs, ys, color=shade, linewidth=1.2, zorder=2)
-            for x, y, row in zip(xs, ys, own, strict=True):
-                one = row.values[name]
-                if not bubbles:
-                    panel.plot([x, x], [scale * one.low, scale * one.high], color=shade,
-                               linewidth=0.9, alpha=0.55, zorder=1)  # fmt: skip
-                size = _area(row) if bubbles else 46
-                panel.scatter([x], [y], s=size, marker="o" if bubbles else marker, color=shade,
-                              alpha=0.6 if bubbles else 1, linewidths=0.6, zorder=3)  # fmt: skip
-        for row in rows:
-            beside, at = row.entry.beside, across(row)
-            if beside is None or at is None:
-                continue
-            height = heights[row.entry.label]
-            other = places.get(beside)
-            if other is not None:
-                pair = [100 * other, 100 * at], [heights[beside], height]
-                panel.plot(*pair, color=color("random"), linewidth=0.6, alpha=0.7, zorder=1)
-            panel.scatter([100 * at], [height], s=26, marker="^", facecolors="none",
-                          edgecolors=color("random"), linewidths=1.1, zorder=4)  # fmt: skip
-        unit = "right, %" if name == "accuracy" else "objects named, %"
-        panel.set_ylabel("CIDEr-D x 10" if name == "cider" else unit, fontsize=9, color=INK)
-        panel.set_title(f"{kind} ({summary.items[kind]})", fontsize=10, color=INK)
-        panel.set_xlabel(axis, fontsize=9, color=INK)
-    _legend(figure, chosen, bubbles)
-    figure.suptitle(title, fontsize=11, color=INK)
-    figure.savefig(path, dpi=110, facecolor=PAPER)
+    wide = min(2, len(summary.rows))
+    high = (len(summary.rows) + wide - 1) // wide
+    with canvas((9.6, 3.9 * ((len(summary.rows) + 1) // 2) + 0.9)) as figure:
+        panels: Any = figure.subplots(high, wide, squeeze=False)
+        for panel in panels.flat[len(summary.rows) :]:
+            panel.set_visible(False)
+        for panel, (kind, rows) in zip(panels.flat, summary.rows.items(), strict=False):
+            _panel(panel, kind, rows, across, chosen, bubbles)
+            panel.set_title(f"{kind} ({summary.items[kind]})")
+            panel.set_xlabel(axis)
+        _legend(figure, chosen, bubbles)
+        figure.suptitle(title)
+        figure.savefig(path, dpi=110)
+
+
+def _panel(
+    panel: Any, kind: str, rows: Sequence[Row], across: Getter,
+    chosen: dict[str, tuple[str, str]], bubbles: bool,
+) -> None:  # fmt: skip
+    panel.grid()
+    name = main_metric(kind, rows[0])
+    scale = 10 if name == "cider" else 100
+    top = scale * rows[0].values[name].value
+    panel.axhline(top, color=color("none"), linewidth=1, linestyle=":")
+    if bubbles:
+        panel.scatter([100], [top], s=_area(rows[0]), color=color("none"), alpha=0.5)
+    places = {row.entry.label: across(row) for row in rows}
+    heights = {row.entry.label: scale * row.values[name].value for row in rows}
+    for source, (shade, marker) in chosen.items():
+        own = [row for row in rows if row.entry.source == source and across(row) is not None]
+        own.sort(key=lambda row: across(row) or 0.0)
+        xs = [100 * (across(row) or 0.0) for row in own]
+        ys = [scale * row.values[name].value for row in own]
+        if len(own) > 1:
+            panel.plot(xs, ys, color=shade, linewidth=1.2, zorder=2)
+        for x, y, row in zip(xs, ys, own, strict=True):
+            one = row.values[name]
+            if not bubbles:
+                panel.plot([x, x], [scale * one.low, scale * one.high], color=shade,
+                           linewidth=0.9, alpha=0.55, zorder=1)  # fmt: skip
+            size = _area(row) if bubbles else 46
+            panel.scatter([x], [y], s=size, marker="o" if bubbles else marker, color=shade,
+                          alpha=0.6 if bubbles else 1, linewidths=0.6, zorder=3)  # fmt: skip
+    for row in rows:
+        beside, at = row.entry.beside, across(row)
+        if beside is None or at is None:
+            continue
+        height = heights[row.entry.label]
+        other = places.get(beside)
+        if other is not None:
+            pair = [100 * other, 100 * at], [heights[beside], height]
+            panel.plot(*pair, color=color("random"), linewidth=0.6, alpha=0.7, zorder=1)
+        panel.scatter([100 * at], [height], s=26, marker="^", facecolors="none",
+                      edgecolors=color("random"), linewidths=1.1, zorder=4)  # fmt: skip
+    unit = "right, %" if name == "accuracy" else "objects named, %"
+    panel.set_ylabel("CIDEr-D x 10" if name == "cider" else unit)
 
 
 def _area(row: Row) -> float:
@@ -132,33 +139,4 @@ def _legend(figure: Any, chosen: dict[str, tuple[str, str]], bubbles: bool) -> N
                markerfacecolor="none", label="random at equal counts")
     )  # fmt: skip
     entries.append(Line2D([], [], color=color("none"), linestyle=":", label="untrimmed"))
-    figure.legend(handles=entries, loc="outside lower center", ncols=4, fontsize=8.5,
-                  frameon=False, labelcolor=INK)  # fmt: skip
-
-
-def new_figure(size: tuple[float, float]) -> Any:
-    """A figure with st3's ground that needs no display.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("drawing needs matplotlib: pip install 'st3[plot]'") from error
-    figure = Figure(figsize=size, facecolor=PAPER, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def dress(panel: Any) -> None:
-    """Light axes, a faint grid."""
-    panel.set_facecolor(PAPER)
-    for side in ("top", "right"):
-        panel.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        panel.spines[side].set_color(LINES)
-    panel.grid(color=LINES, linewidth=0.4, alpha=0.6)
-    panel.set_axisbelow(True)
-    panel.tick_params(colors=INK, labelsize=8.5)
+    figure.legend(handles=entries, loc="outside lower center", ncols=4)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from st3.tools.bench.conditions import in_words
+from st3.tools.common.conditions import in_words
+from st3.tools.common.tables import markdown
 from st3.tools.eval.data import CAPTION
 from st3.tools.eval.stats import Estimate
 from st3.tools.eval.summary import Row, Summary
@@ -126,13 +127,11 @@ def as_markdown(summary: Summary, given: dict[str, Any], pictures: Sequence[str]
     """A page with all tables."""
     lines = [f"# Quality of {given['model']}", ""]
     for title, names, rows in tables(summary):
-        lines += [f"## {title}", "", "| " + " | ".join(name for name, _ in names) + " |"]
-        lines.append("|---|" + "--:|" * (len(names) - 1))
-        for row in rows:
-            cells = [cell(row) for _, cell in names]
-            name = cells[0] if row.entry.beside else f"`{cells[0]}`"
-            lines.append(f"| {name} | " + " | ".join(cells[1:]) + " |")
-        lines.append("")
+        cells = [[cell(row) for _, cell in names] for row in rows]
+        for row, line in zip(rows, cells, strict=True):
+            if not row.entry.beside:
+                line[0] = f"`{line[0]}`"
+        lines += [f"## {title}", "", markdown([name for name, _ in names], cells), ""]
     lines += [f"![{name}]({name})\n" for name in pictures]
     lines += [f"* {note}" for note in summary.notes]
     lines += [

@@ -14,8 +14,8 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 import st3
 from st3.hf.call import CACHE
 from st3.methods.policies import Policy
-from st3.tools.bench.clock import Marks
 from st3.tools.common.chats import Chat, ask, encode
+from st3.tools.common.clock import Marks
 from st3.tools.common.images import open_image
 from st3.tools.common.load import end_tokens, pad_left
 from st3.tools.eval.data import Item

@@ -9,26 +9,11 @@ from typing import Any
 
 from PIL import Image
 
+from st3.tools.common.style import DARK, LIGHT, Theme, canvas, check_installed
 from st3.tools.see.collect import PLACES
 from st3.tools.see.result import Analysis, Matrix
 from st3.tools.see.suggest import LAZY, Suggestion, lazy_layers
 
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of ground, text and help lines, and of the four groups of tokens."""
-
-    name: str
-    paper: str
-    ink: str
-    lines: str
-    groups: tuple[str, str, str, str]  # as in GROUPS; after Okabe and Ito
-
-
-LIGHT = Theme(
-    "light", "#fcfcf9", "#1a1a1a", "#b8b8b8", ("#0072b2", "#009e73", "#b07800", "#a5517f")
-)
-DARK = Theme("dark", "#16181b", "#ececec", "#5a5e64", ("#56b4e9", "#3fc79c", "#e69f00", "#e39cc4"))
 THEMES = (LIGHT, DARK)
 MAP = "cividis"  # made for readers with any colour vision
 STYLES = ("-", "--", "-.", ":")
@@ -61,10 +46,7 @@ def figures(analysis: Analysis, suggestion: Suggestion) -> Iterator[Figure]:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("drawing needs matplotlib: pip install 'st3[plot]'") from error
+    check_installed()
     for make in (_shares, _by_length, _lazy, _pairs, _high, _overlap, _kept_over_time, _places):
         figure = make(analysis, suggestion)
         if figure is not None:
@@ -73,37 +55,13 @@ def figures(analysis: Analysis, suggestion: Suggestion) -> Iterator[Figure]:
 
 def _draw(title: str, draw: Draw, high: float = 4.1, shades: bool = False) -> dict[str, bytes]:
     """A PNG in each theme. ``shades``: it has a colour map, whose shades must not be merged."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas
-
     pictures = {}
     for theme in THEMES:
-        look: Any = {
-            "text.color": theme.ink,
-            "axes.labelcolor": theme.ink,
-            "axes.edgecolor": theme.lines,
-            "axes.titlecolor": theme.ink,
-            "axes.facecolor": theme.paper,
-            "axes.titlesize": 12,
-            "axes.labelsize": 11,
-            "xtick.color": theme.ink,
-            "ytick.color": theme.ink,
-            "xtick.labelsize": 10,
-            "ytick.labelsize": 10,
-            "legend.fontsize": 10,
-            "legend.frameon": False,
-            "grid.color": theme.lines,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-        with rc_context(look):
-            figure = Canvas(figsize=(8.4, high), facecolor=theme.paper, layout="constrained")
-            FigureCanvasAgg(figure)
-            figure.suptitle(title, fontsize=13, color=theme.ink)
+        buffer, small = io.BytesIO(), io.BytesIO()
+        with canvas((8.4, high), font=10, theme=theme) as figure:
+            figure.suptitle(title)
             draw(figure, theme)
-            buffer, small = io.BytesIO(), io.BytesIO()
-            figure.savefig(buffer, dpi=110, facecolor=theme.paper, format="png")
+            figure.savefig(buffer, dpi=110, format="png")
         picture = Image.open(buffer).convert("RGB")
         if not shades:  # lines have few colours: a third of the size
             picture = picture.quantize(160, dither=Image.Dither.NONE)

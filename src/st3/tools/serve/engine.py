@@ -11,7 +11,7 @@ from typing import Any
 from st3.engine import Trimmer
 from st3.engine.rows import visible_counts
 from st3.methods.policies import parse
-from st3.tools.bench.memory import available_bytes
+from st3.tools.common.memory import available_bytes
 from st3.tools.serve.budget import Budget, columns_at_peak, entry_bytes
 from st3.tools.serve.errors import overloaded, refused, unavailable
 from st3.tools.serve.lane import Stats

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import transformers
 
+import st3
+
 
 def conditions(device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> dict[str, Any]:
     """Machine, versions, command and load, as plain values."""
@@ -27,6 +29,14 @@ def conditions(device: torch.device, dtype: torch.dtype, attention: str = "sdpa"
         "attention": attention,
         "threads": torch.get_num_threads(),
         "load_average": _load(),
+        **versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what an answer depends on: results of different ones are not to be mixed."""
+    return {
+        "st3": st3.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
