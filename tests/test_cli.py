@@ -158,10 +158,15 @@ def test_policies_lists_arguments_defaults_and_papers() -> None:
     words = " ".join(result.stdout.split())
     for name, policy in package.available().items():
         assert f"{name}: {policy.paper}" in words
-    assert "first_drop=0.5" in result.stdout
-    assert "final_keep=0.05" in result.stdout
-    assert "tau=" in result.stdout
-    assert "st3-7b" in result.stdout
+    defaults = package.ST3()
+    own = words.partition(" st3: ")[2].partition("uniform: ")[0]
+    for name in ("first_drop", "final_keep", "first_layer", "stride"):
+        value = getattr(defaults, name)
+        assert f" {name}={'none' if value is None else value} " in own
+    assert f" tau={defaults.anneal.tau} " in own
+    told = "".join(words.partition(" Presets ")[2].split())
+    for name, preset in package.presets().items():
+        assert f"{name}is{preset}" in told
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["models"], ["policies"]])
@@ -333,3 +338,13 @@ def test_the_tiny_model_is_as_the_tests_expect(tiny_model: Path) -> None:
     config = json.loads((tiny_model / "config.json").read_text())
     assert config["text_config"]["num_hidden_layers"] == LAYERS
     assert (config["vision_config"]["image_size"] // config["vision_config"]["patch_size"]) == SIDE
+
+
+@pytest.mark.parametrize("command", ["policies", "models"])
+def test_lists_in_a_fresh_process(command: str) -> None:
+    """Where no earlier command has imported what this one needs."""
+    done = subprocess.run(
+        [sys.executable, "-m", "st3.tools.cli", command], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 10

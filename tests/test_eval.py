@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 import st3
@@ -175,6 +176,12 @@ def test_a_killed_run_goes_on(loaded: tuple[Any, Any], folder: Path, tmp_path: P
         assert done.get(record.key, record) is record
     with pytest.raises(ValueError, match="another a"):
         Store(tmp_path, {"a": 2})
+    path = tmp_path / "policies.json"
+    told = json.loads(path.read_text())
+    assert "drop=0.75" in told[POLICY]
+    path.write_text(json.dumps({**told, POLICY: told[POLICY] + " of that day"}))
+    with pytest.raises(ValueError, match=r"results of another fastv.* its defaults changed"):
+        evaluation(loaded, data, [POLICY], Store(tmp_path, {"a": 1})).run()
 
 
 def test_random_stands_beside_every_policy_at_its_counts() -> None:
@@ -290,6 +297,16 @@ def test_wrong_use_is_one_line(
     assert not any("Traceback" in line for line in lines)
 
 
+def test_photographs_are_asked_about_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(tmp_path / "photo.jpg", exif=exif)
+    row = {"image": "photo.jpg", "question": "what is this?", "answer": "nothing"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    item = load_folder(tmp_path).items[0]
+    assert _chat(item)[0]["content"][0]["image"].size == (20, 30)
+
+
 def test_results_of_other_settings_are_kept_apart(
     folder: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -297,3 +314,17 @@ def test_results_of_other_settings_are_kept_apart(
     result = st3_eval(folder, tiny_model, "--out", tmp_path)
     assert result.exit_code == 1
     assert "holds results with another model" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["st3", "torch", "transformers", "dtype", "device"])
+def test_results_of_other_versions_are_not_mixed(
+    folder: Path, tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps({name: "0.0"}))
+    result = st3_eval(folder, tiny_model, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "holds results with another " in result.stderr
+    assert name in result.stderr
+    (tmp_path / "settings.json").unlink()
+    assert st3_eval(folder, tiny_model, "--out", tmp_path).exit_code == 0
+    assert json.loads((tmp_path / "settings.json").read_text())[name] != "0.0"

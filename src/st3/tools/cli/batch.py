@@ -81,7 +81,7 @@ def batch(
         from st3.tools.batch.run import here
         from st3.tools.cli import _loading
     try:
-        st3.methods.policies.parse(policy)
+        st3.parse(policy)
     except (TypeError, ValueError) as error:
         raise CliError(f"--policy {policy}: {first_line(error)}", 2) from error
     options = Options(

@@ -154,7 +154,7 @@ def _policy(text: str) -> Any:
     import st3
 
     try:
-        return st3.methods.policies.parse(text)
+        return st3.parse(text)
     except (TypeError, ValueError) as error:
         raise CliError(f"--policy {text}: {first_line(error)}", 2) from error
 

@@ -24,14 +24,14 @@ def policies() -> None:
     import st3
 
     console = stdout()
-    for name, policy in st3.methods.policies.available().items():
+    for name, policy in st3.available().items():
         console.print(f"[bold]{name}[/bold]: {escape(policy.paper or 'no paper')}")
         summary = inspect.getdoc(policy) or ""
         body = [escape(summary.partition("\n")[0])]
         body += [f"[cyan]{key}[/cyan]={escape(default)}" for key, default in arguments(policy)]
         console.print(Padding("\n".join(body), (0, 0, 0, 4), expand=False))
         console.print()
-    presets = st3.methods.policies.presets()
+    presets = st3.presets()
     if presets:
         console.print("[bold]Presets[/bold]")
         for name, preset in presets.items():

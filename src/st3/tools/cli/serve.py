@@ -184,7 +184,7 @@ def _run_on_ray(
 
     console = stderr()
     try:
-        st3.methods.policies.parse(limits["policy"])
+        st3.parse(limits["policy"])
         app = application(
             load, settings, limits, replicas=replicas, max_replicas=max_replicas, gpus=gpus
         )

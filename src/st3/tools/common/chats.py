@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
+
+from st3.tools.common.load import end_tokens, pad_left
 
 Chat = list[dict[str, Any]]
 
@@ -34,6 +38,35 @@ def encode(model: Any, processor: Any, chats: Sequence[Chat], **padding: Any) ->
     except StopIteration as error:  # transformers 5.17; 5.23 raises ValueError
         raise ValueError("the text holds an image's placeholder without an image") from error
     return inputs.to(model.device, dtype=model.dtype)
+
+
+class Asker:
+    """A model and its processor, asked in left-padded batches.
+
+    Attributes:
+        ends: the tokens that end an answer, [n].
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+        pad_left(processor.tokenizer)
+        ends = sorted(end_tokens(model, processor.tokenizer))
+        self.ends = torch.tensor(ends, dtype=torch.long, device=model.device)
+
+    def encode(self, chats: Sequence[Chat]) -> Any:
+        """Inputs of generate() for conversations, padded on the left."""
+        return encode(self.model, self.processor, chats, padding=True)
+
+    def texts(self, tokens: Tensor) -> list[str]:
+        """Rows of new tokens [B, n] as text, without special tokens."""
+        decoded = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in decoded]
+
+    def cut(self, row: Tensor) -> list[int]:
+        """A row of new tokens up to and with its end token."""
+        ends = torch.isin(row, self.ends).nonzero().flatten().tolist()
+        cut: list[int] = row[: ends[0] + 1 if ends else len(row)].tolist()
+        return cut
 
 
 def _inputs(processor: Any, chats: Sequence[Chat], padding: dict[str, Any]) -> Any:

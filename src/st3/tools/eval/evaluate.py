@@ -49,8 +49,10 @@ class Evaluation:
         """Do what is missing; all records of this set and these policies.
 
         Raises:
-            ValueError: the model, a policy or an image cannot be used.
+            ValueError: the model, a policy or an image cannot be used, or the store holds results
+                of another policy of the same label.
         """
+        self.store.use({entry.label: repr(entry.policy) for entry in self.entries})
         for batch, missing in self._batches():
             if not self._warm:  # the first call of a process pays for what later ones find ready
                 self.runner.reference(batch[:1], _WARM_UP)

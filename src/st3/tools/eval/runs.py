@@ -14,10 +14,9 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 import st3
 from st3.hf.call import CACHE
 from st3.methods.policies import Policy
-from st3.tools.common.chats import Chat, ask, encode
+from st3.tools.common.chats import Asker, Chat, ask
 from st3.tools.common.clock import Marks
 from st3.tools.common.images import open_image
-from st3.tools.common.load import end_tokens, pad_left
 from st3.tools.eval.data import Item
 
 
@@ -89,24 +88,8 @@ class _Follow(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, step, 0.0)
 
 
-class Runner:
+class Runner(Asker):
     """A model and its processor, asked in left-padded batches, greedily."""
-
-    def __init__(self, model: Any, processor: Any) -> None:
-        self.model, self.processor = model, processor
-        pad_left(processor.tokenizer)
-        ends = sorted(end_tokens(model, processor.tokenizer))
-        self.ends = torch.tensor(ends, dtype=torch.long, device=model.device)
-
-    # What is put to the model ---------------------------------------------------------------------
-
-    def encode(self, chats: Sequence[Chat]) -> Any:
-        """Inputs of generate() for conversations, padded on the left."""
-        return encode(self.model, self.processor, chats, padding=True)
-
-    def texts(self, tokens: Tensor) -> list[str]:
-        decoded = self.processor.batch_decode(tokens, skip_special_tokens=True)
-        return [text.strip() for text in decoded]
 
     def _generate(self, inputs: Any, max_new_tokens: int, **more: Any) -> tuple[Tensor, float]:
         """New tokens [B, n], and seconds."""
@@ -144,13 +127,13 @@ class Runner:
                 logits_processor=LogitsProcessorList([follow]),
             )
             kept = _kept(trimmer)
-        kl = torch.zeros(len(items), dtype=torch.float64)
+        kl = torch.zeros(len(items))
         agree = torch.zeros(len(items), dtype=torch.long)
         for step, (wanted, given) in enumerate(zip(reference.scores, follow.scores, strict=True)):
             counts = reference.valid[:, step]
-            true, own = wanted.double().log_softmax(-1), given.double().log_softmax(-1)
+            true, own = wanted.float().log_softmax(-1), given.float().log_softmax(-1)
             each = (true.exp() * (true - own)).nan_to_num(0.0).sum(-1)  # -inf on both sides: 0
-            kl += torch.where(counts, each, 0.0).cpu()
+            kl += torch.where(counts, each.clamp(min=0), 0.0).cpu()  # below 0: rounding
             agree += ((given.argmax(-1) == reference.tokens[:, step]) & counts).long().cpu()
         return Followed(kl.tolist(), agree.tolist(), seconds, kept)
 
@@ -161,12 +144,6 @@ class Runner:
         with st3.trim(self.model, policy):
             tokens, _ = self._generate(self.encode([_chat(item) for item in items]), max_new_tokens)
         return self.texts(tokens), [self.cut(row) for row in tokens]
-
-    def cut(self, row: Tensor) -> list[int]:
-        """A row of new tokens up to and with its end token."""
-        ends = torch.isin(row, self.ends).nonzero().flatten().tolist()
-        cut: list[int] = row[: ends[0] + 1 if ends else len(row)].tolist()
-        return cut
 
     # Conversations --------------------------------------------------------------------------------
 

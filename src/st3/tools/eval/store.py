@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ITEMS, SETTINGS = "items.jsonl", "settings.json"
+ITEMS, SETTINGS, POLICIES = "items.jsonl", "settings.json", "policies.json"
 Key = tuple[str, int, str]  # task, item, policy
 
 
@@ -69,6 +69,27 @@ class Store:
                 )
         path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         self._read(folder / ITEMS)
+
+    def use(self, policies: Mapping[str, str]) -> None:
+        """Note what the policies of a run are, with all their arguments, by their labels, which
+        leave out what is a default: defaults may have changed since.
+
+        Raises:
+            ValueError: the folder's results under one of the labels are of another policy.
+        """
+        if self.folder is None:
+            return
+        path = self.folder / POLICIES
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if other := [
+            label for label in policies if known.get(label, policies[label]) != policies[label]
+        ]:
+            raise ValueError(
+                f"{self.folder} holds results of another {other[0]}, from before its defaults "
+                "changed: name another folder, or remove it"
+            )
+        text = json.dumps({**known, **policies}, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
 
     def _read(self, path: Path) -> None:
         if not path.is_file():

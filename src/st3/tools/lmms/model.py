@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 import st3
 from st3.methods.policies import parse
+from st3.tools.common.chats import Asker
 from st3.tools.common.images import to_rgb
 from st3.tools.common.load import load
-from st3.tools.eval.runs import Runner
 
 MAX_NEW_TOKENS = 128  # where a task does not say
 
@@ -66,7 +66,7 @@ class TrimmedModel(lmms):
         self.model = loaded.model
         if not getattr(loaded.processor, "chat_template", None):
             raise ValueError(f"{loaded.name} has no chat template, which lmms-eval's prompts need")
-        self.runner = Runner(self.model, loaded.processor)
+        self.asker = Asker(self.model, loaded.processor)
         self.batch_size = int(batch_size)
         self.system_prompt = system_prompt
         with st3.trim(self.model, self.policy):  # refuses here what it would refuse at the first
@@ -74,7 +74,7 @@ class TrimmedModel(lmms):
 
     @property
     def tokenizer(self) -> Any:
-        return self.runner.processor.tokenizer
+        return self.asker.processor.tokenizer
 
     @property
     def device(self) -> Any:
@@ -96,10 +96,10 @@ class TrimmedModel(lmms):
             chats = [self._chat(*args) for args in chunk]
             tokens, share = self._answer(chats, settings)
             shares += [share] * len(chats)
-            for args, text, row in zip(chunk, self.runner.texts(tokens), tokens, strict=True):
+            for args, text, row in zip(chunk, self.asker.texts(tokens), tokens, strict=True):
                 for end in _ends(settings):
                     text = text.partition(end)[0]
-                count = TokenCounts(output_tokens=len(self.runner.cut(row)))
+                count = TokenCounts(output_tokens=len(self.asker.cut(row)))
                 results.append(GenerationResult(text=text.strip(), token_counts=count))
                 self.cache_hook.add_partial("generate_until", (args[0], settings), text)
             bar.update(len(chats))
@@ -128,7 +128,7 @@ class TrimmedModel(lmms):
         self, chats: list[list[dict[str, Any]]], settings: dict[str, Any]
     ) -> tuple[Any, float]:
         """New tokens [B, n], and the mean visual share (1 without images)."""
-        inputs = self.runner.encode(chats)
+        inputs = self.asker.encode(chats)
         sampled = settings.get("temperature") or 0
         with st3.trim(self.model, self.policy) as trimmer:
             output = self.model.generate(

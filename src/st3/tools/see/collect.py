@@ -118,7 +118,7 @@ class Collector:
         layers = self.layers
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device, dtype=torch.float64)
+            return torch.zeros(shape, device=device)
 
         self.passes = [0, 0]
         self.shares = zeros(2, layers, len(GROUPS))
