@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from st3.tools.bench import (
+    GROUPED,
     SHAPES,
     Method,
     Result,
@@ -65,11 +66,13 @@ class Session:
     bandwidth: float | None = None
     keeps_memory: bool = False
 
-    def subject(self, dtype: str) -> Subject:
-        if dtype not in self.subjects:
-            found = from_shape(self.given.shape, CPU, dtype_of(dtype))
-            self.subjects[dtype] = dataclasses.replace(found, name=f"{found.name}, {dtype}")
-        return self.subjects[dtype]
+    def subject(self, dtype: str, shape: str | None = None) -> Subject:
+        shape = shape or self.given.shape
+        key = f"{shape}, {dtype}"
+        if key not in self.subjects:
+            found = from_shape(shape, CPU, dtype_of(dtype))
+            self.subjects[key] = dataclasses.replace(found, name=key)
+        return self.subjects[key]
 
     def workload(self, visual: int, **more: Any) -> Workload:
         few = self.given.visual
@@ -78,9 +81,14 @@ class Session:
         return Workload(visual=tokens, text=64, images=images, **more)
 
     def run(
-        self, dtype: str, workload: Workload, methods: list[Method], prefills: bool = True
+        self,
+        dtype: str,
+        workload: Workload,
+        methods: list[Method],
+        prefills: bool = True,
+        shape: str | None = None,
     ) -> Result:
-        subject = self.subject(dtype)
+        subject = self.subject(dtype, shape)
         with Progress(console=self.console, transient=True) as progress:
             title = f"{subject.name}: {workload.title}"
             task = progress.add_task(title, total=steps_of(workload, methods, prefills))
@@ -243,8 +251,29 @@ def ragged(session: Session) -> None:
         session.bar(name, row.slower("total"), 1.1, at_most=True)
 
 
+def grouped(session: Session) -> None:
+    """Models with grouped queries, as most have: prefill, and decode steps, of which none may take
+    longer than the untouched model's."""
+    quick, dtype = session.given.quick, session.given.dtypes[0]
+    methods = [untouched(), own_cache(), *own(session.given.policy)]
+    for shape in session.given.grouped_shapes:
+        rounds = session.given.repeats or (3 if quick else 9)
+        workload = session.workload(FEW, new_tokens=0, repeats=rounds)
+        result = session.run(dtype, workload, methods, shape=shape)
+        _prefill_bars(session, result, f"{dtype}, {shape}", FEW)
+        for batch in (2,) if quick else (1, 2):
+            for visual in session.lengths(MANY) if quick else session.lengths(FEW, MANY):
+                rounds = session.given.repeats or (3 if quick else 5)
+                workload = session.workload(visual, batch=batch, new_tokens=32, repeats=rounds)
+                result = session.run(dtype, workload, methods, prefills=False, shape=shape)
+                for row in result.rows[1:]:
+                    gain = result.ratio(row, "tpot")
+                    name = f"decode step / untouched: {row.label}, {shape}, {workload.title}"
+                    session.bar(name, 1 / gain.paired if gain else None, 1.0, at_most=True)
+
+
 SECTIONS: dict[str, Callable[[Session], None]] = {
-    f.__name__: f for f in (prefill, idle, decode, caption, ragged)
+    f.__name__: f for f in (prefill, idle, decode, grouped, caption, ragged)
 }
 
 
@@ -263,6 +292,10 @@ def main(arguments: list[str] | None = None) -> None:
         help="for captions: 13 %% after the first layer, annealed to 8 %%",
     )
     parser.add_argument("--shape", choices=SHAPES, default="cpu-308m")
+    parser.add_argument(
+        "--grouped-shapes", nargs="*", choices=SHAPES, default=list(GROUPED), metavar="SHAPE",
+        help="shapes with grouped queries",
+    )  # fmt: skip
     parser.add_argument("--visual", type=int, help="visual tokens of one image, in place of 576")
     parser.add_argument("--caption-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, help="rounds of everything")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from st3.hf.call import CACHE
 from st3.models import config_family
 from st3.models.tiled import image_size
 from st3.tools.bench import (
+    GROUPED,
     SHAPES,
     Deadline,
     Subject,
@@ -44,6 +46,7 @@ from st3.tools.bench import (
     steps_of,
     untouched,
 )
+from st3.tools.bench import profile as profiling
 from st3.tools.bench.bars import Bar
 from st3.tools.bench.bars import as_markdown as bars_table
 from st3.tools.bench.compiled import compiled_decode
@@ -506,9 +509,35 @@ def test_no_decode_step_waits_for_the_device_more_than_the_bare_model(subject: S
         assert other.waits == bare.waits
 
 
-def test_the_profiler_tells_st3s_share(subject: Subject) -> None:
-    made = prompt()
-    assert 0 < selection_share(subject.model, made, compare(["st3"], False)[2]) < 1
+def test_the_profilers_share_by_hand(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranges but the score, which lies within the choice, less the model's own work there."""
+
+    def event(name: str, whole: float, own: float) -> Any:
+        device = SimpleNamespace(name="CPU")
+        return SimpleNamespace(
+            key=name, device_type=device, cpu_time_total=whole, self_cpu_time_total=own
+        )
+
+    spans = {"begin": 10, "gather": 20, "score": 5, "choose": 30, "finish": 10, "model": 12}
+    events = [event(f"st3.{name}", whole, 1) for name, whole in spans.items()]
+    events.append(event("aten::mm", 500, 194))
+    found = SimpleNamespace(key_averages=lambda: events)
+    monkeypatch.setattr(profiling, "_profiler", lambda prompt: nullcontext(found))
+    share = selection_share(subject.model, prompt(), compare(["st3"], False)[2])
+    assert share == pytest.approx((10 + 20 + 30 + 10 - 12) / 200)
+
+
+def test_the_profiler_sees_every_range_of_st3_and_none_without_it(subject: Subject) -> None:
+    made, seen = prompt(), []
+
+    def keep(name: str, function: Any) -> Any:
+        seen.append(name)
+        return function
+
+    with probed(lambda function, name: keep(name, function)):
+        pass
+    assert {*RANGES, MODEL} - {"score", MODEL} <= set(seen)
+    assert selection_share(subject.model, made, compare(["st3"], False)[2]) > 0
     assert selection_share(subject.model, made, untouched()) == 0
 
 
@@ -834,6 +863,68 @@ def test_the_cpu_table_is_written_with_its_goals(tmp_path: Path) -> None:
     assert "## Ragged against uniform" in page
     goals = tmp_path / "cpu-quick-decode-caption-ragged-goals.json"
     assert all(goal["measured"] is not None for goal in json.loads(goals.read_text())["goals"])
+
+
+@pytest.mark.slow
+def test_the_cpu_table_has_rows_of_grouped_queries(tmp_path: Path) -> None:
+    from benchmarks import cpu
+
+    with _small_bandwidth():
+        cpu.main(
+            [
+                *("--quick", "--sections", "grouped", "--grouped-shapes", "tiny", "--visual", "12"),
+                *("--dtypes", "float32", *TINY, str(tmp_path)),
+            ]
+        )
+    goals = json.loads((tmp_path / "cpu-quick-grouped-goals.json").read_text())["goals"]
+    name = "decode step / untouched: st3, tiny"
+    steps = [(g["goal"], g["at_most"]) for g in goals if g["name"].startswith(name)]
+    assert steps == [(1.0, True)]
+    assert all(goal["measured"] is not None for goal in goals)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_grouped_shapes_share_keys_among_query_heads(name: str) -> None:
+    config = SHAPES[name].config
+    text = config.text_config
+    assert text.num_attention_heads % text.num_key_value_heads == 0
+    assert text.num_attention_heads >= 4 * text.num_key_value_heads
+    assert 200e6 < models.count_parameters(SHAPES[name]) < 320e6
+
+
+@pytest.mark.slow
+def test_two_checkouts_are_compared_in_turns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here this one with itself."""
+    from benchmarks import old_new
+
+    old_new.main(
+        [
+            *("--old", str(old_new.ROOT), "--shapes", "tiny", "--dtypes", "float32", "--lengths"),
+            *("48", "--batches", "2", "--rounds", "2", "--steps", "2", "--out"),
+            str(tmp_path / "rows.json"),
+        ]
+    )
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["what"].split(":")[0] for row in rows] == ["prefill", "decode step, batch 2"] * 3
+    assert all(row["same"] and row["low"] <= row["high"] and row["turns"] == 2 for row in rows)
+    assert "| old / new |" in capsys.readouterr().out
+
+
+def test_what_a_checkout_cannot_do_is_one_line(tmp_path: Path) -> None:
+    from benchmarks import old_new
+
+    with pytest.raises(SystemExit, match=r"no st3 in .*: give the folder of a checkout"):
+        old_new.main(["--old", str(tmp_path)])
+
+
+def test_the_ratio_is_of_medians_and_the_spread_of_turns() -> None:
+    from benchmarks import old_new
+
+    found = old_new.compare([[2.0, 2.0], [4.0], [6.0]], [[1.0], [4.0], [2.0, 2.0]])
+    assert (found["old_s"], found["new_s"], found["ratio"]) == (3.0, 2.0, 1.5)
+    assert (found["low"], found["high"]) == (1.0, 3.0)
 
 
 @pytest.mark.slow

@@ -11,10 +11,11 @@
 
 from st3.tools.bench.clock import Deadline
 from st3.tools.bench.methods import Method, attached, compare, own_cache, untouched
-from st3.tools.bench.models import SHAPES, Subject, from_folder, from_shape
+from st3.tools.bench.models import GROUPED, SHAPES, Subject, from_folder, from_shape
 from st3.tools.bench.suite import Result, Row, Workload, run, steps_of
 
 __all__ = [
+    "GROUPED",
     "SHAPES",
     "Deadline",
     "Method",

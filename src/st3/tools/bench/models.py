@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,31 @@ def _tiny() -> LlavaConfig:
     )
 
 
+def _grouped(layers: int, heads: int, kv_heads: int, head_dim: int) -> LlavaConfig:
+    """cpu-308m with grouped queries: ``heads`` query heads, of which ``heads / kv_heads`` share
+    each key and value head."""
+    config = MODEL_SHAPES["cpu-308m"].config
+    text = config.text_config
+    text.num_hidden_layers = layers
+    text.num_attention_heads, text.num_key_value_heads = heads, kv_heads
+    text.head_dim = head_dim
+    return config
+
+
+# Head layouts of current models, most of which have grouped queries: a decode step reads fewer
+# keys and values for its weights than one of LLaVA-1.5's, and kernels take other paths.
+GROUPED = ("cpu-308m-gqa", "cpu-gqa-32-8", "cpu-gqa-28-4")
 SHAPES: dict[str, Shape] = {
     **MODEL_SHAPES,
+    "cpu-308m-gqa": Shape(
+        "cpu-308m-gqa", partial(_grouped, 24, 16, 4, 64), 576, note="16 query, 4 KV heads of 64"
+    ),
+    "cpu-gqa-32-8": Shape(
+        "cpu-gqa-32-8", partial(_grouped, 12, 32, 8, 128), 576, note="as Qwen3-VL-8B, 12 layers"
+    ),
+    "cpu-gqa-28-4": Shape(
+        "cpu-gqa-28-4", partial(_grouped, 12, 28, 4, 128), 576, note="as InternVL3-8B, 12 layers"
+    ),
     "tiny": Shape("tiny", _tiny, 16, text_tokens=8, note="to try the commands out"),
 }
 
