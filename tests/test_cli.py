@@ -340,6 +340,7 @@ def test_the_tiny_model_is_as_the_tests_expect(tiny_model: Path) -> None:
     assert (config["vision_config"]["image_size"] // config["vision_config"]["patch_size"]) == SIDE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["policies", "models"])
 def test_lists_in_a_fresh_process(command: str) -> None:
     """Where no earlier command has imported what this one needs."""
