@@ -29,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from st3.engine import decode
 from st3.engine.layout import allocate, capacity_for, copy_columns
-from st3.tools.bench.conditions import conditions, in_words
+from st3.tools.common.conditions import conditions, in_words
 
 RESULTS = Path(__file__).with_name("results")
 # Query heads, KV heads, head size, and a model that has them.

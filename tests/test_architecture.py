@@ -40,8 +40,6 @@ LONG = {
     "engine/director.py",
     "engine/prefill.py",
     "engine/trimmer.py",
-    "methods/policies/base.py",
-    "models/families.py",
     "report.py",
 }
 

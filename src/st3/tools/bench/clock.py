@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from st3.tools.common.clock import Marks as Marks
-
 T = TypeVar("T")
 
 

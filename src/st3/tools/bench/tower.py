@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from st3.models import config_family
-from st3.tools.bench.clock import Marks
+from st3.tools.common.clock import Marks
 
 
 def tower(model: Any, visual: int, batch: int) -> Callable[[], float] | None:
