@@ -19,6 +19,8 @@ from PIL import Image
 
 import st3
 
+CHAT = "/v1/chat/completions"
+JSON = {"content-type": "application/json"}
 POLICIES = ("st3", "none", "fastv:layer=1,drop=0.6", "st3:tau=6,floor=0")
 WORDS = ("describe", "the", "image", "what", "is", "at", "top", "left", "red", "blue", "and", "a")
 
@@ -62,6 +64,16 @@ def body(text: str = "describe the image", *images: Image.Image | str, **fields:
     parts.append({"type": "text", "text": text})
     messages = [{"role": "user", "content": parts}]
     return {"model": "st3", "messages": messages, "max_tokens": 8, "temperature": 0, **fields}
+
+
+def check(client: Any, response: Any, status: int, word: str) -> None:
+    """The error has OpenAI's shape, gives its reason, and the next request is answered."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert word in error["message"], error["message"]
+    assert "Traceback" not in response.text
+    assert client.post(CHAT, json=body(max_tokens=1)).status_code == 200
 
 
 def mixed(number: int) -> list[tuple[list[dict[str, Any]], Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import socket
 from pathlib import Path
@@ -49,6 +50,14 @@ def serve(
         int, typer.Option(min=1, help="Pixels of an image; more are refused undecoded.")
     ] = 16_000_000,
     max_body: Annotated[str, typer.Option(metavar="SIZE", help="Bytes of a request.")] = "20M",
+    prepare_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="For decoding images, of all requests together. Default: 256M, or what an image "
+            "of --max-pixels needs.",
+        ),
+    ] = None,
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds for an answer, the queue included.")
     ] = 300.0,
@@ -64,6 +73,13 @@ def serve(
     allow_http_images: Annotated[
         bool, typer.Option("--allow-http-images", help="Fetch images of public http(s): URLs.")
     ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Web pages of this origin may ask, `*`: all. Repeat."),
+    ] = None,
+    access_log: Annotated[
+        bool, typer.Option("--access-log/--no-access-log", help="A line for each request.")
+    ] = True,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Serve on Ray; `local` starts one here.")
     ] = None,
@@ -100,6 +116,10 @@ def serve(
             allowed_hosts=("127.0.0.1", "localhost", "[::1]") if host in _LOOPBACK else (),
             image_folder=image_folder,
             http_images=allow_http_images,
+            cors_origins=tuple(cors_origin or ()),
+            prepare_bytes=(
+                None if prepare_memory is None else _size("--prepare-memory", prepare_memory)
+            ),
             max_body_bytes=_size("--max-body", max_body),
             max_images=max_images,
             max_pixels=max_pixels,
@@ -139,12 +159,14 @@ def serve(
         f"{engine.budget.total / (1 << 30):.2f} GiB: {url}/v1",
         soft_wrap=True,
     )
+    _log(access_log)
     _run(create_app(engine, settings), listener, grace)
 
 
 def _check_installed() -> None:
     try:
         import fastapi  # noqa: F401
+        import httpx  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
@@ -152,6 +174,12 @@ def _check_installed() -> None:
             f"st3 serve needs packages that are not installed ({error.name}): "
             "pip install 'st3[server]'"
         ) from error
+
+
+def _log(requests: bool) -> None:
+    """Warnings and, if asked for, a line for each request, on stderr."""
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("st3.access").setLevel(logging.INFO if requests else logging.WARNING)
 
 
 def _run(app: Any, listener: socket.socket, grace: float) -> None:

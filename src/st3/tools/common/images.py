@@ -65,10 +65,20 @@ def open_image(
             raise ImageError(_reason(error, source, shown)) from error
 
 
-def image_size(source: Source, *, name: str | None = None) -> tuple[int, int]:
-    """(width, height) as stored, read off the header. Raises ImageError."""
+def image_size(
+    source: Source, *, formats: tuple[str, ...] | None = None, name: str | None = None
+) -> tuple[int, int]:
+    """(width, height) as stored, read off the header: nothing is decoded.
+
+    Args:
+        formats, name: as for :func:`open_image`.
+
+    Raises:
+        ImageError: what is no image, or has a shape that :func:`open_image` refuses.
+    """
     shown = _name(source, name)
-    with _opened(source, shown, None) as image:
+    with _opened(source, shown, formats) as image:
+        _check_shape(image.size, shown)
         return image.size
 
 

@@ -35,6 +35,7 @@ class Engine:
         kv_budget_bytes: for KV entries; None: half of what the device has free now. A prompt's
             activations, and the entries of those being prefilled, come on top.
         queue_limit: requests that may wait.
+        queue_bytes: that the inputs of waiting requests may take, pixels above all.
         max_rows: requests that may run at once, whatever the budget.
         max_prefills_per_step: prompts taken in between two decode steps; more fill the batch
             sooner and hold up the running answers for longer.
@@ -55,6 +56,7 @@ class Engine:
         kv_budget_bytes: int | None = None,
         *,
         queue_limit: int = 64,
+        queue_bytes: int = 1 << 30,
         max_rows: int = 256,
         max_prefills_per_step: int = 4,
         max_prompt_tokens: int | None = None,
@@ -66,12 +68,13 @@ class Engine:
         check_generation_config(config)
         self.model, self.processor = model, processor
         self.policy = str(parse(policy))
-        self.queue_limit = queue_limit
+        self.queue_limit, self.queue_bytes = queue_limit, queue_bytes
         # Also the trimmer of untrimmed requests: st3's cache, nothing dropped.
         self._decoder = Trimmer(model, "none", own_cache=True)
         self._trimmers: OrderedDict[str, Trimmer] = OrderedDict()
         self._trimmers_lock = threading.Lock()
-        self.trimmer(self.policy)
+        with self.trimmer(self.policy):  # refuses now what it would refuse at the first request
+            pass
         if kv_budget_bytes is None:
             free = available_bytes(model.device)
             if free is None:
@@ -139,7 +142,7 @@ class Engine:
         try:
             name = str(parse(name))
             trimmer = self.trimmer(name)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ArithmeticError, SyntaxError, RecursionError) as error:
             raise refused(f"policy {name!r}: {error}", "st3.policy") from error
         inputs, tokens, visual = self.prompts.tokenise(messages)
         max_tokens = self.prompts.room(tokens, max_tokens) if shorten else max_tokens
@@ -171,12 +174,15 @@ class Engine:
         with self._scheduler.wake:
             if not self._scheduler.accepts:
                 raise unavailable()
-            if len(self._scheduler.waiting) >= self.queue_limit:
+            waiting = self._scheduler.waiting
+            held = sum(other.request.nbytes for other in waiting)
+            too_much = bool(waiting) and held + request.nbytes > self.queue_bytes
+            if len(waiting) >= self.queue_limit or too_much:
                 raise overloaded(
-                    f"{self.queue_limit} requests are waiting already: try again later",
+                    f"{len(waiting)} requests are waiting already: try again later",
                     self._retry_after(),
                 )
-            self._scheduler.waiting.append(ticket)
+            waiting.append(ticket)
             self._scheduler.wake.notify()
         return ticket
 

@@ -2,54 +2,49 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
 import stat
-import warnings
-from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from st3.tools.common.reasons import first_line
+from st3.tools.common.errors import ImageError
+from st3.tools.common.images import data_url_bytes, image_size, open_image
 from st3.tools.serve.errors import ServeError, refused
-from st3.tools.serve.fetch import fetch
 from st3.tools.serve.settings import Settings
 
 # Pillow's readers for these alone are tried; others (EPS, PSD, FITS ...) reach much more code.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-_DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.=+-]+)*),", re.ASCII)
 PARAM = "messages.image_url"
 
 
-def load(url: str, settings: Settings, pixels: int = 0) -> Image.Image:
-    """The image behind a URL, as RGB and turned as its EXIF data says.
+def is_web(url: str) -> bool:
+    return url[:8].partition(":")[0].lower() in ("http", "https")
 
-    Args:
-        pixels: of the request's earlier images.
+
+def read(url: str, settings: Settings) -> bytes:
+    """The encoded image of a data or file URL.
 
     Raises:
-        ServeError: 400 with the reason.
+        ServeError: 400 with the reason; also for web addresses, which
+            :mod:`st3.tools.serve.fetch` asks where the operator allows it.
     """
-    return decode(_bytes(url, settings), settings, pixels)
-
-
-def _bytes(url: str, settings: Settings) -> bytes:
     scheme = url[:8].partition(":")[0].lower()
     if scheme == "data":
-        return _data(url, settings)
+        if len(url) > settings.max_image_bytes * 4 // 3 + 1000:
+            raise too_big(settings)
+        try:
+            return data_url_bytes(url, settings.max_image_bytes)
+        except ImageError as error:
+            raise refused(str(error), PARAM) from error
     if scheme == "file":
         return _file(url, settings)
-    if scheme in ("http", "https"):
-        if not settings.http_images:
-            raise refused(
-                "images are not fetched by this server: send the image itself as a data URL "
-                "(data:image/png;base64,...)",
-                PARAM,
-            )
-        return fetch(url, settings.max_image_bytes, settings.body_timeout)
+    if is_web(url):
+        raise refused(
+            "images are not fetched by this server: send the image itself as a data URL "
+            "(data:image/png;base64,...)",
+            PARAM,
+        )
     raise refused(
         "an image is a data URL (data:image/png;base64,...), or, where the server allows it, a "
         "file: or https: URL",
@@ -57,26 +52,41 @@ def _bytes(url: str, settings: Settings) -> bytes:
     )
 
 
-def _data(url: str, settings: Settings) -> bytes:
-    head = _DATA.match(url[:200])
-    if head is None or ";base64" not in head[2].lower():
-        raise refused("this data URL is not of the form data:image/png;base64,...", PARAM)
-    if head[1] and not head[1].lower().startswith("image/"):
-        raise refused(f"this data URL holds {head[1]}, not an image", PARAM)
-    text = url[head.end() :]
-    if len(text) > settings.max_image_bytes * 4 // 3 + 4:
-        raise _too_big(settings)
+def size(data: bytes, settings: Settings, pixels: int = 0) -> tuple[int, int]:
+    """(width, height) off the header, if that is within the limits; nothing is decoded.
+
+    Args:
+        pixels: of the request's earlier images.
+    """
+    if not data:
+        raise refused("the image is empty", PARAM)
+    if len(data) > settings.max_image_bytes:
+        raise too_big(settings)
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise refused(f"the image is not valid base64: {error}", PARAM) from error
+        found = image_size(data, formats=FORMATS)
+    except ImageError as error:
+        raise _unreadable(error) from error
+    _check_size(found, settings, pixels)
+    return found
+
+
+def decode(data: bytes, settings: Settings, pixels: int = 0) -> Image.Image:
+    """Encoded bytes as an RGB image, within the limits; see :func:`size`."""
+    size(data, settings, pixels)
+    try:
+        return open_image(data, formats=FORMATS)
+    except ImageError as error:
+        raise _unreadable(error) from error
 
 
 def _file(url: str, settings: Settings) -> bytes:
     folder = settings.image_folder
     if folder is None:
         raise refused("files of this server may not be read: send the image as a data URL", PARAM)
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # brackets, or characters that become others in a host name
+        raise refused("this is not a URL", PARAM) from error
     if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
         raise refused("a file URL has the form file:///folder/image.png", PARAM)
     root = folder.resolve()
@@ -89,7 +99,7 @@ def _file(url: str, settings: Settings) -> bytes:
         if not stat.S_ISREG(found.st_mode):
             raise refused("this is not a file", PARAM)
         if found.st_size > settings.max_image_bytes:
-            raise _too_big(settings)
+            raise too_big(settings)
         return path.read_bytes()
     except FileNotFoundError as error:
         raise refused("there is no such file", PARAM) from error
@@ -97,32 +107,8 @@ def _file(url: str, settings: Settings) -> bytes:
         raise refused("this file cannot be read", PARAM) from error
 
 
-def decode(data: bytes, settings: Settings, pixels: int = 0) -> Image.Image:
-    """Encoded bytes as an RGB image, within the limits."""
-    if not data:
-        raise refused("the image is empty", PARAM)
-    if len(data) > settings.max_image_bytes:
-        raise _too_big(settings)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its own, higher limit, and of odd metadata
-            with Image.open(BytesIO(data), formats=FORMATS) as image:
-                _check_size(image.size, settings, pixels)
-                rgb = ImageOps.exif_transpose(image).convert("RGB")
-    except ServeError:
-        raise
-    except UnidentifiedImageError as error:
-        known = ", ".join(FORMATS)
-        raise refused(f"this is not an image of a known format ({known})", PARAM) from error
-    except Exception as error:  # Pillow's readers raise all kinds of them on broken files
-        raise refused(f"the image cannot be read: {first_line(error)}", PARAM) from error
-    return rgb
-
-
 def _check_size(size: tuple[int, int], settings: Settings, before: int) -> None:
     width, height = size
-    if width < 1 or height < 1:
-        raise refused("the image has no pixels", PARAM)
     if width * height > settings.max_pixels:
         raise refused(
             f"the image has {width} x {height} pixels; this server takes {settings.max_pixels} "
@@ -139,7 +125,14 @@ def _check_size(size: tuple[int, int], settings: Settings, before: int) -> None:
         )
 
 
-def _too_big(settings: Settings) -> ServeError:
+def _unreadable(error: ImageError) -> ServeError:
+    text = str(error)
+    if "that Pillow can read" in text:
+        text = f"this is not an image of a known format ({', '.join(FORMATS)})"
+    return refused(text, PARAM)
+
+
+def too_big(settings: Settings) -> ServeError:
     return refused(
         f"the image is larger than {settings.max_image_bytes} bytes", PARAM, "image_too_large"
     )

@@ -8,10 +8,14 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from st3.tools.common.limits import positions
 from st3.tools.serve.errors import refused
 
 # The processor's names for what stands for an image in the text.
 _PLACEHOLDERS = ("image_token", "video_token", "audio_token")
+# Text is counted in pieces of so many characters before the whole of it is tokenised; a cut adds at
+# most so many tokens to those of the whole.
+_PIECE, _CUT = 8192, 8
 
 
 class Prompts:
@@ -25,8 +29,7 @@ class Prompts:
         if not getattr(processor, "chat_template", None):
             raise ValueError("this model has no chat template: a conversation cannot be written")
         self.processor = processor
-        text = model.config.get_text_config(decoder=True)
-        self.positions: int | None = getattr(text, "max_position_embeddings", None)
+        self.positions = positions(model)
         self.max_tokens = max_tokens
         names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
         ids = (getattr(model.config, name, None) for name in names)
@@ -39,14 +42,20 @@ class Prompts:
     def tokenise(self, messages: Sequence[dict[str, Any]]) -> tuple[Mapping[str, Any], int, int]:
         """The model's inputs (one row), the tokens of the prompt, and how many are visual.
 
+        Of text that is too long in any case no more is tokenised than shows it: the inputs are
+        empty then, and the tokens those that were counted, for :meth:`check_length` to refuse.
+
         Raises:
             ServeError: for what the chat template or the processor refuses.
         """
-        for message in messages:
-            for part in message["content"]:
-                self._check_text(part.get("text", ""))
+        texts = [part["text"] for m in messages for part in m["content"] if part["type"] == "text"]
+        for text in texts:
+            self._check_text(text)
         try:
             with self._lock:
+                counted = self._count(texts)
+                if counted is not None:
+                    return {}, counted, 0
                 inputs = self.processor.apply_chat_template(
                     list(messages),
                     add_generation_prompt=True,
@@ -61,6 +70,21 @@ class Prompts:
         ids = inputs["input_ids"]
         visual = sum(int((ids == token).sum()) for token in self._visual)
         return inputs, int(ids.shape[1]), visual
+
+    def _count(self, texts: Sequence[str]) -> int | None:
+        """Tokens at least in texts that are too long; None for others."""
+        limits = [n for n in (self.max_tokens, self.positions) if n is not None]
+        if not limits or sum(map(len, texts)) <= max(_PIECE, min(limits)):
+            return None
+        tokens = 0
+        for text in texts:
+            for start in range(0, len(text), _PIECE):
+                piece = text[start : start + _PIECE]
+                ids = self.processor.tokenizer(piece, add_special_tokens=False)["input_ids"]
+                tokens += max(0, len(ids) - _CUT)
+                if tokens > min(limits):
+                    return tokens
+        return None
 
     def _check_text(self, text: str) -> None:
         for placeholder in self._placeholders:

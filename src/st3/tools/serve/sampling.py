@@ -59,7 +59,7 @@ class Sampling:
     """How tokens are chosen. None: as the model's generation_config says, else greedy.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0, and what is next to it (:data:`GREEDY_BELOW`), is greedy.
         top_p: share of the probability to draw from.
         seed: of the request's own generator; None draws one.
     """
@@ -67,6 +67,10 @@ class Sampling:
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
+
+
+# Below it the highest logit takes all, and logits over the temperature overflow in float32.
+GREEDY_BELOW = 1e-5
 
 
 class Sampler:
@@ -81,7 +85,7 @@ class Sampler:
             samples = samples or top_p is not None or sampling.seed is not None
         if top_p is None:
             top_p = getattr(config, "top_p", None)
-        self.greedy = not samples or temperature == 0
+        self.greedy = not samples or temperature < GREEDY_BELOW
         self.processors = LogitsProcessorList()
         penalty = getattr(config, "repetition_penalty", None)
         if penalty not in (None, 1.0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import threading
 import time
@@ -164,7 +165,7 @@ class Scheduler:
             log.warning("out of memory in a prefill: %s", error)
             ticket.fail(ServeError(503, "out_of_memory", "no memory for this prompt: try again"))
             return
-        except (UnsupportedModelError, ValueError, IndexError) as error:
+        except (UnsupportedModelError, ValueError, IndexError, ArithmeticError) as error:
             ticket.fail(refused(f"the model cannot run this prompt: {error}"))
             return
         except Exception:
@@ -180,6 +181,7 @@ class Scheduler:
         ticket.row, ticket.visual = row, prompt.visual
         ids = request.inputs["input_ids"][0].tolist()
         ticket.sampler = Sampler(request.sampling, self.model.generation_config, ids)
+        ticket.request = dataclasses.replace(request, inputs={})  # its pixels are seen
         ticket.text = TextStream(self._tokenizer, request.stop)
         text = row.prompt - prompt.visual
         ticket.columns = columns_at_peak(row.counts, text, request.max_tokens)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+_ORIGIN = re.compile(r"https?://[^/\s*]+")
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,14 @@ class Settings:
             keeps web pages of other sites from reaching the server by a name of their own.
         image_folder: the folder whose files may be named by ``file:`` URLs; None: no files.
         http_images: whether ``http(s):`` URLs of public addresses are fetched.
-        max_body_bytes: of a request.
+        cors_origins: web pages of these origins (``https://example.org``; ``*``: all) may ask from
+            within a browser; empty: none.
+        max_body_bytes: of a request; also of its images together, where they are fetched.
+        max_bodies_bytes: of all bodies together that have come and are not prompts yet.
+        prepare_bytes: memory in which images are decoded and processed, of all requests together;
+            see :func:`~st3.tools.common.limits.image_bytes`. A request that needs more alone is
+            refused, others wait. None: 256 MiB, or what an image of ``max_pixels`` needs.
+        max_fetching: requests whose images are being fetched at once.
         max_images: of a conversation.
         max_image_bytes: of an encoded image.
         max_pixels: of an image, checked before it is decoded.
@@ -25,8 +35,9 @@ class Settings:
         max_messages: of a conversation.
         max_tokens: of an answer, at most.
         default_max_tokens: of an answer whose request says nothing.
-        request_timeout: seconds from submission to the end of the answer.
-        body_timeout: seconds in which the body of a request must have come.
+        request_timeout: seconds from the end of a request's body to the end of its answer.
+        body_timeout: seconds in which the body of a request must have come, and in which all of
+            its images must have been fetched.
         send_timeout: seconds in which a client must take each piece of a stream.
         shutdown_timeout: seconds that running requests are given when the server is told to stop.
     """
@@ -36,7 +47,11 @@ class Settings:
     allowed_hosts: tuple[str, ...] = ()
     image_folder: Path | None = None
     http_images: bool = False
+    cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 20 << 20
+    max_bodies_bytes: int = 256 << 20
+    prepare_bytes: int | None = None
+    max_fetching: int = 8
     max_images: int = 16
     max_image_bytes: int = 10 << 20
     max_pixels: int = 16_000_000
@@ -54,9 +69,14 @@ class Settings:
             raise ValueError("model_name is empty: clients have to call the model something")
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("api_key is empty: leave it out to ask for none")
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"cors origin {origin!r} is not of the form https://example.org, or *"
+                )
         if self.image_folder is not None and not self.image_folder.is_dir():
             raise ValueError(f"image_folder {str(self.image_folder)!r} is not a folder")
         for name, value in vars(self).items():
-            number = name.startswith("max_") or name.endswith(("_timeout", "_tokens"))
-            if number and not value > 0:
+            number = name.startswith("max_") or name.endswith(("_timeout", "_tokens", "_bytes"))
+            if number and value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value!r}")

@@ -38,6 +38,11 @@ class Request:
     timeout: float | None
     columns: Columns
 
+    @property
+    def nbytes(self) -> int:
+        """Of the inputs."""
+        return sum(getattr(value, "nbytes", 0) for value in self.inputs.values())
+
 
 @dataclass(frozen=True)
 class Delta:
