@@ -30,7 +30,7 @@ def schedule() -> None:
         left, right = figure.subplots(1, 2)
         colours = [look[0] for look in looks(POLICIES).values()]
         for name, colour in zip(POLICIES, colours, strict=True):
-            counts = st3.methods.policies.parse(name).schedule(LAYERS)
+            counts = st3.parse(name).schedule(LAYERS)
             kept = [counts.kept(layer, VISUAL) for layer in range(LAYERS)]
             label = f"{name} (mean {counts.mean_share:.0%})"
             left.step(range(LAYERS), kept, where="mid", color=colour, label=label, lw=2)

@@ -13,7 +13,35 @@ import yaml
 
 from st3.tools.eval import Evaluation, Store, bundled_scenes, entries, label_policies
 from st3.tools.eval.text import is_right
+from st3.tools.lmms.settings import arguments
 from st3.tools.lmms.task import write_task
+
+GREEDY = {"max_new_tokens": 128, "num_beams": 1, "do_sample": False}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, GREEDY),
+        ({"until": ["\n"], "top_p": None}, GREEDY),
+        ({"max_new_tokens": 12, "num_beams": 3}, {**GREEDY, "max_new_tokens": 12, "num_beams": 3}),
+        ({"temperature": 0, "top_p": 0.9, "do_sample": True}, GREEDY),
+        ({"temperature": 0.7, "do_sample": False, "top_k": 5}, GREEDY),
+        ({"repetition_penalty": 1.2}, {**GREEDY, "repetition_penalty": 1.2}),
+        (
+            {"temperature": 0.7, "top_p": 0.9, "top_k": 5},
+            {**GREEDY, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5},
+        ),
+        ({"do_sample": True}, {**GREEDY, "do_sample": True}),
+    ],
+)
+def test_a_tasks_settings_reach_generate(given: dict[str, Any], told: dict[str, Any]) -> None:
+    assert arguments(given) == (told, [])
+
+
+def test_settings_that_generate_does_not_know_are_named() -> None:
+    given = {"image_aspect_ratio": "original", "max_gen_toks": 9, "temperature": 0}
+    assert arguments(given) == (GREEDY, ["image_aspect_ratio", "max_gen_toks"])
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ def check_installed() -> None:
 
 def _look(font: float, theme: Theme) -> Any:
     return {
+        "font.size": font,
         "figure.facecolor": theme.paper,
         "figure.titlesize": font + 3,
         "savefig.facecolor": theme.paper,

@@ -18,8 +18,7 @@ from st3.methods.policies import parse
 from st3.tools.common.chats import Asker
 from st3.tools.common.images import to_rgb
 from st3.tools.common.load import load
-
-MAX_NEW_TOKENS = 128  # where a task does not say
+from st3.tools.lmms.settings import arguments, ends
 
 
 class TrimmedModel(lmms):
@@ -69,6 +68,7 @@ class TrimmedModel(lmms):
         self.asker = Asker(self.model, loaded.processor)
         self.batch_size = int(batch_size)
         self.system_prompt = system_prompt
+        self._told: set[str] = set()
         with st3.trim(self.model, self.policy):  # refuses here what it would refuse at the first
             pass
 
@@ -97,7 +97,7 @@ class TrimmedModel(lmms):
             tokens, share = self._answer(chats, settings)
             shares += [share] * len(chats)
             for args, text, row in zip(chunk, self.asker.texts(tokens), tokens, strict=True):
-                for end in _ends(settings):
+                for end in ends(settings):
                     text = text.partition(end)[0]
                 count = TokenCounts(output_tokens=len(self.asker.cut(row)))
                 results.append(GenerationResult(text=text.strip(), token_counts=count))
@@ -129,15 +129,12 @@ class TrimmedModel(lmms):
     ) -> tuple[Any, float]:
         """New tokens [B, n], and the mean visual share (1 without images)."""
         inputs = self.asker.encode(chats)
-        sampled = settings.get("temperature") or 0
+        told, left_out = arguments(settings)
+        if new := [name for name in left_out if name not in self._told]:
+            self._told.update(new)
+            logger.warning(f"st3 has no setting {', '.join(new)}: left out")
         with st3.trim(self.model, self.policy) as trimmer:
-            output = self.model.generate(
-                **inputs,
-                max_new_tokens=settings.get("max_new_tokens", MAX_NEW_TOKENS),
-                num_beams=settings.get("num_beams", 1),
-                do_sample=sampled > 0,
-                **({"temperature": sampled, "top_p": settings.get("top_p")} if sampled else {}),
-            )
+            output = self.model.generate(**inputs, **told)
             images = any(part["type"] == "image" for m in chats for t in m for part in t["content"])
             share = trimmer.report.mean_share if images else 1.0
         return output[:, inputs["input_ids"].shape[1] :], share
@@ -159,8 +156,3 @@ def _policy_text(policy: str, options: dict[str, Any]) -> str:
     if not parts:
         return policy
     return policy + ("," if ":" in policy else ":") + ",".join(parts)
-
-
-def _ends(settings: dict[str, Any]) -> list[str]:
-    ends = settings.get("until") or []
-    return [end for end in ([ends] if isinstance(ends, str) else ends) if end.strip()]
