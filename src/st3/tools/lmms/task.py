@@ -34,13 +34,12 @@ metric_list:
 
 UTILS = '''"""Functions of the task beside this file."""
 
-from PIL import Image
-
+from st3.tools.common.images import open_image
 from st3.tools.eval.text import is_right
 
 
 def images(doc):
-    return [Image.open(path).convert("RGB") for path in doc["images"]]
+    return [open_image(path) for path in doc["images"]]
 
 
 def score(doc, results):
