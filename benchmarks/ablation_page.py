@@ -24,12 +24,13 @@ THIRDS = (("first", "first third"), ("middle", "middle"), ("last", "last third")
 
 INTRO = """# Ablations
 
-What each of ST3's choices does to the answers of the bundled model, st3-tiny, on {items} questions
-and descriptions of its bundled scenes, greedy. **KL** is the divergence (nats a token) of the next
-token's distribution from the untrimmed model's, along the untrimmed answers: it moves long before
-an answer changes. Intervals are 95 % bootstrap over images; *differences are paired, to the first
-row of each table*. A small model of 16 layers is no LLaVA-1.5-7B: run this on yours before you
-believe it there. [What follows for the defaults](policies.md#how-the-defaults-were-chosen).
+What each choice of the default policy, `balanced`, does to the answers of the bundled model,
+st3-tiny, on {items} questions and descriptions of its bundled scenes, greedy. **KL** is the
+divergence (nats a token) of the next token's distribution from the untrimmed model's, along the
+untrimmed answers: it moves long before an answer changes. Intervals are 95 % bootstrap over images;
+*differences are paired, to the first row of each table*. A small model of 16 layers is no
+LLaVA-1.5-7B: run this on yours before you believe it there.
+[What follows for the defaults](policies.md#how-the-defaults-were-chosen).
 
 """
 OUTRO = """
@@ -133,7 +134,7 @@ def draw(ablation: dict[str, Any], untrimmed: dict[str, Any], path: Path) -> Non
             rows = kinds[kind]["rows"]
             for place, label in enumerate(labels):
                 value, low, high = (factor * v for v in rows[place]["values"][name])
-                shade = color("random") if label == "random choice" else color("st3")
+                shade = color("random") if label == "random choice" else color("balanced")
                 panel.plot([low, high], [place, place], color=shade, linewidth=1.4)
                 first = place == 0
                 panel.scatter([value], [place], color=shade, s=46 if first else 30, zorder=3,

@@ -1,4 +1,4 @@
-"""ST3's choices one by one: python -m benchmarks.ablations [--limit N] [--only NAME ...] [--page]
+"""The choices of `balanced` one by one: python -m benchmarks.ablations [--limit N] [--page]
 
 Runs what ``st3 eval`` runs (answers, objects named, KL divergence along the untrimmed answers) on
 the bundled scenes, for each ablation of :data:`ABLATIONS`; keeps finished items, so that a killed
@@ -47,17 +47,17 @@ class Ablation:
 
 
 def _scores(*names: str) -> dict[str, str]:
-    return {name: f"st3:curve=none,score={name}" for name in names}
+    return {name: f"balanced:curve=none,score={name}" for name in names}
 
 
 def _tapers(*parts: float) -> dict[str, str]:
     return {
-        f"{100 * part:.0f} %": f"st3:curve=none,first_drop=0.5,final_keep={part / 2}"
+        f"{100 * part:.0f} %": f"balanced:curve=none,first_drop=0.5,final_keep={part / 2}"
         for part in parts
     }
 
 
-_ONLY_VTA = "st3:first_drop=0,final_keep=1"
+_ONLY_VTA = "balanced:first_drop=0,final_keep=1"
 
 ABLATIONS = (
     Ablation(
@@ -78,8 +78,8 @@ ABLATIONS = (
         "stride",
         "How often to drop: stride S, with ratio R from eq. 9 at the same C = 24 %, P = 60 %",
         {
-            "S = 4": "st3:curve=none",
-            **{f"S = {s}": f"st3:stride={s},curve=none" for s in (1, 2, 6, 12)},
+            "S = 4": "balanced:curve=none",
+            **{f"S = {s}": f"balanced:stride={s},curve=none" for s in (1, 2, 6, 12)},
         },
         random=True,
     ),
@@ -87,8 +87,8 @@ ABLATIONS = (
         "first-layer",
         "Where to begin: first layer that drops, at the same mean share",
         {
-            "layer 1": "st3:curve=none",
-            **{f"layer {i}": f"st3:first_layer={i},curve=none" for i in (2, 3, 4, 5)},
+            "layer 1": "balanced:curve=none",
+            **{f"layer {i}": f"balanced:first_layer={i},curve=none" for i in (2, 3, 4, 5)},
         },
         budget=BUDGET,
     ),
@@ -138,9 +138,9 @@ ABLATIONS = (
         "heredity",
         "QK heredity: blocks of lazy layers share the score of their first layer; S = 1",
         {
-            "each layer": "st3:stride=1,curve=none,score=attention",
+            "each layer": "balanced:stride=1,curve=none,score=attention",
             **{
-                f"blocks of {n}": f"st3:stride=1,curve=none,score=attention-lazy{n}"
+                f"blocks of {n}": f"balanced:stride=1,curve=none,score=attention-lazy{n}"
                 for n in (2, 4, 8)
             },
         },

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from st3.methods import DEFAULT_POLICY
 from st3.tools.bench import (
     GROUPED,
     SHAPES,
@@ -285,10 +286,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--lengths", nargs="+", type=int, choices=(FEW, MANY), metavar="TOKENS")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--policy", default="st3")
+    parser.add_argument("--policy", default=DEFAULT_POLICY)
     parser.add_argument(
         "--caption-policy",
-        default="st3:first_drop=0.87,tau=128,floor=0.08",
+        default="balanced:first_drop=0.87,tau=128,floor=0.08",
         help="for captions: 13 %% after the first layer, annealed to 8 %%",
     )
     parser.add_argument("--shape", choices=SHAPES, default="cpu-308m")

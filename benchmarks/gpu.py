@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from st3.methods import DEFAULT_POLICY
 from st3.methods.policies import NoTrim, parse
 from st3.tools.bench import (
     SHAPES,
@@ -52,12 +53,12 @@ from st3.tools.common.load import device_of, dtype_of
 from st3.tools.common.tables import markdown
 
 RESULTS = Path(__file__).with_name("results")
-# The paper's settings for 32 and 40 layers; st3's defaults for other depths.
+# The paper's settings for 32 and 40 layers; the default policy for other depths.
 POLICIES = {
     "llava-1.5-7b": "st3-7b",
     "llava-1.5-13b": "st3-13b",
     "llava-next-7b": "st3-7b",
-    "qwen2.5-vl-7b": "st3",
+    "qwen2.5-vl-7b": DEFAULT_POLICY,
 }
 KINDS = ("latency", "throughput", "graphs")
 PARTS = [(shape, kind) for kind in KINDS for shape in POLICIES]
@@ -78,7 +79,7 @@ class Part:
 
     @property
     def policy(self) -> str:
-        return POLICIES.get(self.shape, "st3")
+        return POLICIES.get(self.shape, DEFAULT_POLICY)
 
     def subject(self, attention: str = "sdpa") -> Subject:
         start = time.monotonic()

@@ -34,7 +34,7 @@ SHAPES = {
 }
 # Written out, so that a change of defaults or presets is no change of what is compared.
 POLICY = (
-    "st3:first_layer=3,first_drop=0.5,final_keep=0.01,curve=cosine,tau=128,floor=0.05,"
+    "st3:first_layer=3,first_drop=0.5,final_keep=0.01,stride=4,curve=cosine,tau=128,floor=0.05,"
     "score=attention"
 )
 UNTRIMMED = ("untouched", "own-cache")

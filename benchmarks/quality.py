@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from st3.methods import DEFAULT_POLICY
 from st3.tools.cli._options import DType
 from st3.tools.cli.eval import evaluate
 from st3.tools.common.tables import markdown
@@ -32,7 +33,7 @@ Every method of st3 on the bundled model, st3-tiny, and its bundled scenes, at e
 share: {budgets} of the visual tokens over the decoder layers. It is a small model (16 layers, 144
 visual tokens), and its descriptions name up to nine objects in about 100 tokens: hard ground for
 any method that drops visual tokens. [How it is measured](eval.md), also on your own model and
-images. [What each of ST3's choices does](ablations.md).
+images. [What each choice of the default does](ablations.md).
 
 """
 REPRODUCE = """
@@ -82,22 +83,22 @@ def main() -> None:
 
 
 def bars(results: dict[str, Any]) -> str:
-    """What ST3 keeps of the untrimmed figures at the paper's budget, and who is above it."""
-    head = ("untrimmed", "ST3", "kept", "bar", "above ST3 at this share or less")
+    """What the default policy keeps of the untrimmed figures, and who is above it."""
+    head = ("untrimmed", DEFAULT_POLICY, "kept", "bar", "above it at this share or less")
     lines = []
     for kind, name, title in (
         ("questions", "accuracy", "single words right"),
         ("descriptions", "recall", "objects named"),
     ):
         rows = results["kinds"].get(kind, {}).get("rows", [])
-        st3s = [r for r in rows if r["budget"] == BUDGETS[0] and _name(r) == "st3"]
-        if not st3s:
+        ours = [r for r in rows if r["budget"] == BUDGETS[0] and _name(r) == DEFAULT_POLICY]
+        if not ours:
             continue
-        whole, own = rows[0]["values"][name][0], st3s[0]["values"][name][0]
+        whole, own = rows[0]["values"][name][0], ours[0]["values"][name][0]
         above = [
             f"`{_name(row)}` {row['values'][name][0]:.1%}"
             for row in rows[1:]
-            if row["mean_share"] <= st3s[0]["mean_share"] + 0.005 and row["values"][name][0] > own
+            if row["mean_share"] <= ours[0]["mean_share"] + 0.005 and row["values"][name][0] > own
         ]
         kept = own / whole if whole else 1.0
         met = "met" if kept >= KEPT else "missed"

@@ -21,7 +21,7 @@ from st3.tools.common.bundled import ASSETS
 from st3.tools.common.tables import markdown
 
 PROMPT = "describe the image in detail."
-WAYS = [("none", 1, 0), ("none", 8, 0), ("st3", 1, 0), ("st3", 8, 0)]
+WAYS = [("none", 1, 0), ("none", 8, 0), ("balanced", 1, 0), ("balanced", 8, 0)]
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--ray", action="store_true", help="also two actors on Ray")
     given = parser.parse_args()
     scenes = sorted((ASSETS / "scenes").glob("*.webp"))[: given.images]
-    ways = [*WAYS, ("st3", 8, 2)] if given.ray else WAYS
+    ways = [*WAYS, ("balanced", 8, 2)] if given.ray else WAYS
     rows: list[list[object]] = []
     answers: dict[str, list[dict[str, str]]] = {}
     with tempfile.TemporaryDirectory() as name:

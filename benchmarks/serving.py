@@ -79,7 +79,7 @@ class Size:
         return self.images * self.side**2
 
 
-QUICK = Size(8, 64, 6, 5, 12, 12, 1, "st3:first_layer=1,first_drop=0.8,stride=2,final_keep=0")
+QUICK = Size(8, 64, 6, 5, 12, 12, 1, "balanced:first_drop=0.8,stride=2,final_keep=0")
 
 
 def scaled(size: Size) -> tuple[Any, Any]:
@@ -237,7 +237,7 @@ async def _all(url: str, bodies: Sequence[dict[str, Any]], done: Any) -> list[di
 
 # Overload -----------------------------------------------------------------------------------------
 
-POLICIES = ("st3", "none", "st3:tau=40,floor=0", "fastv", "vtw")
+POLICIES = ("balanced", "none", "balanced:tau=40,floor=0", "fastv", "vtw")
 NONSENSE: tuple[Any, ...] = (
     {"model": "st3"}, {"model": "st3", "messages": [], "n": 3}, [], "st3",
     {"model": "st3", "messages": [{"role": "user", "content": [

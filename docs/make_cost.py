@@ -9,9 +9,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from st3 import ST3, VTW, Anneal, FastV, Schedule
+from st3 import VTW, Anneal, FastV, Schedule
 from st3.cost import COLUMNS, cost_table
 from st3.cost.shapes import SHAPES, shape
+from st3.methods import DEFAULT_POLICY
 from st3.methods.policies import parse
 from st3.tools.common.tables import markdown
 
@@ -55,33 +56,38 @@ def paper_table(name: str, preset: str) -> str:
 
 
 def shapes_table() -> str:
-    """Every shape under ST3's defaults."""
+    """Every shape under the default policy."""
     head = (
-        "shape", "visual tokens", "tower TFLOPs", "decoder TFLOPs", "ST3", "ST3 with tower",
-        "KV after prefill, MiB", "ST3", "ST3, mean",
+        "shape", "visual tokens", "tower TFLOPs", "decoder TFLOPs", "left", "left with tower",
+        "KV after prefill, MiB", "left", "left, mean",
     )  # fmt: skip
     lines = []
     for model in SHAPES.values():
         config = model.config
-        schedule = ST3().schedule(config.get_text_config().num_hidden_layers)
-        plain, st3 = cost_table(
-            config, N_TEXT, model.visual_tokens, {"ST3": schedule}, NEW_TOKENS, images=model.images
+        schedule = parse(DEFAULT_POLICY).schedule(config.get_text_config().num_hidden_layers)
+        plain, trimmed = cost_table(
+            config,
+            N_TEXT,
+            model.visual_tokens,
+            {DEFAULT_POLICY: schedule},
+            NEW_TOKENS,
+            images=model.images,
         )
         tower = plain.vision_tflops
         if tower is None:
             raise ValueError(f"the vision tower of {model.name} has no cost model")
-        whole = (tower + st3.prefill_tflops) / (tower + plain.prefill_tflops)
+        whole = (tower + trimmed.prefill_tflops) / (tower + plain.prefill_tflops)
         lines.append(
             [
                 model.name,
                 f"{model.visual_tokens} ({model.note})",
                 f"{tower:.3g}",
                 f"{plain.prefill_tflops:.3g}",
-                f"{st3.prefill_ratio:.1%}",
+                f"{trimmed.prefill_ratio:.1%}",
                 f"{whole:.1%}",
                 f"{plain.kv_prefill_mib:.1f}",
-                f"{st3.kv_prefill_ratio:.1%}",
-                f"{st3.kv_mean_ratio:.1%}",
+                f"{trimmed.kv_prefill_ratio:.1%}",
+                f"{trimmed.kv_mean_ratio:.1%}",
             ]
         )
     return markdown(head, lines)

@@ -20,12 +20,12 @@ from st3.tools.common.style import canvas
 HERE = Path(__file__).resolve().parent
 OUT, PAGES = HERE / "img", HERE / "pages"
 LAYERS, VISUAL = 32, 576
-POLICIES = ("st3", "st3-7b", "fastv", "vtw", "none")
+POLICIES = ("balanced", "st3", "fastv", "vtw", "none")
 PROMPT = "describe the image in detail."
 
 
 def schedule() -> None:
-    """ST3's defaults, the paper's 7B setting and baselines: by depth, and over the answer."""
+    """The default policy, the paper's and baselines: by depth, and over the answer."""
     with canvas((10, 3.6)) as figure:
         left, right = figure.subplots(1, 2)
         colours = [look[0] for look in looks(POLICIES).values()]

@@ -24,7 +24,7 @@ POLICIES: dict[str, st3.Policy] = {
     "st3": st3.ST3(
         first_layer=3, first_drop=0.4, final_keep=0.1, stride=2, anneal=ANNEAL, score="attention"
     ),
-    "default": st3.ST3(stride=2, anneal=ANNEAL),
+    "default": st3.Balanced(stride=2, anneal=ANNEAL),
     # From layer 1 on: before the last of DeepStack's injections.
     "st3_early": st3.ST3(
         first_layer=1,

@@ -239,7 +239,7 @@ def test_the_peers_are_always_beside() -> None:
         "fastv (authors' way)",
         "vtw",
     ]
-    assert [m.label for m in compare(["st3", "st3"], peers=False)][2:] == ["st3"]
+    assert [m.label for m in compare(["balanced", "balanced"], peers=False)][2:] == ["balanced"]
 
 
 @pytest.mark.parametrize("method", [own_cache(), attached()], ids=lambda m: m.label)
@@ -472,7 +472,7 @@ def test_towers_that_are_not_described_are_left_out() -> None:
 
 def test_probing_changes_nothing_and_is_taken_back(subject: Subject) -> None:
     originals = Director.on_text, Director.after_text, Prefill.enter, Prefill.attend
-    method, made, watch = compare(["st3"], peers=False)[2], prompt(), Stopwatch()
+    method, made, watch = compare(["balanced"], peers=False)[2], prompt(), Stopwatch()
     with method.attach(subject.model, made):
         expected = logits(subject.model, made)
     with probed(watch.wrap), method.attach(subject.model, made):
@@ -482,7 +482,7 @@ def test_probing_changes_nothing_and_is_taken_back(subject: Subject) -> None:
 
 
 def test_overhead_is_st3s_alone(subject: Subject) -> None:
-    st3_method, fastv, official = compare(["st3", "fastv"])[2:5]
+    st3_method, fastv, official = compare(["balanced", "fastv"])[2:5]
     found = selection_overhead(subject.model, prompt(), st3_method, runs=1)
     assert found is not None
     assert 0 < found.seconds == sum(found.ranges.values()) < found.prefill
@@ -494,7 +494,7 @@ def test_overhead_is_st3s_alone(subject: Subject) -> None:
 
 def test_copying_of_buffers_is_a_part_of_the_steps(subject: Subject) -> None:
     move, made = TrimmedLayer._move, prompt()
-    method = compare(["st3"], peers=False)[2]
+    method = compare(["balanced"], peers=False)[2]
     assert copying_share(subject.model, made, method, 4) == 0  # there is room for a few tokens
     assert 0 < copying_share(subject.model, made, method, 24) < 1
     assert move is TrimmedLayer._move
@@ -503,7 +503,9 @@ def test_copying_of_buffers_is_a_part_of_the_steps(subject: Subject) -> None:
 @pytest.mark.slow
 def test_no_decode_step_waits_for_the_device_more_than_the_bare_model(subject: Subject) -> None:
     made = prompt(batch=2)
-    bare, *others = [profile_decode(subject.model, made, m, 3, 5) for m in compare(["st3"], False)]
+    bare, *others = [
+        profile_decode(subject.model, made, m, 3, 5) for m in compare(["balanced"], False)
+    ]
     assert bare.waits["aten::item"] > 0  # generate() asks whether all rows are finished
     for other in others:
         assert other.waits == bare.waits
@@ -523,7 +525,7 @@ def test_the_profilers_share_by_hand(subject: Subject, monkeypatch: pytest.Monke
     events.append(event("aten::mm", 500, 194))
     found = SimpleNamespace(key_averages=lambda: events)
     monkeypatch.setattr(profiling, "_profiler", lambda prompt: nullcontext(found))
-    share = selection_share(subject.model, prompt(), compare(["st3"], False)[2])
+    share = selection_share(subject.model, prompt(), compare(["balanced"], False)[2])
     assert share == pytest.approx((10 + 20 + 30 + 10 - 12) / 200)
 
 
@@ -537,7 +539,7 @@ def test_the_profiler_sees_every_range_of_st3_and_none_without_it(subject: Subje
     with probed(lambda function, name: keep(name, function)):
         pass
     assert {*RANGES, MODEL} - {"score", MODEL} <= set(seen)
-    assert selection_share(subject.model, made, compare(["st3"], False)[2]) > 0
+    assert selection_share(subject.model, made, compare(["balanced"], False)[2]) > 0
     assert selection_share(subject.model, made, untouched()) == 0
 
 
@@ -549,7 +551,7 @@ def result(subject: Subject) -> Any:
     with _small_bandwidth():
         work = Workload(batch=2, visual=24, text=8, new_tokens=4, repeats=2)
         steps: list[str] = []
-        methods = [*compare(["st3"]), attached()]
+        methods = [*compare(["balanced"]), attached()]
         made = run(subject, work, methods, steps.append)
         assert len(steps) == steps_of(work, methods)
         return made
@@ -564,13 +566,13 @@ def _small_bandwidth() -> Iterator[None]:
 
 def test_every_method_has_every_sample(result: Any) -> None:
     assert [row.label for row in result.rows] == [
-        *(m.label for m in compare(["st3"])),
+        *(m.label for m in compare(["balanced"])),
         attached().label,
     ]
     for row in result.rows:
         assert len(row.prefill) == len(row.generations) == len(row.tpot) == 2
         assert all(len(g.steps) == 3 for g in row.generations)
-        assert (row.overhead is not None) == (row.label in ("st3", "random", "fastv", "vtw"))
+        assert (row.overhead is not None) == (row.label in ("balanced", "random", "fastv", "vtw"))
 
 
 def test_summaries_follow_from_the_samples(result: Any) -> None:
@@ -593,7 +595,7 @@ def test_summaries_follow_from_the_samples(result: Any) -> None:
 
 def test_flops_ratios_are_the_reports(subject: Subject, result: Any) -> None:
     made = prompt(batch=2)
-    for row, method in zip(result.rows, compare(["st3"]), strict=False):
+    for row, method in zip(result.rows, compare(["balanced"]), strict=False):
         with method.attach(subject.model, made) as trimmer:
             logits(subject.model, made)
         if isinstance(trimmer, st3.Trimmer):
@@ -629,9 +631,10 @@ def test_pictures_are_drawn_with_one_look_for_each_method(result: Any, tmp_path:
     draw(result, target, "somewhere")
     assert Image.open(target).size[0] > 1000
     labels = [row.label for row in result.rows]
-    chosen = looks([*labels, "st3:stride=2", "divprune"])
+    varied = "balanced:stride=2"
+    chosen = looks([*labels, varied, "divprune"])
     assert len(set(chosen.values())) == len(chosen)
-    assert looks(["st3"])["st3"] == chosen["st3"] == looks(["st3:stride=2"])["st3:stride=2"]
+    assert looks(["balanced"])["balanced"] == chosen["balanced"] == looks([varied])[varied]
 
 
 def test_drawing_without_matplotlib_names_the_remedy(
@@ -732,7 +735,7 @@ def test_a_good_guess_needs_few_probes() -> None:
 
 def test_trimmed_rows_are_predicted_to_be_smaller(subject: Subject) -> None:
     work = Workload(visual=600, text=8, new_tokens=16)
-    sizes = [capacity.row_bytes(subject, work, m) for m in compare(["st3"], peers=False)]
+    sizes = [capacity.row_bytes(subject, work, m) for m in compare(["balanced"], peers=False)]
     dims = TextDims.from_config(subject.model.config)
     assert sizes[0] > kv_bytes(dims, 8, 600, None, 15, "float32")
     assert sizes[2] < sizes[0]
@@ -859,7 +862,7 @@ def test_the_cpu_table_is_written_with_its_goals(tmp_path: Path) -> None:
         )
     page = (tmp_path / "cpu-quick-decode-caption-ragged.md").read_text()
     assert "## Goals" in page
-    assert "| kv_live, mean over untrimmed: st3:first_drop=0.87," in page
+    assert "| kv_live, mean over untrimmed: balanced:first_drop=0.87," in page
     assert "## Ragged against uniform" in page
     goals = tmp_path / "cpu-quick-decode-caption-ragged-goals.json"
     assert all(goal["measured"] is not None for goal in json.loads(goals.read_text())["goals"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from st3.methods.policies import available, parse
+import st3
+from st3.methods.policies import available, parse, with_budget
+from tests.helpers import Case
 
 BUDGETED = [name for name in available() if name != "none"]
 
@@ -47,3 +49,58 @@ def test_a_budget_leaves_the_other_arguments() -> None:
 def test_budgets_that_cannot_be_had(text: str, share: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(text).at_budget(32, share)
+
+
+# -- a budget as an argument --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_a_budget_in_a_string(name: str) -> None:
+    """It is found once the layers are known, and is all but the counts of the policy itself."""
+    policy = parse(f"{name}:budget=0.35")
+    at_budget = parse(name).at_budget(16, 0.35)
+    assert policy == parse(name, budget=0.35) == parse(f"{name}:budget=35%")
+    assert policy.schedule(16) == at_budget.schedule(16)
+    assert with_budget(policy, 16) == with_budget(parse(name), 16, 0.35) == at_budget
+    assert policy.scorer() == at_budget.scorer()
+    assert (policy.rerank, policy.recalls) == (at_budget.rerank, at_budget.recalls)
+    assert parse(str(policy)) == policy
+    assert policy.at_budget(16, 0.5) == parse(name).at_budget(16, 0.5)
+
+
+def test_budgets_and_other_arguments() -> None:
+    policy = parse("fastv:budget=0.5,layer=4", score="dart")
+    assert str(policy) == "fastv:layer=4,score=dart,budget=0.5"
+    assert policy == parse(parse("fastv:score=dart", budget="50%"), layer=4)
+    assert parse(policy, budget=0.6) == parse("fastv:layer=4,score=dart,budget=0.6")
+    half = parse("fastv:budget=0.5").schedule(8)
+    assert parse("random:like=(fastv:budget=0.5)").schedule(8) == half
+    assert with_budget(parse("fastv"), 8) == parse("fastv")
+
+
+def test_a_trimmer_at_a_budget() -> None:
+    case = Case.of("llava")
+    trimmer = st3.trim(case.model, budget=0.5)
+    assert trimmer.schedule.mean_share == pytest.approx(0.5, abs=1e-4)
+    assert str(trimmer.policy) == "balanced:budget=0.5"
+    case.check_prefill(parse("st3:budget=0.4"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("st3:budget=1.2", "must lie between 0 and 1"),
+        ("st3:budget=120%", "must lie between 0 and 1"),
+        ("st3:budget=half", "write 35% or 0.35"),
+        ("st3:budget=5%%", "write 35% or 0.35"),
+        ("st3:budget=-5%", "must lie between 0 and 1"),
+    ],
+)
+def test_bad_budgets(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(text)
+
+
+def test_a_budget_that_the_model_cannot_have() -> None:
+    with pytest.raises(ValueError, match="cannot be had"):
+        st3.trim(Case.of("llava").model, "fastv:layer=4", budget=0.1)

@@ -72,7 +72,7 @@ def test_json_is_one_object_and_nothing_else(picture: Path, tiny_model: Path) ->
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data["new_tokens"] == 8
-    assert data["policy"] == "st3"
+    assert data["policy"] == "balanced"
     assert data["ttft_ms"] > 0
     assert data["total_ms"] >= data["ttft_ms"]
     assert data["report"]["mean_share"] < 1

@@ -185,12 +185,14 @@ def test_a_killed_run_goes_on(loaded: tuple[Any, Any], folder: Path, tmp_path: P
 
 
 def test_random_stands_beside_every_policy_at_its_counts() -> None:
-    rows, notes = entries(label_policies(["st3", "vtw", "random", "none", "fastv"]), None, LAYERS)
-    assert [row.label for row in rows] == ["none", "st3", "random", "vtw", "fastv",
+    rows, notes = entries(
+        label_policies(["balanced", "vtw", "random", "none", "fastv"]), None, LAYERS
+    )
+    assert [row.label for row in rows] == ["none", "balanced", "random", "vtw", "fastv",
                                            "random:like=(fastv)"]  # fmt: skip
     assert not notes
     assert rows[-1].policy.schedule(LAYERS) == rows[-2].policy.schedule(LAYERS)
-    assert rows[2].beside == "st3"  # VTW chooses nothing, and random has its own counts
+    assert rows[2].beside == "balanced"  # VTW chooses nothing, and random has its own counts
 
 
 def test_budgets_are_reached() -> None:

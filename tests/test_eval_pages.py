@@ -73,7 +73,7 @@ def test_the_ablation_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_bars(tmp_path: Path) -> None:
-    rows = [row("none", 1, 0.9), row("st3:x=1", 0.35, 0.89), row("fastv", 0.35, 0.895),
+    rows = [row("none", 1, 0.9), row("balanced:x=1", 0.35, 0.89), row("fastv", 0.35, 0.895),
             row("vtw", 0.5, 0.9)]  # fmt: skip
     text = quality.bars({"kinds": kinds(*rows)})
     assert "98.9% | 98%: met | `fastv` 89.5% |" in text  # vtw keeps more tokens: no comparison

@@ -21,6 +21,7 @@ PAPER_7B = st3.ST3(
     first_layer=3,
     first_drop=0.5,
     final_keep=0.01,
+    stride=4,
     score="attention",
     anneal=st3.Anneal(tau=128),
 )
@@ -53,6 +54,7 @@ def test_strings_read_back(name: str) -> None:
         ("fastv: layer = 3 , drop = 0.75", st3.FastV(layer=3, drop=0.75)),
         ("vtw:layer=none", st3.VTW()),
         ("vtw:layer=4", st3.VTW(layer=4)),
+        ("balanced", st3.Balanced()),
         ("st3:tau=64,floor=0.1,curve=linear", st3.ST3(anneal=st3.Anneal("linear", 64, 0.1))),
         ("st3:anneal=none", st3.ST3(anneal=st3.Anneal("none"))),
         ("st3:ratio=0.07,rerank_every=8", st3.ST3(ratio=0.07, rerank_every=8)),
@@ -83,15 +85,18 @@ def test_options_come_on_top_of_a_string() -> None:
 
 def test_annealing_options_come_on_top_of_a_string() -> None:
     """They are an Anneal's, but stand beside the policy's own; what is not given stays."""
-    trimmer = st3.trim(Case.of("llava").model, "st3", tau=64)
-    assert trimmer.policy == st3.ST3(anneal=st3.Anneal(tau=64))
+    model, anneal = Case.of("llava").model, st3.Anneal(tau=64)
+    assert st3.trim(model, "st3", tau=64).policy == st3.ST3(anneal=anneal)
+    assert st3.trim(model, tau=64).policy == st3.Balanced(anneal=anneal)
     assert parse("st3-7b:floor=0.1", tau=32).anneal == st3.Anneal(tau=32, floor=0.1)
     assert parse(st3.ST3(anneal=st3.Anneal("linear", 9)), floor=0.2) == st3.ST3(
         anneal=st3.Anneal("linear", 9, 0.2)
     )
-    with pytest.raises(ValueError, match=r"has no argument 'tau': it takes layer, drop, score$"):
+    with pytest.raises(
+        ValueError, match=r"has no argument 'tau': it takes layer, drop, score, budget$"
+    ):
         parse(st3.FastV(), tau=3)
-    with pytest.raises(ValueError, match=r"recall_every, score, curve, tau, floor$"):
+    with pytest.raises(ValueError, match=r"recall_every, score, curve, tau, floor, budget$"):
         parse("st3", period=3)
 
 
@@ -102,8 +107,9 @@ def test_options_of_every_method_read_back_as_they_are_named() -> None:
             parse(name, nothing=1)
         except ValueError as error:
             takes = str(error).rpartition("it takes ")[2]
-        for key in takes.split(", ") if takes != "none" else ():
-            policy = parse(name)
+        policy = parse(name)
+        assert takes.endswith("budget")
+        for key in takes.split(", ")[:-1]:
             owner = policy if hasattr(policy, key) else policy.anneal
             assert parse(name, **{key: getattr(owner, key)}) == policy, (name, key)
 
@@ -191,7 +197,7 @@ def test_random_choices_of_neighbouring_seeds_share_no_more_than_chance(seed: in
         ("", "unknown policy '': use one of"),
         ("fastv:layers=2", "has no argument 'layers': it takes layer, drop, score"),
         ("fastv:tau=2", "has no argument 'tau': it takes layer, drop, score"),
-        ("none:keep=1", "it takes none"),
+        ("none:keep=1", "it takes budget$"),
         ("fastv:layer", "write name=value"),
         ("fastv:layer=", "write name=value"),
         ("fastv:layer=two", "layer must be a decoder layer counted from 0, got 'two'"),
@@ -223,16 +229,16 @@ def test_a_policy_of_another_type() -> None:
         (lambda: st3.ST3(first_layer=-1), "counted from 0"),
         (lambda: st3.ST3(first_layer=2.5), "counted from 0"),  # type: ignore[arg-type]
         (lambda: st3.ST3(first_drop=1.5), "first_drop must lie between 0 and 1"),
-        (lambda: st3.ST3(final_keep=0.6), "use at most 0.4"),
+        (lambda: st3.Balanced(final_keep=0.6), "use at most 0.4"),
         (lambda: st3.ST3(final_keep="0.1"), "final_keep must be a number"),  # type: ignore[arg-type]
         (lambda: st3.ST3(stride=0), "stride must be a whole number of at least 1"),
-        (lambda: st3.ST3(stride=None), "stride must be a whole number of at least 1"),  # type: ignore[arg-type]
+        (lambda: st3.ST3(stride=2.0), "stride must be a whole number of at least 1"),
         (lambda: st3.ST3(ratio=2), "ratio must lie between 0 and 1"),
         (lambda: st3.ST3(rerank_every=0), "rerank_every must be a whole number of at least 1"),
         (lambda: st3.ST3(anneal="cosine"), "anneal must be an st3.Anneal"),  # type: ignore[arg-type]
         (lambda: st3.ST3(score="looks"), "use one of attention"),
         (lambda: st3.ST3(first_layer=3).schedule(3), "use at most 2"),
-        (lambda: st3.ST3(stride=40).schedule(32), "Use a smaller stride, or final_keep=0.4"),
+        (lambda: st3.Balanced(stride=40).schedule(32), "Use a smaller stride, or final_keep=0.4"),
         (lambda: st3.ST3(ratio=0.2).schedule(32), "Use a smaller ratio or a larger stride"),
         (lambda: st3.FastV(layer=0), "at least 1: FastV reads the attention of the layer before"),
         (lambda: st3.FastV(drop=-1), "drop must lie between 0 and 1"),

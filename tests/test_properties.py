@@ -93,7 +93,7 @@ def test_any_falling_shares_make_a_schedule(
 @given(st.integers(8, 80), st.integers(0, 100))
 def test_at_budget_hits_any_mean_that_can_be_had(layers: int, mean: int) -> None:
     assume(mean / 100 * layers >= 1)
-    schedule = st3.ST3().at_budget(layers, mean / 100).schedule(layers)
+    schedule = st3.Balanced().at_budget(layers, mean / 100).schedule(layers)
     assert abs(schedule.mean_share - mean / 100) < 1e-9
 
 

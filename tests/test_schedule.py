@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 import st3
+from st3.methods import DEFAULT_POLICY
 from st3.methods.policies import parse
 from st3.methods.schedule import Schedule, exact, round_share
+from st3.methods.scores import Attention
+from tests.helpers import Case
 
 CURVES = ["cosine", "half_cosine", "linear", "exponential", "none"]
 
@@ -32,6 +35,53 @@ def test_the_papers_settings(preset: str, layers: int, ratio: Fraction, final: f
     assert policy.ratio_for(layers) == ratio
     assert shares(policy, layers)[:4] == [1, 1, 1, 0.5]
     assert shares(policy, layers)[-1] == final
+
+
+@pytest.mark.parametrize(("preset", "layers"), [("st3-7b", 32), ("st3-13b", 40)])
+def test_st3_is_the_paper(preset: str, layers: int) -> None:
+    """Half leaves at the 4th layer, by the last row's attention; eq. 9 down to 1 % or 5 %."""
+    policy = st3.ST3()
+    assert policy == parse("st3")
+    assert policy.schedule(layers) == parse(preset).schedule(layers)
+    assert policy.scorer() == Attention()
+    assert policy.anneal.curve == "cosine"
+    assert policy.rerank is None
+    assert [policy.first_layer_for(layers), policy.stride_for(layers)] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("layers", "first", "stride", "drops"),
+    [(8, 1, 1, 7), (16, 2, 2, 7), (24, 2, 3, 7), (28, 3, 4, 6), (64, 6, 8, 7), (80, 8, 10, 7)],
+)
+def test_st3_stands_at_the_same_depth_of_other_models(
+    layers: int, first: int, stride: int, drops: int
+) -> None:
+    policy = st3.ST3()
+    assert policy.first_layer_for(layers) == first
+    assert policy.stride_for(layers) == stride
+    assert policy.drops_after_first(layers) == drops
+    found = shares(policy, layers)
+    assert found[first - 1 : first + 1] == [1, 0.5]
+    assert policy.last_share_for(layers) == exact(0.01)
+    corner = (layers - first) % stride == 0
+    assert found[-1] == pytest.approx(0.01 + (policy.ratio_for(layers) if corner else 0))
+    assert found == shares(st3.ST3(first_layer=first, stride=stride), layers)
+
+
+def test_a_first_drop_that_leaves_less_than_the_papers_end() -> None:
+    assert shares(st3.ST3(first_drop=0.995), 32)[-1] == 0.005
+
+
+def test_the_default_is_balanced() -> None:
+    """As chosen by the ablations: what st3.trim(model) and the commands take."""
+    policy = parse(DEFAULT_POLICY)
+    assert policy == st3.Balanced()
+    assert (policy.first_layer, policy.stride, policy.score) == (1, 4, "mixed")
+    assert policy.anneal == st3.Anneal("cosine", 256, 0.05)
+    assert shares(policy, 32)[:2] == [1, 0.4]
+    assert shares(policy, 32)[-1] == 0.24
+    assert st3.Random().like == policy
+    assert st3.trim(Case.of("llava").model).policy == policy
 
 
 def test_the_counts_of_llava_7b() -> None:
@@ -163,7 +213,7 @@ def test_mean_visible_counts_decode_steps() -> None:
 
 def test_the_defaults_leave_an_image_to_a_long_description() -> None:
     """At token 300 no layer shows less than the floor, 5 % of the image, unless it has less."""
-    schedule = st3.ST3().schedule(32)
+    schedule = st3.Balanced().schedule(32)
     for layer in range(32):
         assert schedule.visible(layer, 576, 300) == min(schedule.kept(layer, 576), 29)
 
@@ -174,9 +224,10 @@ def test_the_defaults_leave_an_image_to_a_long_description() -> None:
 @pytest.mark.parametrize("layers", [8, 12, 28, 32, 40, 80])
 @pytest.mark.parametrize("mean", [0.38, 0.5, 0.7, 0.9, 1.0])
 @pytest.mark.parametrize(
-    "policy", [st3.ST3(), parse("st3-7b"), st3.ST3(first_drop=1, final_keep=0)]
+    "policy",
+    [st3.Balanced(), st3.ST3(), parse("st3-7b"), st3.Balanced(first_drop=1, final_keep=0)],
 )
-def test_at_budget_hits_the_mean(policy: st3.ST3, layers: int, mean: float) -> None:
+def test_at_budget_hits_the_mean(policy: st3.Policy, layers: int, mean: float) -> None:
     schedule = policy.at_budget(layers, mean).schedule(layers)
     assert schedule.mean_share == pytest.approx(mean, abs=1e-9)
     counts = [schedule.kept(layer, 576) for layer in range(layers)]
@@ -188,11 +239,11 @@ def test_budgets_keep_the_annealing_they_are_given() -> None:
     assert st3.ST3(anneal=anneal).at_budget(32, 0.5).anneal == anneal
 
 
-@pytest.mark.parametrize("policy", [st3.ST3(), parse("st3-7b")])
-def test_budgets_keep_the_shape(policy: st3.ST3) -> None:
+@pytest.mark.parametrize("policy", [st3.Balanced(), st3.ST3(), parse("st3-7b")])
+def test_budgets_keep_the_shape(policy: st3.Policy) -> None:
     """C is the same part of what the first drop leaves."""
     made = policy.at_budget(32, 0.25)
-    parts = [p.last_share / p.first_share for p in (policy, made)]
+    parts = [p.last_share_for(32) / p.first_share for p in (policy, made)]
     assert float(parts[1]) == pytest.approx(float(parts[0]), rel=1e-9)
 
 
@@ -207,7 +258,7 @@ def test_budgets_keep_the_shape(policy: st3.ST3) -> None:
 )
 def test_budgets_that_cannot_be_had(layers: int, mean: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        st3.ST3().at_budget(layers, mean)
+        st3.Balanced().at_budget(layers, mean)
 
 
 # -- bad numbers --------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_answers_in_company_are_the_answers_alone(engine: Engine, loaded: Loaded
 
 def test_what_is_told_of_an_answer(engine: Engine, loaded: Loaded) -> None:
     end = engine.complete(engine.prepare(turn("describe", picture()), max_tokens=5))
-    schedule = engine.trimmer("st3").schedule
+    schedule = engine.trimmer("balanced").schedule
     assert end.visual_tokens == 16
     assert end.mean_share == pytest.approx(sum(schedule.kept(la, 16) for la in range(8)) / 128)
     assert 0 <= end.queued <= end.ttft <= end.total
@@ -88,14 +88,14 @@ def test_what_is_told_of_an_answer(engine: Engine, loaded: Loaded) -> None:
 
 
 def test_one_seed_gives_one_answer_in_any_company(engine: Engine) -> None:
-    def request(seed: int, policy: str = "st3") -> Request:
+    def request(seed: int, policy: str = "balanced") -> Request:
         sampling = Sampling(temperature=1.0, seed=seed)
         messages = turn("describe the image", picture(1))
         return engine.prepare(messages, max_tokens=12, sampling=sampling, policy=policy)
 
     alone = engine.complete(request(5)).token_ids
     caller = Caller(engine)
-    for seed, policy in ((1, "none"), (5, "st3"), (2, "st3"), (5, "st3")):
+    for seed, policy in ((1, "none"), (5, "balanced"), (2, "balanced"), (5, "balanced")):
         caller.submit(request(seed, policy))
     ids = [end.token_ids for _, end in caller.ends() if isinstance(end, Finished)]
     assert ids[1] == ids[3] == alone
@@ -164,7 +164,7 @@ def test_a_broken_last_character_is_given_out_at_the_end() -> None:
     assert stream.close() == "\ufffd"
 
 
-@pytest.mark.parametrize("policy", ["none", "st3:first_layer=1,first_drop=0.8,stride=2"])
+@pytest.mark.parametrize("policy", ["none", "balanced:first_drop=0.8,stride=2"])
 def test_the_budget_is_never_overrun(loaded: Loaded, policy: str) -> None:
     probe = Engine(*loaded, policy, kv_budget_bytes=64 << 20)
     request = probe.prepare(turn("describe", picture(), picture(1)), max_tokens=24)
@@ -189,7 +189,7 @@ def test_trimming_lets_more_requests_run_at_once(loaded: Loaded) -> None:
     """The bar: 2.5 times as many, in a budget that holds four untrimmed ones."""
     images = [picture(i) for i in range(12)]  # 192 visual tokens of 16-token pictures
     most = {}
-    for policy in ("none", "st3:first_layer=1,first_drop=0.8,stride=2,final_keep=0"):
+    for policy in ("none", "balanced:first_drop=0.8,stride=2,final_keep=0"):
         probe = Engine(*loaded, policy, kv_budget_bytes=64 << 20)
         untrimmed = probe.prepare(turn("describe", *images), max_tokens=12, policy="none")
         budget = 4 * probe.budget.bytes([untrimmed.columns])
@@ -356,12 +356,12 @@ def test_a_models_repetition_penalty_is_applied(loaded: Loaded, engine: Engine) 
     model.generation_config.repetition_penalty = 1.7
     try:
         messages = turn("describe the image", picture(1))
-        wanted = Alone(*loaded).tokens(messages, "st3", 15)
+        wanted = Alone(*loaded).tokens(messages, "balanced", 15)
         end = engine.complete(engine.prepare(messages, max_tokens=15))
     finally:
         model.generation_config.repetition_penalty = None
     assert list(end.token_ids) == wanted
-    assert wanted != Alone(*loaded).tokens(messages, "st3", 15)
+    assert wanted != Alone(*loaded).tokens(messages, "balanced", 15)
 
 
 def test_bfloat16_runs_as_well(tiny_model: Path) -> None:

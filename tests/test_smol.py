@@ -268,7 +268,7 @@ def test_commands_make_a_model_that_looks_and_can_be_trimmed(folder, inputs):
         bare = model(**batch).logits
         with st3.trim(model, "none"):
             assert torch.equal(model(**batch).logits, bare)
-        with st3.trim(model, "st3") as trimmer:
+        with st3.trim(model) as trimmer:
             model.generate(**batch, max_new_tokens=3, do_sample=False)
         # The assembled model is the one that was trained.
         made = trainer(inputs, SmolRecipe(tower_steps=1, steps=2))

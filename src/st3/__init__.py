@@ -1,7 +1,7 @@
 """st3: trim the visual tokens of transformers vision-language models, in space and in time.
 
 >>> import st3
->>> with st3.trim(model, st3.ST3(final_keep=0.01, stride=4)) as trimmer:  # doctest: +SKIP
+>>> with st3.trim(model, "st3-7b") as trimmer:  # doctest: +SKIP
 ...     out = model.generate(**inputs, max_new_tokens=200)
 >>> print(trimmer.report)  # doctest: +SKIP
 """

@@ -16,6 +16,7 @@ from st3.engine.plan import Plan, Setup
 from st3.errors import TrimStateError, UnsupportedModelError
 from st3.hf.attention import ATTRIBUTE, LayerHandle, base_attention, registered
 from st3.hf.hooks import Hooks
+from st3.methods import DEFAULT_POLICY
 from st3.methods.policies import Policy, parse
 from st3.methods.scores import needs_of, stage_of
 from st3.models.families import family_of
@@ -38,7 +39,7 @@ class Trimmer:
     def __init__(
         self,
         model: nn.Module,
-        policy: str | Policy = "st3",
+        policy: str | Policy = DEFAULT_POLICY,
         *,
         per_image: bool = False,
         own_cache: bool = False,
@@ -265,7 +266,7 @@ def _whole(prefill: Callable[..., Any]) -> Callable[..., Any]:
 
 def trim(
     model: nn.Module,
-    policy: str | Policy = "st3",
+    policy: str | Policy = DEFAULT_POLICY,
     *,
     per_image: bool = False,
     own_cache: bool = False,
@@ -279,7 +280,7 @@ def trim(
 
     Args:
         model: any supported ``AutoModelForImageTextToText``; it is not modified.
-        policy: an st3 policy, or a string such as ``"st3"`` or ``"fastv:layer=2,drop=0.5"``.
+        policy: an st3 policy, or a string such as ``"st3-7b"`` or ``"fastv:layer=2,drop=0.5"``.
         per_image: give each image of a prompt the policy's share of its own tokens, in place of
             one budget for all of a prompt's images.
         own_cache: use st3's preallocated cache also if the policy drops nothing.
@@ -291,7 +292,8 @@ def trim(
             fixed size; None runs them as they are. It pays where decoding is bound by kernel
             launches.
         decode_bucket: tokens to which the size of those buffers is rounded up.
-        options: further arguments of the policy, e.g. ``trim(model, "st3", final_keep=0.01)``.
+        options: further arguments of the policy, e.g. ``trim(model, "st3", tau=64)``,
+            or ``budget=0.35``, the mean share of the visual tokens over the layers.
 
     Raises:
         ValueError: unknown policy or argument, or one that does not fit the model's layers.

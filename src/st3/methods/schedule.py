@@ -64,6 +64,9 @@ class Anneal:
         if not number or not 0 < self.tau < math.inf:
             raise ValueError(f"anneal tau must be a positive number of tokens, got {self.tau!r}")
         check_share("anneal floor", self.floor)
+        if self.curve == "none":  # all of them are the same, whatever they were made from
+            object.__setattr__(self, "tau", Anneal.tau)
+            object.__setattr__(self, "floor", Anneal.floor)
 
     def factor(self, step: int) -> float:
         """The curve at decode step ``step`` (0 is the prefill), between 0 and 1."""

@@ -7,9 +7,10 @@ from typing import Any
 
 from st3.methods.discover import import_all
 from st3.methods.policies.base import Policy
+from st3.methods.policies.budget import with_budget
 from st3.methods.policies.registry import available, parse, presets, register, register_preset
 
-__all__ = ["Policy", "available", "parse", "presets", "register", "register_preset"]
+__all__ = ["Policy", "available", "parse", "presets", "register", "register_preset", "with_budget"]
 
 import_all(__name__, __path__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from st3.methods.policies.balanced import Balanced
 from st3.methods.policies.base import Policy, check_count
 from st3.methods.policies.registry import register
-from st3.methods.policies.st3 import ST3
 from st3.methods.schedule import Schedule
 from st3.methods.scores.base import Score
 from st3.methods.scores.random import RandomScore
@@ -25,7 +25,7 @@ class Random(Policy):
     Source: random is a strong baseline at equal budget (arXiv 2502.11501).
     """
 
-    like: Policy = field(default_factory=ST3)
+    like: Policy = field(default_factory=Balanced)
     seed: int = 0
 
     name: ClassVar[str] = "random"

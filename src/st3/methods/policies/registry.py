@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 from st3.methods.policies.base import Policy, default_of
+from st3.methods.policies.budget import Budgeted, read_share
 from st3.methods.schedule import Anneal
 
 P = TypeVar("P", bound=type[Policy])
@@ -47,7 +48,9 @@ def parse(text: str | Policy, **options: Any) -> Policy:
     Lists are written ``3/7/16``, and policies as arguments in parentheses:
     ``"random:like=(fastv:drop=0.75,layer=3),seed=1"``. The fields of an :class:`~st3.Anneal` stand
     beside the others, here and among ``options``: ``"st3:tau=64,floor=0.1,curve=linear"``. What is
-    not given stays as the preset has it, or the policy passed.
+    not given stays as the preset has it, or the policy passed. Every method takes a ``budget``
+    besides, "35%" or "0.35": the mean share of the visual tokens over the layers, to which its
+    counts are scaled once the model's layers are known.
 
     Args:
         options: further arguments of the method, already as Python values.
@@ -72,18 +75,26 @@ def _changed(start: Policy | type[Policy], values: Mapping[str, Any]) -> Policy:
     """``start``, a policy or a method with its defaults, with other arguments."""
     if not values and isinstance(start, Policy):
         return start
+    budget = values.get("budget")
+    if isinstance(budget, str):
+        budget = read_share(budget)
+    if isinstance(start, Budgeted):
+        budget = start.budget if budget is None else budget
+        start = start.policy
+    values = {key: value for key, value in values.items() if key != "budget"}
     fields = {field.name: field for field in dataclasses.fields(start)}
     flat = _flat(fields)
     for key in values:
         if key not in fields and key not in flat:
-            takes = ", ".join([*fields, *flat]) or "none"
+            takes = ", ".join([*fields, *flat, "budget"])
             raise ValueError(f"policy {start.name!r} has no argument {key!r}: it takes {takes}")
     given = {key: value for key, value in values.items() if key in fields}
     annealing = {key: value for key, value in values.items() if key in flat}
     if annealing:
         anneal = given.get("anneal", getattr(start, "anneal", default_of(fields["anneal"])))
         given["anneal"] = dataclasses.replace(anneal, **annealing)
-    return start(**given) if isinstance(start, type) else dataclasses.replace(start, **given)
+    made = start(**given) if isinstance(start, type) else dataclasses.replace(start, **given)
+    return made if budget is None else Budgeted(made, budget)
 
 
 def _flat(fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -101,7 +112,7 @@ def _read(start: Policy | type[Policy], text: str) -> dict[str, Any]:
         key, equals, raw = (piece.strip() for piece in part.partition("="))
         if not equals or not key or not raw:
             raise ValueError(f"cannot read {part!r} in policy {cls.name!r}: write name=value")
-        values[key] = _value(hints.get(key, str), raw)
+        values[key] = read_share(raw) if key == "budget" else _value(hints.get(key, str), raw)
     return values
 
 

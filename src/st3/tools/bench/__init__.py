@@ -4,9 +4,9 @@
 >>> import torch
 >>> subject = from_shape("tiny", torch.device("cpu"), torch.float32)
 >>> work = Workload(visual=16, text=8, new_tokens=4, repeats=1)
->>> result = run(subject, work, compare(["st3"]))
+>>> result = run(subject, work, compare(["balanced"]))
 >>> [row.label for row in result.rows][:3]
-['untouched', "untrimmed, st3's cache", 'st3']
+['untouched', "untrimmed, st3's cache", 'balanced']
 """
 
 from st3.tools.bench.clock import Deadline

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from st3.methods import DEFAULT_POLICY
 from st3.tools.cli._common import BUNDLED_MODEL, CliError, stderr, stdout
 from st3.tools.cli._options import (
     Device,
@@ -37,7 +38,7 @@ def batch(
         str | None, typer.Option("--prompt", "-p", help="For rows without one, and for folders.")
     ] = None,
     model: Model = None,
-    policy: PolicyName = "st3",
+    policy: PolicyName = DEFAULT_POLICY,
     batch_size: Annotated[int, typer.Option("--batch", min=1, help="Rows answered together.")] = 8,
     window: Annotated[
         int | None, typer.Option(min=1, help="Rows sorted by length together. Default: 8 batches.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from st3.methods import DEFAULT_POLICY
 from st3.tools.cli._common import CliError, split_policies, stderr, stdout
 from st3.tools.common.errors import first_line
 
@@ -32,7 +33,7 @@ def bench(
     ] = None,
     policies: Annotated[
         str, typer.Option(metavar="P,P,...", help="Policies to measure; see `st3 policies`.")
-    ] = "st3",
+    ] = DEFAULT_POLICY,
     peers: Annotated[
         bool, typer.Option(help="Also random choice, FastV (both ways) and VTW.")
     ] = True,

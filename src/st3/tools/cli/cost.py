@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from st3.methods import DEFAULT_POLICY
 from st3.tools.cli._common import CliError, stderr, stdout
 from st3.tools.common.errors import first_line
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from st3.cost import CostRow
 
 DEFAULT_SHAPE = "llava-1.5-7b"
-DEFAULT_POLICIES = ["st3", "fastv:layer=2", "fastv:layer=3", "vtw"]
+DEFAULT_POLICIES = [DEFAULT_POLICY, "st3", "fastv:layer=2", "fastv:layer=3", "vtw"]
 
 
 def cost(

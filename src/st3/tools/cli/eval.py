@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from st3.methods import DEFAULT_POLICY
 from st3.tools.cli._common import CliError, split_policies, stderr, stdout
 from st3.tools.cli._options import Device, DType, Model, Precision, TrustRemoteCode
 from st3.tools.common.errors import first_line
@@ -16,7 +17,7 @@ from st3.tools.common.errors import first_line
 if TYPE_CHECKING:
     from st3.tools.eval import Dataset, Entry, Evaluation, Summary
 
-DEFAULT_POLICIES = "st3,fastv,vtw,pyramiddrop"
+DEFAULT_POLICIES = f"{DEFAULT_POLICY},fastv,vtw,pyramiddrop"
 
 
 def evaluate(

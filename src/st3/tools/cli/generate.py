@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from st3.methods import DEFAULT_POLICY
 from st3.tools.cli._common import CliError, stderr, stdout
 from st3.tools.cli._options import (
     Device,
@@ -40,7 +41,7 @@ def generate(
     ],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question or instruction.")],
     model: Model = None,
-    policy: PolicyName = "st3",
+    policy: PolicyName = DEFAULT_POLICY,
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer untrimmed as well, and time both.")
     ] = False,

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from st3.methods import DEFAULT_POLICY
 from st3.tools.cli._common import BUNDLED_MODEL, CliError, stderr
 from st3.tools.cli._options import Device, DType, Model, Precision, TrustRemoteCode
 from st3.tools.common.errors import first_line
@@ -24,7 +25,7 @@ def serve(
     policy: Annotated[
         str,
         typer.Option(metavar="NAME[:KEY=VALUE,...]", help="Of requests that name none."),
-    ] = "st3",
+    ] = DEFAULT_POLICY,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     name: Annotated[

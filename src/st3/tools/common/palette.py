@@ -14,7 +14,8 @@ PAPER, INK, LINES = "#fcfcf9", "#1a1a1a", "#b8b8b8"  # ground, text, axes and he
 
 _LOOKS: dict[str, tuple[str, str]] = {
     "untrimmed": ("#4d4d4d", "o"),
-    "st3": ("#0072b2", "D"),
+    "balanced": ("#0072b2", "D"),
+    "st3": ("#5e3c99", "D"),
     "fastv": ("#e69f00", "v"),
     "vtw": ("#009e73", "*"),
     "pyramiddrop": ("#d55e00", "P"),
@@ -37,7 +38,7 @@ _LOOKS: dict[str, tuple[str, str]] = {
 _ALIASES = {"none": "untrimmed", "untouched": "untrimmed", "grid": "uniform", "keynorm": "key_norm"}
 # For what is not named above, and for several variants of one policy in the same picture.
 _SPARE = (
-    ("#5e3c99", "D"), ("#01665e", "s"), ("#cc6677", "v"), ("#ddaa33", "^"), ("#4477aa", "P"),
+    ("#01665e", "s"), ("#cc6677", "v"), ("#ddaa33", "^"), ("#4477aa", "P"),
     ("#66ccee", "X"), ("#228833", "p"), ("#ee6677", "h"), ("#bb5566", "<"), ("#004488", ">"),
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from loguru import logger
 from tqdm import tqdm
 
 import st3
+from st3.methods import DEFAULT_POLICY
 from st3.methods.policies import parse
 from st3.tools.common.chats import Asker
 from st3.tools.common.images import to_rgb
@@ -44,7 +45,7 @@ class TrimmedModel(lmms):
     def __init__(
         self,
         pretrained: str | None = None,
-        policy: str = "st3",
+        policy: str = DEFAULT_POLICY,
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str = "auto",

@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from st3.methods.policies import ST3
+from st3.methods.policies.balanced import Balanced
 from st3.methods.schedule import Anneal
 from st3.tools.see.result import Analysis
 
@@ -25,7 +25,7 @@ class Suggestion:
 
     Attributes:
         policy: a string for ``--policy``.
-        first_layer, stride: for :class:`st3.ST3`.
+        first_layer, stride: for :class:`st3.Balanced`.
         horizon: first layer from which on no layer gives the image more than 5 % of its attention;
             None if there is none.
         tau: annealing period in tokens; None: do not anneal.
@@ -52,7 +52,7 @@ def lazy_layers(analysis: Analysis) -> list[int]:
 
 
 def suggest(analysis: Analysis) -> Suggestion:
-    """A first layer, a stride, a horizon and a tau for ST3.
+    """A first layer, a stride, a horizon and a tau for the default policy.
 
     Raises:
         ValueError: for a model of fewer than three decoder layers.
@@ -63,7 +63,7 @@ def suggest(analysis: Analysis) -> Suggestion:
     stride, why_stride = _stride(analysis, first)
     horizon, why_horizon = _horizon(analysis)
     tau, why_tau = _tau(analysis)
-    policy = ST3(
+    policy = Balanced(
         first_layer=first,
         stride=stride,
         anneal=Anneal("none") if tau is None else Anneal(tau=tau),

@@ -1,6 +1,6 @@
 """Serve a trimmed model: an engine with continuous batching, and an OpenAI-compatible app.
 
->>> engine = Engine(model, processor, policy="st3", kv_budget_bytes=4 << 30)  # doctest: +SKIP
+>>> engine = Engine(model, processor, policy="balanced", kv_budget_bytes=4 << 30)  # doctest: +SKIP
 >>> app = create_app(engine, Settings())  # doctest: +SKIP
 """
 

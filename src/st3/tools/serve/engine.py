@@ -10,6 +10,7 @@ from typing import Any
 
 from st3.engine import Trimmer
 from st3.engine.rows import visible_counts
+from st3.methods import DEFAULT_POLICY
 from st3.methods.policies import parse
 from st3.tools.common.memory import available_bytes
 from st3.tools.serve.budget import Budget, columns_at_peak, entry_bytes
@@ -52,7 +53,7 @@ class Engine:
         self,
         model: Any,
         processor: Any,
-        policy: str = "st3",
+        policy: str = DEFAULT_POLICY,
         kv_budget_bytes: int | None = None,
         *,
         queue_limit: int = 64,

@@ -1,0 +1,87 @@
+"""A mean budget in place of a policy's own counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from st3.methods.policies.base import Policy
+from st3.methods.schedule import Schedule, check_share
+from st3.methods.scores.base import Score
+
+
+@dataclass(frozen=True)
+class Budgeted(Policy):
+    """A policy at a mean budget, found by its ``at_budget`` once the model's layers are known.
+
+    Made by :func:`~st3.methods.policies.registry.parse` from "fastv:budget=0.35" or
+    ``parse("fastv", budget=0.35)``.
+
+    Args:
+        policy: the policy whose counts are scaled.
+        budget: share of the visual tokens that enter a layer, averaged over the layers.
+
+    Raises:
+        ValueError: a budget outside [0, 1]; from :meth:`schedule`, one that the policy cannot have
+            on so many layers.
+    """
+
+    policy: Policy
+    budget: float
+
+    name: ClassVar[str] = "budgeted"
+
+    def __post_init__(self) -> None:
+        check_share("budget", self.budget)
+
+    def on(self, num_layers: int) -> Policy:
+        """The policy that it comes to on a model of ``num_layers`` layers."""
+        return self.policy.at_budget(num_layers, self.budget)
+
+    def schedule(self, num_layers: int) -> Schedule:
+        return self.on(num_layers).schedule(num_layers)
+
+    def scorer(self) -> Score:
+        return self.policy.scorer()
+
+    @property
+    def rerank(self) -> int | None:
+        return self.policy.rerank
+
+    @property
+    def recalls(self) -> bool:
+        return self.policy.recalls
+
+    def at_budget(self, num_layers: int, mean_keep: float) -> Policy:
+        return self.policy.at_budget(num_layers, mean_keep)
+
+    def __str__(self) -> str:
+        text = str(self.policy)
+        return f"{text}{',' if ':' in text else ':'}budget={self.budget}"
+
+
+def with_budget(policy: Policy, num_layers: int, budget: float | None = None) -> Policy:
+    """``policy`` as it is on a model of ``num_layers`` layers, at the mean ``budget``; without one,
+    at the budget that it was given itself, if any.
+
+    Raises:
+        ValueError: a budget that the policy cannot have on so many layers.
+    """
+    if budget is not None:
+        return policy.at_budget(num_layers, budget)
+    return policy.on(num_layers) if isinstance(policy, Budgeted) else policy
+
+
+def read_share(text: str) -> float:
+    """A share as people write it: "35%" or "0.35".
+
+    Raises:
+        ValueError: no number, or not within [0, 1].
+    """
+    number, percent, rest = text.strip().partition("%")
+    try:
+        share = round(float(number) / 100, 12) if percent and not rest else float(text)
+    except ValueError:
+        raise ValueError(f"cannot read {text!r} as a share: write 35% or 0.35") from None
+    check_share("the share", share)
+    return share
