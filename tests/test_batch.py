@@ -163,12 +163,12 @@ def test_bad_rows_go_to_the_error_file(pictures: Path, tmp_path: Path, tiny_mode
         "gone": "no such image",
         "torn": "image 'pictures/torn.png' cannot be read",
         "text": "image 'pictures/text.png' is not an image that Pillow can read",
-        "folder": "image 'pictures' is a folder",
+        "folder": "image 'pictures' is a folder, not an image",
         "silent": "it has no prompt, and none was given for all rows",
         "blind": "it has no image",
         "address": reasons["address"].split(":")[0],
         "base64": "the image is not valid base64",
-        "data": "the image cannot be read",
+        "data": reasons["data"].split(":")[0],
         "placeholder": reasons["placeholder"].split(":")[0],
         "12": "its id is neither a string nor a whole number",
         "13": "this line is not JSON",
@@ -275,7 +275,7 @@ def test_done_run_has_nothing_left_to_do(
     assert summary["answered"] == 3
     assert summary["this_run"] == {
         "answered_before": 3, "answered": 0, "new_tokens": 0, "seconds": 0.0, "images_per_s": None,
-        "tokens_per_s": None,
+        "tokens_per_s": None, "stale": 0,
     }  # fmt: skip
 
 

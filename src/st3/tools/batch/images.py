@@ -2,55 +2,57 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from st3.tools.common.reasons import first_line
+from st3.tools.common.errors import ImageError, first_line
+from st3.tools.common.images import data_url_bytes, image_size, is_address, is_data_url, open_image
 
 
 def size(image: str | bytes, base: Path) -> tuple[int, int]:
-    """(width, height), read off the header. Raises ValueError with the reason."""
-    try:
-        with Image.open(_source(image, base)) as opened:
-            return opened.size
-    except Exception as error:  # Pillow's readers raise all kinds of them on broken files
-        raise ValueError(_reason(error, image)) from error
+    """(width, height), read off the header. Raises ImageError, a ValueError, with the reason."""
+    return image_size(_source(image, base), name=_name(image))
 
 
 def load(image: str | bytes, base: Path) -> Image.Image:
-    """The image as RGB, turned as its EXIF data says. Raises ValueError with the reason."""
+    """The image as a model is to see it; see :mod:`st3.tools.common.images`. Raises ImageError."""
+    return open_image(_source(image, base), name=_name(image))
+
+
+def file_size(image: str, base: Path) -> int | None:
+    """Bytes of the file that a row names; None for a data URL, and where there is no file."""
+    if is_data_url(image):
+        return None
     try:
-        with Image.open(_source(image, base)) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:
-        raise ValueError(_reason(error, image)) from error
+        return _path(image, base).stat().st_size
+    except (OSError, ValueError):
+        return None
 
 
-def _source(image: str | bytes, base: Path) -> Path | BytesIO:
+def _source(image: str | bytes, base: Path) -> Path | bytes:
     if isinstance(image, bytes):
-        return BytesIO(image)
-    if image.startswith("data:"):
-        head, comma, text = image.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise ValueError("the data URL is not of the form data:image/png;base64,...")
-        return BytesIO(base64.b64decode(text, validate=True))
-    if image.startswith(("http://", "https://")):
-        raise ValueError("the image is an address: download it and give the file")
-    return base / Path(image).expanduser()
+        return image
+    if is_data_url(image):
+        return data_url_bytes(image)
+    if is_address(image):
+        raise ImageError("the image is an address: download it and give the file")
+    path = _path(image, base)
+    try:
+        found = path.exists()
+    except (OSError, ValueError) as error:  # too long a name; a NUL, half a character
+        raise ImageError(f"{_name(image)} cannot be read: {first_line(error)}") from error
+    if not found:
+        raise ImageError(f"no such image: {image!r}")
+    return path
 
 
-def _reason(error: Exception, image: str | bytes) -> str:
-    name = "the image" if isinstance(image, bytes) or image[:5] == "data:" else f"image {image!r}"
-    if isinstance(error, binascii.Error):
-        return f"{name} is not valid base64"
-    if isinstance(error, FileNotFoundError):
-        return f"no such image: {image!r}"
-    if isinstance(error, IsADirectoryError):
-        return f"{name} is a folder"
-    if isinstance(error, UnidentifiedImageError):
-        return f"{name} is not an image that Pillow can read"
-    return f"{name} cannot be read: {first_line(error)}"
+def _path(image: str, base: Path) -> Path:
+    """Only `~/` stands for the home: a file in a folder may be called `~a.png`."""
+    return Path.home() / image[2:] if image.startswith("~/") else base.absolute() / image
+
+
+def _name(image: str | bytes) -> str:
+    if isinstance(image, bytes) or is_data_url(image):
+        return "the image"
+    return f"image {image!r}"

@@ -6,6 +6,7 @@ piece by whoever answers the rows: on Ray that is another machine, which must se
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
+
+from st3.tools.batch import images
+
+# Of a folder's files those are images whose names end as one of these formats does: Pillow knows
+# more, but writes some only (PDF), and tells others (films, weather data) without reading them.
+FORMATS = frozenset({
+    "AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI",
+    "TGA", "TIFF", "WEBP",
+})  # fmt: skip
 
 
 class Ref(NamedTuple):
@@ -29,6 +39,23 @@ class Row:
     id: str
     image: str | bytes
     prompt: str
+
+    def mark(self, base: Path) -> str:
+        """Tells whether a row is still the one that was answered, wherever it stands: a hash of its
+        prompt and of its image as the input has it, and the size of the file that it names."""
+        if isinstance(self.image, bytes):
+            told, size = hashlib.blake2b(self.image, digest_size=16).hexdigest(), None
+        else:
+            told, size = self.image, images.file_size(self.image, base)
+        text = json.dumps([self.prompt, told])
+        said = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return said if size is None else f"{said}-{size}"
+
+
+def same_row(before: str, now: str) -> bool:
+    """Whether two marks are of the same row. An image that has gone is no other image."""
+    (said, _, size), (said_now, _, size_now) = before.partition("-"), now.partition("-")
+    return said == said_now and size_now in (size, "")
 
 
 @dataclass(frozen=True)
@@ -82,7 +109,7 @@ class JsonLines:
                     try:
                         fields = json.loads(line)
                         given = fields.get("id") if isinstance(fields, dict) else None
-                    except ValueError:
+                    except (ValueError, RecursionError):
                         given = None
                     yield Ref(_id(given, number), offset)
                 offset += len(line)
@@ -93,7 +120,7 @@ class JsonLines:
                 file.seek(ref.place)
                 try:
                     fields = json.loads(file.readline())
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield BadRow(ref.id, f"this line is not JSON: {error}")
                     continue
                 yield _row(ref, fields, self.prompt)
@@ -151,16 +178,19 @@ class Parquet:
 
 
 class Folder:
-    """Every image file in a folder and the folders in it; its id is its path from there."""
+    """Every image file in a folder and the folders in it; its id is its path from there. What is
+    hidden (``.thumbnails``, ``._a.png``) is left out, with all in it."""
 
     def __init__(self, path: Path, prompt: str) -> None:
         self.base, self.prompt = path, prompt
 
     def scan(self) -> Iterator[Ref]:
-        known = Image.registered_extensions()
+        known = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
         for path in sorted(self.base.rglob("*")):
-            if path.suffix.lower() in known and path.is_file():
-                yield Ref(path.relative_to(self.base).as_posix(), 0)
+            inside = path.relative_to(self.base)
+            hidden = any(part.startswith(".") for part in inside.parts)
+            if not hidden and path.suffix.lower() in known and path.is_file():
+                yield Ref(inside.as_posix(), 0)
 
     def read(self, refs: Sequence[Ref]) -> Iterator[Row | BadRow]:
         for ref in refs:

@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from st3.tools.batch.inputs import Ref, Source, open_source
+from st3.methods.policies import parse
+from st3.tools.batch.inputs import BadRow, Ref, Source, open_source, same_row
 from st3.tools.batch.store import Store, write_whole
 from st3.tools.batch.worker import Done, Worker
+from st3.tools.common.conditions import versions
+from st3.tools.common.errors import first_line
 
 
 class BatchError(Exception):
@@ -49,13 +52,22 @@ class Options:
 
     def asked(self) -> dict[str, Any]:
         """What must not change when a run is continued."""
-        names = ("model", "policy", "prompt", "max_new_tokens")
-        return {"input": str(self.input.resolve()), **{n: getattr(self, n) for n in names}}
+        return {
+            "input": str(self.input.resolve()),
+            **{name: getattr(self, name) for name in ("model", "policy")},
+            "policy_in_full": repr(parse(self.policy)),  # defaults may change
+            **{name: getattr(self, name) for name in ("prompt", "max_new_tokens")},
+            **{name: versions()[name] for name in ("st3", "torch", "transformers")},
+        }
 
     def worker(self, loaded: Loaded) -> Worker:
-        return Worker(
-            loaded.model, loaded.processor, self.policy, self.batch_size, self.max_new_tokens
-        )
+        """Raises BatchError for a policy that does not fit the model."""
+        try:
+            return Worker(
+                loaded.model, loaded.processor, self.policy, self.batch_size, self.max_new_tokens
+            )
+        except (ValueError, TypeError) as error:
+            raise BatchError(f"policy {self.policy}: {first_line(error)}") from error
 
 
 Load = Callable[[], Loaded]
@@ -92,14 +104,19 @@ def run(
         the summary, which is also written to ``summary.json``.
 
     Raises:
-        BatchError: for wrong input, or an output folder that is in use or of another run.
+        BatchError: for wrong input, a policy that does not fit the model, or an output folder that
+            is in use or of another run.
+        WriteError: the output folder cannot be written any more.
     """
     try:
-        refs = _refs(open_source(options.input, options.prompt))
+        source = open_source(options.input, options.prompt)
+        refs = _refs(source)
         store = Store(out, options.asked(), seconds=flush_seconds)
     except (ValueError, OSError) as error:
         raise BatchError(str(error)) from error
     with store:
+        stale = _stale(source, refs, store)
+        store.drop(stale)
         todo = [ref for ref in refs if ref.id not in store.done]
         before = len(refs) - len(todo)
         on_start(len(refs), before)
@@ -107,11 +124,16 @@ def run(
         windows = [todo[first : first + size] for first in range(0, len(todo), size)]
         meter = _Meter()
         for done in execute(options, load, windows) if windows else ():
+            try:
+                store.ran(done.ran)
+            except ValueError as error:
+                raise BatchError(str(error)) from error
             store.add(done.answers, done.errors)
             meter.add(done)
             on_done(done)
         store.flush()
         summary = _summary(options, store, len(refs), before, meter)
+        summary["this_run"]["stale"] = len(stale)
     write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -130,6 +152,18 @@ def _refs(source: Source) -> list[Ref]:
     if not refs:
         raise BatchError("the input has no rows")
     return refs
+
+
+def _stale(source: Source, refs: list[Ref], store: Store) -> set[str]:
+    """The ids of answers whose rows are gone, or have another image or prompt now."""
+    if not store.done:
+        return set()
+    answered = [ref for ref in refs if ref.id in store.done]
+    stale = set(store.done) - {ref.id for ref in answered}
+    for row in source.read(answered):
+        if isinstance(row, BadRow) or not same_row(store.done[row.id][2], row.mark(source.base)):
+            stale.add(row.id)
+    return stale
 
 
 class _Meter:
@@ -158,14 +192,14 @@ class _Meter:
 def _summary(
     options: Options, store: Store, rows: int, before: int, meter: _Meter
 ) -> dict[str, Any]:
-    shares = [share for share, _ in store.done.values()]
+    shares = [share for share, _, _ in store.done.values()]
     return {
         "model": options.model,
         "policy": options.policy,
         "rows": rows,
         "answered": len(store.done),
         "errors": store.failed,
-        "new_tokens": sum(tokens for _, tokens in store.done.values()),
+        "new_tokens": sum(tokens for _, tokens, _ in store.done.values()),
         "mean_kv_saved": 1 - sum(shares) / len(shares) if shares else None,
         "this_run": {
             "answered_before": before,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,17 +105,38 @@ def batch(
             from st3.tools.batch.ray import on_ray
 
             execute = on_ray(ray, actors, gpus_per_actor)
-        with _Progress() as progress, _loading.quiet():
+        with _ends_on_request(), _Progress() as progress, _loading.quiet():
             summary = run(
                 options, load, out.expanduser(), execute, progress.start, progress.advance
             )
     except BatchError as error:
         raise CliError(first_line(error), 2) from error
+    except OSError as error:
+        why = f"{error.filename or out}: {error.strerror or first_line(error)}"
+        raise CliError(f"{why} (run the same command again to go on)") from error
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise CliError(f"{first_line(error)} (run the same command again to go on)") from error
     _print(summary, out)
     if not summary["answered"]:
         raise CliError(f"no row could be answered: see {out / 'errors.jsonl'}")
+
+
+@contextlib.contextmanager
+def _ends_on_request() -> Iterator[None]:
+    """SIGTERM, as job schedulers send it, ends a run as Ctrl-C does: what is answered is kept."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Progress(contextlib.ExitStack):
@@ -155,6 +178,12 @@ def _print(summary: dict[str, Any], out: Path) -> None:
         f"{summary['errors']} errors, in {out}",
         soft_wrap=True,
     )
+    if this["stale"]:
+        console.print(
+            f"{this['stale']} answers were to rows that have changed or are gone: see "
+            f"{out / 'stale.jsonl'}",
+            soft_wrap=True,
+        )
     if this["images_per_s"]:
         console.print(
             f"{this['images_per_s']:.2f} images/s, {this['tokens_per_s']:.1f} tokens/s over "
