@@ -259,6 +259,16 @@ def test_counted_decoders_cost_what_torch_counts_on_the_real_model(name: str) ->
     assert sum(layer.weights(batch=1000) for layer in dims.layers) == held
 
 
+def test_counting_does_not_depend_on_where_it_is_asked_for() -> None:
+    """The engine asks in the middle of a forward pass, under whatever the caller has set."""
+    config = FAMILIES["emu3"].make_config()
+    dims = TextDims.from_config(config)
+    for around in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        meta._counted.clear()
+        with around:
+            assert TextDims.from_config(config) == dims
+
+
 @pytest.mark.parametrize("name", [*DESCRIBED, *OTHERS])
 def test_the_closed_form_is_what_is_counted(name: str) -> None:
     if name == "gemma4_per_layer":

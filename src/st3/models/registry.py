@@ -23,9 +23,14 @@ def register(family: Family) -> Family:
     return family
 
 
-for _found in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-    for _family in importlib.import_module(_found.name).FAMILIES:
-        register(_family)
+def find() -> None:
+    """Register the ``FAMILIES`` of every file in the package."""
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        for family in importlib.import_module(module.name).FAMILIES:
+            register(family)
+
+
+find()
 
 
 def families() -> tuple[Family, ...]:
