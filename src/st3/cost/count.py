@@ -1,6 +1,6 @@
-"""The dimensions of a decoder, counted on the real modules in place of a closed form.
+"""What a model costs, counted on the real modules in place of a closed form.
 
-The text model runs without numbers (on the meta device) on prompts of two lengths, and one decode
+A text model runs without numbers (on the meta device) on prompts of two lengths, and one decode
 step. torch's own formulas for the FLOPs of each operation (:mod:`torch.utils.flop_counter`) then
 give, for each layer, what every token costs and what every pair of tokens costs; the KV cache says
 how large an entry is; the step must cost what these say.
@@ -8,7 +8,7 @@ how large an entry is; the step must cost what these say.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -58,6 +58,14 @@ class _Counter(TorchDispatchMode):
 
         stack.callback(module.register_forward_pre_hook(enter).remove)
         stack.callback(module.register_forward_hook(leave).remove)
+
+
+def count_flops(call: Callable[[], Any]) -> tuple[int, Any]:
+    """FLOPs of a call without numbers, and what it returned."""
+    counter = _Counter()
+    with torch.inference_mode(False), torch.no_grad(), counter:
+        result = call()
+    return sum(counter.flops.values()), result
 
 
 def count_text(

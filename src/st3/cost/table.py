@@ -9,7 +9,6 @@ from typing import Any
 from .dims import TextDims
 from .flops import Schedule, prefill_flops
 from .kv import kv_bytes, mean_kv_bytes
-from .vision import VisionDims, vision_flops
 
 _MIB = 2**20
 
@@ -108,7 +107,9 @@ def _mean_visual(dims: TextDims, n_visual: int, schedule: Schedule | None) -> fl
 
 
 def _vision_tflops(config: Any, n_visual: int) -> float | None:
+    from st3.models import config_family
+
     try:
-        return vision_flops(VisionDims.from_config(config), n_visual) / 1e12
-    except ValueError:  # a tower that is not described; the decoder's rows are right without it
+        return config_family(config).tower_flops(config, n_visual) / 1e12
+    except ValueError:  # a tower that is not known; the decoder's rows are right without it
         return None

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from st3.cost.dims import Lookahead, TextDims
-from st3.cost.vision import VisionDims
+from st3.cost.vision import VisionDims, vision_flops
 from st3.errors import UnsupportedModelError
 from st3.models.class_attention import REMEDY, ClassAttentionTap
 from st3.models.decoders import closed_form
 from st3.models.grids import Grids, grids_of, no_grids
 from st3.models.layouts import Layout, UnknownPlaces
-from st3.models.meta import counted
+from st3.models.meta import counted, counted_crop
 from st3.models.parts import Parts, base_model, find_parts
 from st3.models.rotary import Unrotate, inverse_rotation
 from st3.models.towers import has_class_token, tower_of
@@ -141,6 +141,23 @@ class Family:
     def project(self, tower: VisionDims, config: Any) -> VisionDims | None:
         """The tower with its projector; None if that is not described."""
         return None
+
+    def tower_flops(self, config: Any, n_visual: int, crops: int | None = None) -> int:
+        """FLOPs that make ``n_visual`` visual tokens, the projector included: by a closed form, or
+        else counted, where the tower takes crops of one size.
+
+        Args:
+            crops: how many crops the tower sees; None: as many as give ``n_visual`` tokens.
+
+        Raises:
+            ValueError: a tower whose cost is not described, and cannot be counted.
+        """
+        try:
+            dims = self.tower_dims(config)
+        except ValueError as error:
+            flops, tokens = counted_crop(self, config, error)
+            return flops * (max(1, round(n_visual / tokens)) if crops is None else crops)
+        return vision_flops(dims, n_visual, crops)
 
     # How it is measured ------------------------------------------------------------------------
 

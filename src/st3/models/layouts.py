@@ -102,6 +102,11 @@ class Layout:
             "to st3"
         )
 
+    def crop(self, config: Any) -> dict[str, Any] | None:
+        """Arguments of ``get_image_features`` for one crop, without numbers; None where crops are
+        of no one size."""
+        return None
+
     def bench_inputs(
         self, model: Any, dims: VisionDims, visual: int, batch: int
     ) -> dict[str, Any] | None:
@@ -143,6 +148,13 @@ class Squares(Layout):
             pixels = inputs["pixel_values_images"]  # Video-LLaVA on transformers 5.16
         number = math.prod(pixels.shape[:-3])
         yield from [(_side(n_tokens, number),) * 2] * number
+
+    def crop(self, config: Any) -> dict[str, Any] | None:
+        size = getattr(config.vision_config, "image_size", None)
+        if self.nested or size is None:
+            return None
+        side = int(_first(size))
+        return {"pixel_values": torch.empty(1, 3, side, side, device="meta")}
 
     def bench_inputs(
         self, model: Any, dims: VisionDims, visual: int, batch: int

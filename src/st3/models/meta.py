@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from st3.cost.count import count_text
+from st3.cost.count import count_flops, count_text
 from st3.cost.dims import TextDims
 from st3.errors import UnsupportedModelError
 from st3.models.decoders import DESCRIBED
@@ -19,6 +19,14 @@ from st3.models.parts import Parts, decoder_parts
 if TYPE_CHECKING:
     from st3.models.base import Family
 
+_FAILED = (
+    UnsupportedModelError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ImportError,
+)
 _counted: dict[str, TextDims] = {}  # a model is counted once; it takes up to a second
 
 
@@ -50,18 +58,43 @@ def _count(family: Family, config: Any) -> TextDims:
     return count_text(parts.text, parts.layers, parts.attentions, parts.windows, lookahead)
 
 
-def _parts(family: Family, config: Any) -> Parts:
+def counted_crop(family: Family, config: Any, why: ValueError) -> tuple[int, int]:
+    """FLOPs of the vision tower and its projector for one crop, and the tokens that it becomes.
+
+    Raises:
+        ValueError: ``why`` there is no closed form, if it cannot be counted either.
+    """
+    try:
+        inputs = family.layout.crop(config)
+        if inputs is None:
+            raise why
+        encode = family.parts(_bare(config)).inner.get_image_features
+        flops, made = count_flops(lambda: encode(**inputs, return_dict=True))
+        features = getattr(made, "pooler_output", made)
+        images = features if isinstance(features, (list, tuple)) else [features]
+        return flops, sum(image.numel() // image.shape[-1] for image in images)
+    except _FAILED as error:
+        raise why from error
+
+
+def _bare(config: Any) -> Any:
+    """The model of a config, on the meta device."""
     config = copy.deepcopy(config)  # building a model sets its attention, which a living one shares
-    kinds = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    auto = AutoModelForImageTextToText if _is_visual(config) else AutoModelForCausalLM
     with torch.device("meta"):
-        if config.model_type not in kinds:
-            model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        else:
-            model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
-    model.requires_grad_(False).eval()
+        model: Any = auto.from_config(config, attn_implementation="eager")
+    return model.requires_grad_(False).eval()
+
+
+def _is_visual(config: Any) -> bool:
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def _parts(family: Family, config: Any) -> Parts:
+    model = _bare(config)
     # Experts must be chosen without looking at numbers.
     model.set_experts_implementation("batched_mm")
-    if config.model_type in kinds:
+    if _is_visual(config):
         return family.parts(model)
     text = model.get_decoder()
     if not hasattr(text, "layers"):
