@@ -83,11 +83,11 @@ def test_a_subclass_decides_where_the_parts_are() -> None:
 
 def test_untested_models_get_a_family_of_which_nothing_is_known() -> None:
     _, model = build("llava")
-    model.config.model_type = "house_vl"
+    model.config.model_type = "nobodys_vl"
     with pytest.raises(st3.UnsupportedModelError, match="untested=True"):
         family_of(model)
     family = family_of(model, untested=True)
-    assert family == Family("house_vl", "house_vl", "untested")
+    assert family == Family("nobodys_vl", "nobodys_vl", "untested")
     assert family.image_grids(model, (), [[16]]) == ((None,),)
     assert family.bench_inputs(model, 16, 1) is None
     with pytest.raises(ValueError, match="no cost model for the way from the vision tower"):
