@@ -905,7 +905,7 @@ def test_two_checkouts_are_compared_in_turns(
     old_new.main(
         [
             *("--old", str(old_new.ROOT), "--shapes", "tiny", "--dtypes", "float32", "--lengths"),
-            *("48", "--batches", "2", "--rounds", "2", "--steps", "2", "--out"),
+            *("48", "--batches", "2", "--rounds", "2", "--steps", "2", "--clock", "cpu", "--out"),
             str(tmp_path / "rows.json"),
         ]
     )
