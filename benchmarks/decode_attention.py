@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from st3.engine import decode
-from st3.engine.layout import allocate, capacity_for, copy_columns
+from st3.engine.kv.layout import allocate, capacity_for, copy_columns
 from st3.tools.common.conditions import conditions, in_words
 
 RESULTS = Path(__file__).with_name("results")

@@ -14,8 +14,10 @@ from transformers import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import st3
-from st3.engine.cache import TrimmedLayer
-from st3.engine.clock import Clock, Phase
+from st3.engine.kv.store import KVStore
+from st3.engine.kv.timeline import Phase, Timeline
+from st3.engine.prompt import read_prompt
+from st3.hf.cache import stores_of
 from st3.hf.call import CACHE, cache_of
 from st3.methods.schedule import Schedule
 from st3.methods.scores import Attention
@@ -110,20 +112,21 @@ def test_live_entries_are_those_that_the_schedule_leaves(name: str, policy: str)
         run.feed(token)
         with reference._running(case.model, now), torch.no_grad():
             case.model(**run.inputs(token), **{CACHE: full})
-        for index, (fast, slow) in enumerate(zip(run.cache.layers, full.layers, strict=True)):
+        for index, slow in enumerate(full.layers):
+            layer, fast = run.cache.layers[index], stores_of(run.cache)[index]
             shown = now.decode(index, step) & case.valid
             if fast.window is not None:  # what stands in its order and is seen by no later token
                 assert case.width > fast.window
                 near = torch.arange(case.width) > case.width - fast.window
-                shown &= near | case.visual if any(fast.leading) else near
+                shown &= near | case.visual if any(row.ordered for row in fast.rows) else near
             shown = torch.nn.functional.pad(shown, (0, step), value=True)
             starts = fast.row_starts(step)
             for row in range(2):
-                live = fast.keys[row, :, starts[row] - fast.first_live() :]
+                live = layer.keys[row, :, starts[row] - fast.first_visible() :]
                 wanted = slow.keys[row, :, : shown.shape[1]][:, shown[row]]
                 assert live.shape == wanted.shape
                 torch.testing.assert_close(in_order(live), in_order(wanted), rtol=1e-4, atol=1e-4)
-                assert torch.equal(live, fast.keys[row, :, fast.keys.shape[2] - live.shape[1] :])
+                assert torch.equal(live, layer.keys[row, :, layer.keys.shape[2] - live.shape[1] :])
 
 
 def in_order(keys: Tensor) -> Tensor:
@@ -154,10 +157,10 @@ def test_crop_then_another_continuation(name: str, relative: bool) -> None:
         run.feed(column[:, None])
     # transformers gives either.
     run.cache.crop(torch.tensor(-4) if relative else run.case.width + 2)
-    assert type(run.cache.layers[0].length) is int
+    assert type(stores_of(run.cache)[0].length) is int
     run.mask = run.mask[:, :-4]
     assert run.cache.get_seq_length() == run.case.width + 2
-    assert run.cache.layers[0].clock.steps == 2
+    assert stores_of(run.cache)[0].timeline.steps == 2
     for column in other.T:
         last = run.feed(column[:, None])
     assert_same(last, run.slow(torch.cat([ids[:, :2], other], 1)))
@@ -279,9 +282,10 @@ def test_compact_frees_what_annealing_released() -> None:
     assert freed > 0
     assert after.kv_allocated_bytes == allocated - freed
     assert after.kv_live_bytes == live
-    for layer in run.cache.layers:
-        assert layer.buffer.shape[2] == layer.keys.shape[2]  # not a column more than is live
-        assert layer.buffer.untyped_storage().nbytes() == layer.buffer.numel() * 4
+    for index, layer in enumerate(run.cache.layers):
+        keys = stores_of(run.cache)[index].filled.keys
+        assert keys.shape[2] == layer.keys.shape[2]  # not a column more than is visible
+        assert keys.untyped_storage().nbytes() == keys.numel() * 4
     assert run.trimmer.compact() == 0
 
 
@@ -295,20 +299,21 @@ def test_a_long_answer_grows_its_buffers() -> None:
     Case.of("gemma3", RAGGED).check_generate(policy, 80)
 
 
-# -- when a prompt is filed -----------------------------------------------------------------------
+# -- when a prompt is written ---------------------------------------------------------------------
 
 
-def test_a_prompt_is_filed_with_the_first_further_token() -> None:
+def test_a_prompt_is_written_with_the_first_further_token() -> None:
     """Until then nothing is copied, and only drops are scored."""
     run = Run(Case.of("llava", SOLO))
-    layers = run.cache.layers
-    assert all(layer._unfiled is not None for layer in layers)
-    assert [layer.allocated_tokens for layer in layers] == [layer.live_tokens for layer in layers]
-    held = [layer.bytes_per_token for layer in layers]
+    stores = [store for store in stores_of(run.cache).values() if isinstance(store, KVStore)]
+    assert len(stores) == run.case.layers
+    assert all(store.pending is not None and store.buffer is None for store in stores)
+    assert [s.allocated_tokens for s in stores] == [s.visible_tokens for s in stores]
+    held = [store.entry_bytes for store in stores]
     run.feed(words(1, 1, 1)["input_ids"])
-    assert all(layer._unfiled is None for layer in layers)
-    assert [layer.bytes_per_token for layer in layers] == held
-    assert all(layer.allocated_tokens > layer.live_tokens for layer in layers)
+    assert all(store.pending is None for store in stores)
+    assert [store.entry_bytes for store in stores] == held
+    assert all(store.allocated_tokens > store.visible_tokens for store in stores)
 
 
 def test_scores_that_only_annealing_needs_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,14 +338,14 @@ def test_scores_that_only_annealing_needs_wait(monkeypatch: pytest.MonkeyPatch) 
     assert len(taken) == len(set(taken))
 
 
-def test_parts_of_a_larger_projection_are_filed_at_once() -> None:
+def test_parts_of_a_larger_projection_are_written_at_once() -> None:
     """Kept as they are, they would keep the queries alive, too."""
-    layer = TrimmedLayer(0, Schedule.from_shares([1]), Clock())
-    layer.clock.phase = Phase.PREFILL
-    layer.clock.tokens = 5
+    timeline = Timeline(Phase.PREFILL, tokens=5)
+    store = KVStore(0, Schedule.from_shares([1]), timeline)
     whole = torch.randn(1, 2, 5, 12)
-    layer.update(whole[..., :4], whole[..., 4:8])
-    layer.store(lambda: None, torch.arange(5)[None], [5], [0], [()])
-    assert layer._unfiled is None
-    assert layer.keys is not None
-    assert torch.equal(layer.keys, whole[..., :4])
+    rows, block = read_prompt(torch.zeros(1, 5, dtype=torch.bool), None, 0, per_image=False)
+    store.receive(whole[..., :4], whole[..., 4:8])
+    store.admit(block, None, [rows.n_visual])
+    assert store.pending is None
+    assert store.buffer is not None
+    assert torch.equal(store.buffer.view(store.buffer.keys, 0), whole[..., :4])

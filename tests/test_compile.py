@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import st3
-from st3.engine.layout import allocate
+from st3.engine.kv.layout import allocate
+from st3.hf.cache import stores_of
 from st3.hf.call import cache_of
 from tests.helpers import ST3, Case, assert_same, parts
 from tests.test_modes import SOLO
@@ -39,12 +40,12 @@ def test_free_columns_reach_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = case.generate(ST3, 8)
     with st3.trim(case.model, ST3, own_cache=True):
         cache = cache_of(case.generate(None, 2))
-    bucket = cache.layers[0].buffer.shape[2]
+    bucket = stores_of(cache)[0].filled.capacity
 
     def full_of_nans(*args: Any, **kwargs: Any) -> torch.Tensor:
         return allocate(*args, **kwargs).fill_(float("nan"))
 
-    monkeypatch.setattr("st3.engine.cache.allocate", full_of_nans)
+    monkeypatch.setattr("st3.engine.kv.buffer.allocate", full_of_nans)
     with st3.trim(case.model, ST3, compile_decode=EAGER, decode_bucket=bucket):
         out = case.generate(None, 8)
     assert_same(torch.stack(out.logits), torch.stack(plain.logits))

@@ -22,7 +22,7 @@ from st3.cost import (
     vision_flops,
     with_headroom,
 )
-from st3.engine.layout import capacity_for
+from st3.engine.kv.layout import capacity_for
 from st3.hf.call import CACHE, cache_of
 from st3.methods.schedule import Anneal, Schedule
 from tests.costs import (

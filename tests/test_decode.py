@@ -14,7 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import st3
 from st3.engine import decode
-from st3.engine.layout import allocate, is_size_first
+from st3.engine.kv.layout import allocate, is_size_first
+from st3.hf.cache import stores_of
 from tests.helpers import ANNEAL, POLICIES, ST3, Case, assert_same
 from tests.test_cache import Run
 from tests.test_serve_batch import Company
@@ -64,10 +65,10 @@ def test_buffers_lie_size_first(fp32: list[int]) -> None:
     run.cache.reorder_cache(torch.tensor([1, 1, 0]))
     run.feed(words(3, 1, 1)["input_ids"])
     run.cache.batch_select_indices(torch.tensor([2]))
-    for layer in run.cache.layers:
-        assert is_size_first(layer.buffer)
-        assert layer.buffer.shape[2] % 16 == 0
-        assert not is_size_first(layer.values)
+    for store in stores_of(run.cache).values():
+        assert is_size_first(store.filled.keys)
+        assert store.filled.capacity % 16 == 0
+        assert not is_size_first(store.filled.values)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_rows_join_a_batch(name: str, fp32: list[int], kv_heads: int) -> None:
     both.step(4)
     both.change([], {1: both.prefilled(1, inputs[1], ST3)})
     both.step(20)
-    assert all(is_size_first(layer.buffer) for layer in both.batch.layers)
+    assert all(is_size_first(layer.filled.keys) for layer in both.batch.layers)
     for i in range(2):
         got = torch.stack(both.logits[i])
         assert_same(got, both.alone(inputs[i], ST3, len(got)))
@@ -236,6 +237,6 @@ def test_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not decode.applies(query.expand(1, 4, 2, 8), {})
     for name in ("dropout", "softcap", "position_bias", "s_aux"):
         assert not decode.applies(query, {name: 0.5})
-    monkeypatch.setattr(decode, "_has_fbgemm", lambda: False)
+    monkeypatch.setattr(decode, "_FBGEMM", False)
     assert not decode.applies(query, {})
     assert not decode.wants_size_first(query)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import st3
+from st3.hf.cache import stores_of
 from st3.hf.call import cache_of
 from tests.helpers import POLICIES, ST3, Case
 from tests.test_cache import Run
@@ -26,30 +27,47 @@ from tests.test_turns import RAGGED, words
 @ON_EACH
 @pytest.mark.parametrize("policy", ["st3", "st3_early", "fastv", "vtw", "none"])
 def test_text_is_never_dropped_and_order_is_kept(name: str, policy: str) -> None:
-    """1, on the columns that enter each layer: what a layer gets is the row's own hidden states at
-    ascending places, with all of its text."""
+    """1: what enters a layer is what left the layer before, at ascending places, with all text."""
     case = Case.of(name)
-    seen: list[torch.Tensor] = []
+    entered: list[torch.Tensor] = []
+    left: list[torch.Tensor] = []
+    layers = case.model.get_decoder().layers[: case.layers]
     with st3.trim(case.model, POLICIES[policy]) as trimmer, torch.no_grad():
-        hooks = []
-        text = case.model.get_decoder()
-        for layer in text.layers:
-            hooks.append(
-                layer.input_layernorm.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+        hooks = [
+            hook
+            for layer in layers
+            for hook in (
+                layer.input_layernorm.register_forward_pre_hook(lambda m, a: entered.append(a[0])),
+                layer.register_forward_hook(
+                    lambda m, a, out: left.append(out[0] if isinstance(out, tuple) else out)
+                ),
             )
+        ]
         case.model(**case.batch)
         for hook in hooks:
             hook.remove()
         report = trimmer.report
-    positions = torch.arange(case.width)
-    for layer, hidden in enumerate(seen):
-        counts = [n + row[layer] for n, row in zip(report.n_text, report.kept, strict=True)]
-        first = report.kept[0][layer] == report.kept[0][0]
-        assert hidden.shape[1] == (case.width if first else max(counts))
-        for row in range(len(case.visual)):
-            visual = case.visual[row].nonzero().flatten()[report.kept_positions(layer, row)]
-            words = positions[case.valid[row] & ~case.visual[row]]
-            assert len(visual) + len(words) == counts[row]
+
+    def places(layer: int, row: int) -> list[int]:
+        """The prompt's columns that enter a layer, ascending."""
+        visual = case.visual[row].nonzero().flatten()[report.kept_positions(layer, row)]
+        text = (case.valid[row] & ~case.visual[row]).nonzero().flatten()
+        return sorted([*visual.tolist(), *text.tolist()])
+
+    deepstack = hasattr(case.model.get_decoder(), "_deepstack_process")
+    for row in range(len(case.visual)):
+        # Before the first drop a row's columns are the prompt's own; then they begin at 0.
+        at = {column: column for column in places(0, row)}
+        for layer in range(1, case.layers):
+            now = places(layer, row)
+            dropped = entered[layer].shape[1] != entered[layer - 1].shape[1]
+            new = {column: i if dropped or at[column] != column else column
+                   for i, column in enumerate(now)}  # fmt: skip
+            assert set(now) <= set(at)
+            if not deepstack:  # which adds image features between two layers
+                before = left[layer - 1][row, [at[column] for column in now]]
+                assert torch.equal(entered[layer][row, [new[column] for column in now]], before)
+            at = new
 
 
 @ON_EACH
@@ -75,17 +93,17 @@ def test_rows_are_one_run_whose_start_is_a_function_of_the_step(policy: str) -> 
     schedule = run.case.schedule(run.policy)
     for step in range(1, 5):
         run.feed(words(2, 1, step)["input_ids"])
-    for index, layer in enumerate(run.cache.layers):
+    for index, store in stores_of(run.cache).items():
         text = torch.tensor([9, 12])
         kept = schedule.kept(index, 16)
         width = int(text.max()) + kept
         for step in (3, 1, 9, 4, 0, 200, 4):
             shown = schedule.visible(index, 16, step)
             wanted = [width - int(n) - kept + kept - shown for n in text]
-            assert list(layer.row_starts(step)) == wanted
-        assert layer.end == width + 4
+            assert list(store.row_starts(step)) == wanted
+        assert store.end == width + 4
         shown = schedule.visible(index, 16, 4)
-        assert layer.live_tokens == int(text.sum()) + 2 * (shown + 4)
+        assert store.visible_tokens == int(text.sum()) + 2 * (shown + 4)
 
 
 def test_a_policy_sees_the_original_counts_alone() -> None:

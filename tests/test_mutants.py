@@ -8,8 +8,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 import st3
-from st3.engine.columns import first_block, rank_visual, select
 from st3.engine.decode import decode_attention
+from st3.engine.prompt import read_prompt
+from st3.engine.select import rank_visual, select
+from st3.hf.cache import stores_of
 from st3.hf.call import CACHE
 from tests.helpers import Case, assert_same
 from tests.test_cache import Run
@@ -21,12 +23,13 @@ def test_chosen_rows_forget_where_the_old_rows_began() -> None:
     """The starts of a step are remembered by row; choosing rows after that step changes them."""
     run = Run(Case.of("llava", [[T(5), I(), T(4)], [T(3), I(), T(9)], [T(7)]]))
     run.feed(words(3, 1, 1)["input_ids"])
-    before = [layer.row_starts(layer.step) for layer in run.cache.layers]
+    stores = list(stores_of(run.cache).values())
+    before = [store.row_starts(store.step) for store in stores]
     assert len(set(before[0])) > 1
     run.cache.batch_select_indices(torch.tensor([2, 0]))
-    for layer, starts in zip(run.cache.layers, before, strict=True):
-        assert layer.row_starts(layer.step) == (starts[2], starts[0])
-        assert layer.live_tokens == 2 * layer.end - starts[2] - starts[0]
+    for store, starts in zip(stores, before, strict=True):
+        assert store.row_starts(store.step) == (starts[2], starts[0])
+        assert store.visible_tokens == 2 * store.end - starts[2] - starts[0]
 
 
 @pytest.mark.parametrize("scaling", [None, 0.7])
@@ -48,7 +51,7 @@ def test_dense_decoding_is_attention(scaling: float | None, masked: bool) -> Non
 @pytest.mark.parametrize("per_image", [False, True])
 def test_on_equal_scores_the_earlier_token_stays(per_image: bool) -> None:
     visual = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1, 0]], dtype=torch.bool)
-    _, block = first_block(visual, None, 0, per_image)
+    _, block = read_prompt(visual, None, 0, per_image)
     score = torch.zeros(1, 9)
     kept = [[2, 1]] if per_image else [[4]]
     _, columns = select(block, score, kept)
@@ -62,7 +65,7 @@ def test_on_equal_scores_the_earlier_token_stays(per_image: bool) -> None:
 def test_a_prompts_last_token_is_never_visual(tail: int) -> None:
     """Its row ranks the others. Behind it may stand the candidates of assisted decoding."""
     visual = torch.tensor([[0, 1, 1, 1] + [0] * tail], dtype=torch.bool)
-    rows, block = first_block(visual, None, tail, per_image=False)
+    rows, block = read_prompt(visual, None, tail, per_image=False)
     assert rows.images == ((2,),)
     assert rows.n_text == (2 + tail,)
     assert block.visual[0].nonzero().flatten().tolist() == [1, 2]
@@ -80,7 +83,9 @@ def test_candidates_behind_a_prompt_see_what_their_own_steps_would() -> None:
     batch = dict(case.batch)
     batch["input_ids"] = torch.cat([batch["input_ids"], ids], 1)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    with st3.trim(case.model, fast):
+    with st3.trim(case.model, fast) as trimmer:
+        assert trimmer._attachment is not None
+        trimmer._attachment._checks_candidates = True  # as generate()'s candidates have it
         cache = DynamicCache(config=case.model.config)
         checked = case.model(**batch, **{CACHE: cache}, logits_to_keep=4).logits
     assert_same(checked[:, 1:], steps)
@@ -88,7 +93,7 @@ def test_candidates_behind_a_prompt_see_what_their_own_steps_would() -> None:
 
 def test_images_that_touch_are_cut_in_their_order() -> None:
     visual = torch.tensor([[0, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
-    rows, block = first_block(visual, None, 0, per_image=True, sizes=[2, 3])
+    rows, block = read_prompt(visual, None, 0, per_image=True, sizes=[2, 3])
     assert rows.images == ((2, 3),)
     assert block.group is not None
     assert block.group[visual].tolist() == [0, 0, 1, 1, 1]

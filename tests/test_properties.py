@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import st3
-from st3.engine.columns import Block, Rows, cache_order, first_block, rank_visual, select
+from st3.engine.prompt import Block, Rows, read_prompt
+from st3.engine.select import cache_order, rank_visual, select
 from st3.methods.schedule import Schedule, exact
 from tests.helpers import Case
 from tests.zoo import I, T
@@ -138,7 +139,7 @@ def budgets(rows: Rows, per_image: bool) -> tuple[tuple[int, ...], ...]:
 @given(batches(), st.integers(0, 10**6))
 def test_selection_keeps_all_text_and_the_best_of_each_budget(drawn: Any, seed: int) -> None:
     visual, mask, per_image = drawn
-    rows, block = first_block(visual, mask, 0, per_image)
+    rows, block = read_prompt(visual, mask, 0, per_image)
     assert rows.n_visual == tuple(visual.sum(1).tolist())
     assert rows.n_text == tuple((mask.sum(1) - visual.sum(1)).tolist())
     score = torch.rand(visual.shape, generator=torch.Generator().manual_seed(seed))
@@ -189,7 +190,7 @@ def test_cache_order_is_padding_then_rising_importance_then_text(
     """Whatever the step: the visible entries of a row are those that its budgets' own curves
     leave, and they are one run up to the end."""
     visual, mask, per_image = drawn
-    rows, block = first_block(visual, mask, 0, per_image)
+    rows, block = read_prompt(visual, mask, 0, per_image)
     share = Fraction(2, 3)
     schedule = Schedule((share,), anneal)
     score = torch.rand(visual.shape, generator=torch.Generator().manual_seed(seed))

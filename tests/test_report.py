@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import st3
 from st3.cost import TextDims, prefill_flops
+from st3.hf.cache import stores_of
 from st3.hf.call import CACHE, cache_of
 from tests.helpers import POLICIES, ST3, Case
 from tests.test_cache import Run
@@ -141,8 +142,8 @@ def test_allocated_bytes_are_those_of_the_tensors(name: str) -> None:
         run.feed(words(2, 1, step)["input_ids"])
     held = sum(
         buffer.untyped_storage().nbytes()
-        for layer in run.cache.layers
-        for buffer in (layer._keys, layer._values)
+        for store in stores_of(run.cache).values()
+        for buffer in (store.filled.keys, store.filled.values)
     )
     assert run.trimmer.report.kv_allocated_bytes == held
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import st3
+from st3.engine.prefill import Prefill
+from st3.hf.cache import stores_of
 from st3.hf.call import cache_of
 from st3.methods.policies import parse
 from st3.methods.scores import SCORES, Attention, score_named, stage_of
@@ -100,11 +102,13 @@ def test_methods_take_nothing_that_they_do_not_need() -> None:
     case = Case.of("llava")
     with st3.trim(case.model, st3.ST3(score="attention")) as trimmer:
         case.model(**case.batch)
-        current = trimmer._director.current
-        assert current is not None
-        taken = current.scoring
-        assert (taken._keys, taken.carried, taken._prepared, taken.tower) == (None,) * 4
-        assert trimmer._director.tower is None
+        attachment = trimmer._attachment
+        assert attachment is not None
+        current = attachment.session.current
+        assert isinstance(current, Prefill)
+        taken = current.ranker
+        assert (taken._keys, taken._carried, taken._prepared, taken.tower) == (None,) * 4
+        assert attachment._tower is None
 
 
 # -- what is refused ----------------------------------------------------------------------------
@@ -190,7 +194,8 @@ def test_recall_outlives_growing_buffers_and_compaction() -> None:
             case.model.generate(**case.batch, max_new_tokens=4, return_dict_in_generate=True)
         )
         trimmer.compact()
-    assert all(layer.base <= min(layer.pad) for layer in cache.layers)
+    for store in stores_of(cache).values():
+        assert store.filled.base <= min(row.pad for row in store.rows)
 
 
 def test_recall_brings_back_what_was_hidden() -> None:

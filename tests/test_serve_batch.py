@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import st3
-from st3.engine.rows import visible_counts
+from st3.engine.kv.joined import visible_counts
 from st3.models import families
 from st3.tools.serve.batch import JoinedBatch, Prefilled, prefill
 from st3.tools.serve.budget import Budget, columns_at_peak, entry_bytes
@@ -59,7 +59,7 @@ class Company:
     def change(self, leaving: list[int], new: dict[int, Prefilled]) -> None:
         places = {self.names.index(name) for name in leaving}
         by_row = {id(row): name for row, name in zip(self.batch.rows, self.names, strict=True)}
-        by_row.update((id(prompt.row), name) for name, prompt in new.items())
+        by_row.update((id(prompt.sequence), name) for name, prompt in new.items())
         self.batch.change(places, list(new.values()))
         self.names = [by_row[id(row)] for row in self.batch.rows]
 
@@ -126,9 +126,9 @@ def test_a_newcomer_takes_the_place_of_a_leaver() -> None:
     inputs = [family.inputs(model, rows, only=i) for i in range(3)]
     both.change([], {i: both.prefilled(i, inputs[i], policy) for i in range(2)})
     both.step(3)
-    buffer = both.batch.layers[0].buffer
+    buffer = both.batch.layers[0].filled.keys
     both.change([0], {2: both.prefilled(2, inputs[2], policy)})
-    assert both.batch.layers[0].buffer is buffer  # the other row was not copied
+    assert both.batch.layers[0].filled.keys is buffer  # the other row was not copied
     both.step(4)
     for i in range(3):
         got = torch.stack(both.logits[i])
@@ -161,7 +161,7 @@ def test_a_batch_never_holds_more_than_was_reserved(policy: str) -> None:
     for i in range(3):
         new[i] = both.prefilled(i, inputs[i], POLICIES[policy])
         counts = visible_counts(schedule, (new[i].visual,) if new[i].visual else ())
-        text = new[i].row.prompt - new[i].visual
+        text = new[i].sequence.prompt - new[i].visual
         needs.append(columns_at_peak(counts, text, tokens))
     both.change([], {0: new[0]})
     for step in range(tokens - 1):

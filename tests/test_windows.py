@@ -9,7 +9,9 @@ import torch
 from transformers import DynamicCache
 
 import st3
-from st3.engine.cache import TrimmedLayer
+from st3.engine.kv.base import Store
+from st3.engine.kv.store import KVStore
+from st3.hf.cache import stores_of
 from st3.hf.call import CACHE
 from tests.helpers import POLICIES, ST3, Case, answer, assert_same
 from tests.test_cache import Run
@@ -25,8 +27,8 @@ ALONE: list[list[Any]] = [[T(21), I(), T(30)]]
 SLACK = 16 + 4  # what a buffer's spare columns hold between two clearings
 
 
-def slid(cache: Any) -> list[TrimmedLayer]:
-    return [layer for layer in cache.layers if layer.window is not None]
+def slid(cache: Any) -> list[Store]:
+    return [store for store in stores_of(cache).values() if store.window is not None]
 
 
 @ON_EACH
@@ -49,12 +51,12 @@ def test_what_a_layer_holds_is_bounded_by_its_window(name: str) -> None:
         run.feed(words(2, 1, step)["input_ids"])
         for layer in slid(run.cache):
             assert layer.window == 16
-            held = layer.end - layer.base
+            held = layer.filled.width
             # Row 0 is the fuller one: its visual tokens and the window, and what came since.
-            assert held <= max(layer.leading) + layer.window + SLACK
-            assert layer.buffer.shape[2] <= held + SLACK
-        others = [layer for layer in run.cache.layers if layer.window is None]
-        assert all(layer.end - layer.base > text + step for layer in others)
+            assert held <= max(row.ordered for row in layer.rows) + layer.window + SLACK
+            assert layer.filled.capacity <= held + SLACK
+        others = [store for store in stores_of(run.cache).values() if store.window is None]
+        assert all(store.filled.width > text + step for store in others)
 
 
 @ON_EACH
@@ -66,8 +68,10 @@ def test_less_is_held_than_untrimmed(name: str) -> None:
         case.model(**case.batch, **{CACHE: bare})
     run = Run(case, st3.FastV(layer=1, drop=0.5))
     run.feed(words(1, 1, 0)["input_ids"])
-    for trimmed, whole in zip(run.cache.layers[1:], bare.layers[1:], strict=True):
-        assert trimmed.live_tokens <= whole.keys.shape[2] + 1
+    for trimmed, whole in zip(
+        list(stores_of(run.cache).values())[1:], bare.layers[1:], strict=True
+    ):
+        assert trimmed.visible_tokens <= whole.keys.shape[2] + 1
 
 
 def test_a_new_ranking_keeps_all_text() -> None:
@@ -75,7 +79,7 @@ def test_a_new_ranking_keeps_all_text() -> None:
     text = run.case.width - int(run.case.visual.sum())
     for step in range(40):
         run.feed(words(1, 1, step)["input_ids"])
-    assert all(layer.live_tokens > text + 39 for layer in run.cache.layers)
+    assert all(store.visible_tokens > text + 39 for store in stores_of(run.cache).values())
 
 
 def test_tokens_cannot_be_taken_back_past_what_is_freed() -> None:
@@ -83,10 +87,11 @@ def test_tokens_cannot_be_taken_back_past_what_is_freed() -> None:
     for step in range(60):
         run.feed(words(1, 1, step)["input_ids"])
     layer = slid(run.cache)[0]
-    assert layer.length > layer._seen_from > run.case.width
+    assert isinstance(layer, KVStore)
+    assert layer.length > layer._evicted_before > run.case.width
     with pytest.raises(st3.TrimStateError, match="has left the sliding window"):
-        layer.crop(layer._seen_from - 1)
-    layer.crop(layer._seen_from)
+        layer.crop(layer._evicted_before - 1)
+    layer.crop(layer._evicted_before)
 
 
 @pytest.mark.parametrize("policy", ["st3", "fastv"])

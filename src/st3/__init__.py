@@ -12,8 +12,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from st3.engine import Trimmer as Trimmer
-    from st3.engine import trim as trim
     from st3.errors import TrimStateError as TrimStateError
     from st3.errors import UnsupportedModelError as UnsupportedModelError
     from st3.methods.policies import Policy as Policy
@@ -24,18 +22,20 @@ if TYPE_CHECKING:
     from st3.tools.common.bundled import bundled_model as bundled_model
     from st3.tools.common.bundled import sample_images as sample_images
     from st3.tools.tune.vtw import calibrate_vtw as calibrate_vtw
+    from st3.trimmer import Trimmer as Trimmer
+    from st3.trimmer import trim as trim
 
 __version__ = "0.1.0"
 
 # Loaded at first use: torch and transformers take seconds, which `st3 --help` need not wait for.
 # The policies (st3.ST3, st3.FastV ...) are found by themselves: see st3.methods.policies.
 _HOMES = {
-    "st3.engine": ("Trimmer", "trim"),
     "st3.errors": ("TrimStateError", "UnsupportedModelError"),
     "st3.methods.policies": ("Policy", "available", "parse", "presets", "register"),
     "st3.methods.schedule": ("Anneal", "Schedule"),
     "st3.report": ("Report",),
     "st3.tools.common.bundled": ("bundled_model", "sample_images"),
+    "st3.trimmer": ("Trimmer", "trim"),
     "st3.tools.tune.vtw": ("calibrate_vtw",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

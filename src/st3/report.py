@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from st3.cost import TextDims, prefill_flops
+from st3.engine.events import Observer, PassEvent, PromptEvent
+from st3.engine.kv.base import Store
+from st3.engine.kv.timeline import Timeline
+from st3.engine.prompt import Block
+from st3.errors import TrimStateError
 from st3.methods.schedule import Schedule
-
-if TYPE_CHECKING:
-    from transformers.cache_utils import Cache
-
-    from st3.engine.cache import TrimmedLayer
-    from st3.engine.clock import Clock
-    from st3.engine.columns import Rows
-    from st3.engine.prefill import Prefill
 
 MIB = 1 << 20
 
@@ -60,83 +57,40 @@ class Report:
     dims: TextDims | None
     entry_bytes: tuple[int, ...]
     samples: list[KVSample] = field(default_factory=list)
-    _ordinals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    _prefill: Prefill | None = field(default=None, repr=False)
-    _clock: Clock | None = field(default=None, repr=False)
+    _blocks: dict[int, Block] = field(default_factory=dict, repr=False)  # by first layer
+    _timeline: Timeline | None = field(default=None, repr=False)
     _steps: int = field(default=0, repr=False)
-    _end: int = field(default=0, repr=False)
 
     @classmethod
-    def begin(
-        cls,
-        policy: str,
-        schedule: Schedule,
-        rows: Rows,
-        budgets: tuple[tuple[int, ...], ...],
-        dims: TextDims | None,
-        dtype: torch.dtype,
-        prefill: Prefill | None = None,
-        n_past: Sequence[int] | None = None,
-        start: int = 0,
+    def of(
+        cls, policy: str, schedule: Schedule, dims: TextDims | None, event: PromptEvent
     ) -> Report:
         """A report on a prompt whose prefill starts now.
 
         Args:
             dims: of the decoder; None if the cost model does not describe it.
-            prefill: the pass that fills in which tokens were kept; None if nothing is dropped.
-            n_past: tokens of earlier turns, per row; None without any.
-            start: length of the cache before the prompt, padding included.
         """
-        size = torch.empty((), dtype=dtype).element_size()
+        size = torch.empty((), dtype=event.chunk.embeds.dtype).element_size()
         entries = tuple(la.entry * size for la in dims.layers) if dims else ()
-        n_text = tuple(n - rows.tail for n in rows.n_text)
-        past = tuple(n_past) if n_past is not None else (0,) * len(n_text)
-        report = cls(policy, schedule, rows.images, n_text, past, budgets, dims, entries)
-        report._end = start + rows.length - rows.tail
-        if prefill is not None:
-            report._prefill, report._clock = prefill, prefill.clock
-        return report
-
-    # Filled in while the model runs ---------------------------------------------------------------
-
-    def sample(self, layers: Sequence[TrimmedLayer]) -> None:
-        """Note the KV bytes after a pass; a pass that was rolled back is overwritten. Passes of
-        another cache, an earlier conversation's, are not this report's."""
-        if self._clock is None or layers[0].clock is not self._clock:
-            return
-        # What this process holds: under a tensor parallel plan a share of the heads.
-        self.entry_bytes = tuple(layer.bytes_per_token for layer in layers)
-        live, allocated = map(sum, zip(*(layer.footprint() for layer in layers), strict=True))
-        while self.samples and self.samples[-1].step >= self.steps:
-            self.samples.pop()
-        self.samples.append(KVSample(self.steps, live, allocated))
-
-    def advance(self, tokens: int, cache: Cache) -> None:
-        """Note a pass of ``tokens`` behind the prompt, of a run in which nothing is trimmed."""
-        self._steps = max(0, cache.get_seq_length() + tokens - self._end)
-        if not self.entry_bytes:  # a decoder that the cost model does not describe
-            pairs = [(layer.keys, layer.values) for layer in cache.layers]
-            self.entry_bytes = tuple(
-                sum(t.shape[1] * t.shape[-1] * t.element_size() for t in pair) for pair in pairs
-            )
-
-    def freeze(self) -> None:
-        """Another prompt comes: what the cache does from now on is not this report's."""
-        self._steps, self._clock = self.steps, None
-
-    def close_prefill(self) -> None:
-        """Keep which visual tokens each layer saw, and let the pass itself go."""
-        if self._prefill is not None:
-            for layer, block in self._prefill.blocks.items():
-                self._ordinals[layer] = (block.ordinal, block.visual)
-            self._prefill = None
+        rows = event.rows
+        return cls(
+            policy,
+            schedule,
+            rows.images,
+            tuple(n - rows.tail for n in rows.n_text),
+            event.n_past,
+            event.budgets,
+            dims,
+            entries,
+            _timeline=event.timeline,
+        )
 
     @property
     def steps(self) -> int:
         """Decode steps after the prompt; the first generated token comes from the prefill. In
         assisted decoding candidates that were rejected do not count (untrimmed: those of the last
         check do)."""
-        return self._steps if self._clock is None else self._clock.steps
+        return self._steps if self._timeline is None else self._timeline.steps
 
     # Counts ---------------------------------------------------------------------------------------
 
@@ -168,10 +122,11 @@ class Report:
             raise ValueError(f"layer {layer} does not exist: 0 to {self.schedule.num_layers - 1}")
         if not 0 <= row < len(self.n_text):
             raise ValueError(f"row {row} does not exist: 0 to {len(self.n_text) - 1}")
-        if layer not in self._ordinals:
+        first = max((at for at in self._blocks if at <= layer), default=None)
+        if first is None:
             return torch.arange(self.n_visual[row])
-        ordinal, visual = self._ordinals[layer]
-        return ordinal[row][visual[row]].cpu()
+        block = self._blocks[first]
+        return block.ordinal[row][block.visual[row]].cpu()
 
     # FLOPs ----------------------------------------------------------------------------------------
 
@@ -287,6 +242,83 @@ class Report:
         untrimmed = self.kv_untrimmed_bytes
         share = f" ({size / untrimmed:.1%} of untrimmed {untrimmed / MIB:.2f})" if untrimmed else ""
         return f"{size / MIB:.2f} MiB{share}"
+
+
+class Reporter(Observer):
+    """Writes a :class:`Report` for each prompt with an image.
+
+    Args:
+        config: the model's, for the cost model.
+    """
+
+    def __init__(self, policy: str, schedule: Schedule, config: Any) -> None:
+        self._policy, self._schedule, self._config = policy, schedule, config
+        self._report: Report | None = None
+        self._why = "run the model on a prompt with an image first"
+        self._end = 0  # logical length of the prompt, of a run in which nothing is trimmed
+
+    @property
+    def report(self) -> Report:
+        """The latest.
+
+        Raises:
+            TrimStateError: if there is none.
+        """
+        if self._report is None:
+            raise TrimStateError(f"nothing to report: {self._why}")
+        return self._report
+
+    @cached_property
+    def _dims(self) -> TextDims | None:
+        try:
+            return TextDims.from_config(self._config)
+        except ValueError:  # a family that the cost model does not describe
+            return None
+
+    def _freeze(self) -> None:
+        """What a cache does from now on is not the latest report's."""
+        if self._report is not None:
+            self._report._steps, self._report._timeline = self._report.steps, None
+
+    def prompt(self, event: PromptEvent) -> None:
+        self._freeze()
+        self._report = Report.of(self._policy, self._schedule, self._dims, event)
+        self._end = event.past + event.rows.length - event.rows.tail
+
+    def text_prompt(self) -> None:
+        self._freeze()
+        self._report, self._why = (
+            None,
+            "the latest prompt had no image; run the model on a prompt with an image",
+        )
+
+    def kept(self, layer: int, block: Block) -> None:
+        if self._report is not None:
+            self._report._blocks[layer] = block
+
+    def passed(self, event: PassEvent) -> None:
+        report = self._report
+        if report is None:
+            return
+        if event.stores:
+            self.sample(event.stores)
+        elif report._timeline is None and not report.samples and event.length:
+            report._steps = max(0, event.length - self._end)
+            if not report.entry_bytes:  # a decoder that the cost model does not describe
+                report.entry_bytes = event.entry_bytes()
+
+    def sample(self, stores: Sequence[Store]) -> None:
+        """Note the KV bytes after a pass; a pass that was rolled back is overwritten. Passes of
+        another cache, an earlier conversation's, are not this report's."""
+        report = self._report
+        if report is None or not stores or stores[0].timeline is not report._timeline:
+            return
+        # What this process holds: under a tensor parallel plan a share of the heads.
+        report.entry_bytes = tuple(store.entry_bytes for store in stores)
+        live, allocated = map(sum, zip(*(store.footprint() for store in stores), strict=True))
+        while report.samples and report.samples[-1].step >= report.steps:
+            report.samples.pop()
+        report.samples.append(KVSample(report.steps, live, allocated))
 
 
 @dataclass(frozen=True)

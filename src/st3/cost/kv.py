@@ -125,7 +125,7 @@ def with_headroom(columns: int | Callable[[int], int]) -> AllocationRule:
     """A buffer with ``columns`` entries to spare that is copied when it is full: the copy takes
     what is live then and as many more, so that annealed entries are given back only then. A
     function says what is allocated for so many live ones; with
-    :func:`st3.engine.layout.capacity_for` this is how st3's cache layers allocate."""
+    :func:`st3.engine.kv.layout.capacity_for` this is how st3's cache layers allocate."""
     if not callable(columns) and columns < 0:
         raise ValueError(f"headroom cannot be negative, got {columns}")
 

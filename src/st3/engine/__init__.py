@@ -1,5 +1,2 @@
-"""How visual tokens are trimmed, on tensors alone: selection, prefill, decode steps, KV cache."""
-
-from st3.engine.trimmer import Trimmer, trim
-
-__all__ = ["Trimmer", "trim"]
+"""How visual tokens are trimmed, on tensors alone: reading a prompt, ranking and selecting its
+tokens, the passes of prefill and decode, and what they keep in the KV cache."""

@@ -2,9 +2,9 @@
 
 torch's sdpa reads the keys and values of a single query at a fraction of the speed of memory. Both
 of its products are sums of weighted rows: of values by the softmax's weights, and, if keys lie
-*size first* (:mod:`st3.engine.layout`), of keys by the query. ``embedding_bag`` computes just that
-and sums in fp32. Queries that share a KV head are bags of the same rows, which are then still in
-the processor's cache. benchmarks/results/decode-attention.md has the time of each way, for
+*size first* (:mod:`st3.engine.kv.layout`), of keys by the query. ``embedding_bag`` computes just
+that and sums in fp32. Queries that share a KV head are bags of the same rows, which are then still
+in the processor's cache. benchmarks/results/decode-attention.md has the time of each way, for
 multi-head and grouped-query shapes; what follows from it is said in :func:`wants_size_first`.
 
 Trimmed and untrimmed runs on st3's cache both come here, so that the gain is never sold as
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 HALVES = (torch.bfloat16, torch.float16)
+_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # has a fast embedding_bag
 
 
 def decode_attention(
@@ -132,14 +133,9 @@ def matmul_output(weights: Tensor, value: Tensor) -> Tensor:
     return output.view(batch, 1, heads, value.shape[-1])
 
 
-@lru_cache(maxsize=1)
-def _has_fbgemm() -> bool:
-    return "fbgemm" in torch.backends.quantized.supported_engines
-
-
 def _has_bags(states: Tensor) -> bool:
     """Whether torch has a fast ``embedding_bag`` where these are."""
-    return states.device.type == "cpu" and _has_fbgemm()
+    return states.device.type == "cpu" and _FBGEMM
 
 
 def _scaled(query: Tensor, scaling: float | None) -> Tensor:

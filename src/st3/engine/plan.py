@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from torch import Tensor
 
-from st3.engine.columns import Rows
+from st3.engine.kv.visible import FOREVER
 from st3.engine.masks import Kind
+from st3.engine.prompt import Rows
 from st3.methods.schedule import Schedule
 from st3.methods.scores import Score, Stage, TokenView, needs_of, stage_of
-from st3.models.families import Family, Parts
-from st3.models.rotary import Unrotate
 
+Unrotate = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
+Budgets = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class Plan:
     unrotate: Unrotate | None = None
     ranks: Any = None
 
+    @property
+    def num_layers(self) -> int:
+        return self.schedule.num_layers
+
+    # The score ------------------------------------------------------------------------------------
+
     @cached_property
     def stage(self) -> Stage:
         """When the score is taken."""
@@ -62,79 +69,50 @@ class Plan:
         """The decoder layers that use a layer's score: itself, and perhaps later ones."""
         source = getattr(self.score, "source", lambda layer: layer)
         users: dict[int, list[int]] = {}
-        for layer in range(self.schedule.num_layers):
+        for layer in range(self.num_layers):
             users.setdefault(source(layer), []).append(layer)
         return users
 
     @cached_property
-    def waits(self) -> tuple[bool, ...]:
-        """For each layer whether its score can wait until its cache is filed: when no drop and no
-        later layer asks for it, and ranks would not wait for each other."""
-        layers = range(self.schedule.num_layers)
+    def deferrable(self) -> tuple[bool, ...]:
+        """For each layer whether its score can wait until the prompt is written to the cache: when
+        no drop and no later layer asks for it, and ranks would not wait for each other."""
         if self.stage != "attention" or self.ranks is not None:
-            return (False,) * len(layers)
+            return (False,) * self.num_layers
         last_row = getattr(self.score, "last_row", False)
         return tuple(
-            last_row and len(self.users.get(layer, ())) == 1 and not self.drops_behind[layer]
-            for layer in layers
+            last_row and len(self.users.get(layer, ())) == 1 and not drops
+            for layer, drops in enumerate(self.drops_behind)
         )
+
+    # The schedule ---------------------------------------------------------------------------------
 
     @cached_property
     def prunes(self) -> tuple[bool, ...]:
         """For each layer whether visual tokens leave right before it."""
-        return tuple(map(self.schedule.prunes, range(self.schedule.num_layers)))
+        return tuple(map(self.schedule.prunes, range(self.num_layers)))
 
     @cached_property
     def drops_behind(self) -> tuple[bool, ...]:
         """For each layer whether the one behind it sees fewer visual tokens."""
         return (*self.prunes[1:], False)
 
-    def anneals(self, rows: Rows) -> tuple[bool, ...]:
-        """For each layer whether it will ever show less than it stores of these rows."""
-        budgets = self.budgets(rows)
-        if budgets not in self._anneals:
-            if len(self._anneals) > 64:
-                self._anneals.clear()
-            numbers = {n for row in budgets for n in row}
-            self._anneals[budgets] = tuple(
-                any(self._shown_for_ever(layer, n) < self.schedule.kept(layer, n) for n in numbers)
-                for layer in range(self.schedule.num_layers)
-            )
-        return self._anneals[budgets]
-
-    @cached_property
-    def _anneals(self) -> dict[tuple[tuple[int, ...], ...], tuple[bool, ...]]:
-        return {}
-
-    def _shown_for_ever(self, layer: int, n_visual: int) -> int:
-        return self.schedule.visible(layer, n_visual, 1 << 40)
-
-    def stays(self, layer: int, rows: Rows) -> list[list[int]]:
-        """The visual tokens that ``layer`` shows for ever, by row and budget."""
-        return [[self._shown_for_ever(layer, n) for n in row] for row in self.budgets(rows)]
-
-    def budgets(self, rows: Rows) -> tuple[tuple[int, ...], ...]:
+    def budgets(self, rows: Rows) -> Budgets:
         """The original visual counts that budgets are taken from: per row, or per image."""
         return rows.images if self.per_image else tuple((n,) for n in rows.n_visual)
 
+    def kept(self, layer: int, budgets: Budgets) -> list[list[int]]:
+        """The visual tokens that enter ``layer``, by row and budget."""
+        return [[self.schedule.kept(layer, n) for n in row] for row in budgets]
 
-@dataclass(frozen=True)
-class Setup:
-    """What a trimmer was asked for, and of which model.
+    def anneals(self, budgets: Budgets) -> tuple[bool, ...]:
+        """For each layer whether it will ever show less than it stores of these rows."""
+        return _anneals(self.schedule, frozenset(n for row in budgets for n in row))
 
-    Attributes:
-        policy: the policy, as a string for the report.
-        touches: whether anything of a pass is changed.
-        visual_mask, per_image, compile_decode, decode_bucket: see :func:`st3.trim`.
-    """
 
-    model: Any
-    parts: Parts
-    family: Family
-    policy: str
-    schedule: Schedule
-    touches: bool
-    per_image: bool
-    visual_mask: Tensor | None
-    compile_decode: str | dict[str, Any] | None
-    decode_bucket: int
+@lru_cache(maxsize=64)
+def _anneals(schedule: Schedule, numbers: frozenset[int]) -> tuple[bool, ...]:
+    return tuple(
+        any(schedule.visible(layer, n, FOREVER) < schedule.kept(layer, n) for n in numbers)
+        for layer in range(schedule.num_layers)
+    )

@@ -1,4 +1,4 @@
-"""Attention functions that let a trimmed layer score its visual tokens.
+"""Attention functions that let a pass see, and change, what a decoder layer's attention is given.
 
 They are entered into transformers' two registries, ``AttentionInterface`` and
 ``AttentionMaskInterface``, under names of their own (``st3_sdpa`` ...). That is the extension
@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from st3.engine.calls import AttentionCall
 from st3.engine.plan import Attend
 from st3.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from st3.engine.append import Append
-    from st3.engine.joined import JoinedAppend
-    from st3.engine.prefill import Prefill
-    from st3.engine.static import StaticAppend
+    from st3.engine.session import Session
 
 WRAPPED = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 PREFIX = "st3_"
@@ -31,12 +29,17 @@ ATTRIBUTE = "_st3_layer"
 class LayerHandle:
     """Hangs on a decoder layer's attention module while the model is trimmed."""
 
-    __slots__ = ("base", "current", "layer")
+    __slots__ = ("base", "layer", "session")
 
-    def __init__(self, layer: int, base: Attend) -> None:
+    def __init__(self, layer: int, base: Attend, session: Session) -> None:
         self.layer = layer
         self.base = base
-        self.current: Prefill | Append | JoinedAppend | StaticAppend | None = None
+        self.session = session
+
+
+def attention_of(config: Any) -> str:
+    """The name of a text model's own attention implementation."""
+    return str(config._attn_implementation or "eager").removeprefix(PREFIX)
 
 
 def base_attention(name: str, module: nn.Module) -> Attend:
@@ -54,7 +57,7 @@ def base_attention(name: str, module: nn.Module) -> Attend:
 
 
 def registered(name: str) -> str:
-    """The name of the scoring version of attention ``name``, registered at its first use.
+    """The name of the seam's version of attention ``name``, registered at its first use.
 
     Raises:
         UnsupportedModelError: for attention kernels without one.
@@ -66,12 +69,12 @@ def registered(name: str) -> str:
         )
     own = PREFIX + name
     if own not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(own, _scoring_attention)
+        AttentionInterface.register(own, _attention)
         AttentionMaskInterface.register(own, ALL_MASK_ATTENTION_FUNCTIONS[name])
     return own
 
 
-def _scoring_attention(
+def _attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -82,11 +85,11 @@ def _scoring_attention(
     """Attention of one layer: [B, heads, Q, size] -> [B, Q, heads, size]."""
     handle: LayerHandle | None = getattr(module, ATTRIBUTE, None)
     if handle is None:  # another model, which shares the config of the one that is trimmed
-        name = str(module.config._attn_implementation)  # type: ignore[union-attr]
-        base = base_attention(name.removeprefix(PREFIX), module)
+        base = base_attention(attention_of(module.config), module)
         return base(module, query, key, value, attention_mask, **kwargs)
-    if handle.current is None:
+    current = handle.session.current
+    if current is None:
         return handle.base(module, query, key, value, attention_mask, **kwargs)
-    return handle.current.attend(
-        handle.layer, handle.base, module, query, key, value, attention_mask, kwargs
-    )
+    call = AttentionCall(handle.base, module, query, key, value, attention_mask, kwargs)
+    with handle.session.events.span("choose"):
+        return current.attend(handle.layer, call)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from st3.engine import trim
 from st3.tools.batch import images
 from st3.tools.batch.inputs import BadRow, Row
 from st3.tools.common.chats import ask, encode
@@ -19,6 +18,7 @@ from st3.tools.common.conditions import versions
 from st3.tools.common.errors import first_line
 from st3.tools.common.limits import image_bytes, positions
 from st3.tools.common.load import end_tokens, pad_left
+from st3.trimmer import trim
 
 # What tokenizers, templates, processors and models raise about a prompt or image.
 ABOUT_A_ROW = (

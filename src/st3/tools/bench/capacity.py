@@ -11,7 +11,7 @@ import torch
 
 from st3.cost import TextDims, as_needed, kv_allocated_bytes, with_headroom
 from st3.cost.kv import bytes_per_value
-from st3.engine.layout import capacity_for
+from st3.engine.kv.layout import capacity_for
 from st3.methods.schedule import Schedule
 from st3.tools.bench import prompts
 from st3.tools.bench.clock import Deadline, in_turn, median

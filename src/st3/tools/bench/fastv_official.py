@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from st3.engine.columns import gather_positions
+from st3.engine.select import gather_positions
 from st3.models import find_parts
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from st3.engine.cache import TrimmedLayer
+from st3.hf.cache import TrimmedLayer
 from st3.hf.call import CACHE
 from st3.tools.bench.prompts import Prompt
 from st3.tools.common.clock import Marks, MarkSteps
@@ -162,7 +162,7 @@ class _WatchCache(LogitsProcessor):
 def _bytes_of(layer: Any) -> tuple[int, int]:
     """Live and allocated bytes of one cache layer; in transformers' own they are the same."""
     if isinstance(layer, TrimmedLayer):
-        return layer.footprint()
+        return layer.store.footprint()
     held = sum(t.numel() * t.element_size() for t in _tensors(layer))
     return held, held
 

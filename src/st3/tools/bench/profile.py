@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from st3.tools.bench.measure import generation, prefill
 from st3.tools.bench.methods import Method
-from st3.tools.bench.overhead import MODEL, PREFIX, RANGES, as_range, probed
+from st3.tools.bench.overhead import MODEL, PREFIX, RANGES, Ranges, observed
 from st3.tools.bench.prompts import Prompt
 
 # Calls in which the host waits for the device, or reads a value from it. (A copy to the host is
@@ -70,8 +69,7 @@ def profile_decode(
 
 def selection_share(model: Any, prompt: Prompt, method: Method) -> float:
     """Share of a trimmed prefill's kernel time (on a CPU: of its time) that is st3's own work."""
-    ranges = probed(as_range) if method.own_engine else nullcontext()
-    with ranges, method.attach(model, prompt):
+    with method.attach(model, prompt), observed(model, Ranges()):
         prefill(model, prompt)
         with _profiler(prompt) as profiler:
             prefill(model, prompt)

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from st3.engine import Trimmer
 from st3.models.places import Place
 from st3.tools.common.images import open_image
 from st3.tools.see.watch import Prompt, Watch
+from st3.trimmer import Trimmer
 
 FILE = "run.json"
 VERSION = 1

@@ -8,7 +8,8 @@ output is bitwise what it is without a watcher, on a bare model and on a trimmed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -16,17 +17,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from st3.engine.append import Append
+from st3.engine.calls import AttentionCall
+from st3.engine.events import Observer, PassEvent, PromptEvent, StepEvent
+from st3.engine.kv.base import Store
 from st3.engine.masks import as_bool
-from st3.engine.plan import Attend
-from st3.engine.prefill import Prefill
-from st3.engine.trimmer import MODEL_ATTRIBUTE, Trimmer
+from st3.engine.prompt import Block
 from st3.errors import TrimStateError, UnsupportedModelError
-from st3.hf.attention import ATTRIBUTE, LayerHandle, base_attention, registered
-from st3.hf.call import cache_in
-from st3.hf.hooks import Hooks
 from st3.methods.scores import LayerView
-from st3.models import VisualTokens, family_of, find_parts
+from st3.models import find_parts
+from st3.trimmer import Trimmer, trim, trimmer_of
 
 ONE_ROW = (
     "a watched model runs one prompt with an image at a time, without padding, beams or copies"
@@ -70,7 +69,7 @@ class Listener(Protocol):
         """All layers of a pass have been heard."""
 
 
-class Watch:
+class Watch(Observer):
     """Attaches a listener to a model, trimmed or not, for the length of a ``with`` block.
 
     Raises:
@@ -79,52 +78,29 @@ class Watch:
             a pass, if it is not of one unpadded row.
     """
 
+    attends = True
+
     def __init__(self, model: nn.Module, listener: Listener) -> None:
-        family_of(model)
         self.model = model
         self.listener = listener
         self.parts = find_parts(model)
         self.count = len(self.parts.layers)
         self.current: Prompt | None = None
-        self._trimmer: Trimmer | None = None
-        self._own_visual: VisualTokens | None = None
-        self._hooks = Hooks()
-        self._stored: dict[int, Tensor] = {}
+        self._stack = ExitStack()
+        self._stored: dict[int, Tensor] = {}  # by layer: columns in the cache's order
+        self._stores: Mapping[int, Store] = {}
         self._ranges: dict[int, Tensor] = {}
         self._step = 0
-        self._mask: Any = None
         self._listening = False
 
     # Life cycle -------------------------------------------------------------------------------
 
     def __enter__(self) -> Watch:
-        self._trimmer = self.model.__dict__.get(MODEL_ATTRIBUTE)
-        before = [module.__dict__.get(ATTRIBUTE) for module in self.parts.attentions]
-        if any(isinstance(handle, _Spy) for handle in before):
-            raise TrimStateError("this model is being watched already")
-        if self._trimmer is not None and (
-            self._trimmer.compile_decode or self._trimmer.policy.rerank
-        ):
-            raise TrimStateError(
-                "a run that decodes compiled, or ranks tokens anew while it decodes, cannot be "
-                "watched: leave out compile_decode, and rerank_every, recall_every or dycoke"
-            )
-        text, inner, hooks = self.parts.text, self.parts.inner, self._hooks
-        attention = text.config._attn_implementation or "eager"
-        if before[0] is None:  # not trimmed, or by a policy that touches nothing
-            name = registered(attention)
-            configs = {id(m.config): m.config for m in (text, *self.parts.attentions)}
-            for config in configs.values():
-                hooks.assign(config, "_attn_implementation", name)
-        for index, module in enumerate(self.parts.attentions):
-            handle = before[index] or LayerHandle(index, base_attention(attention, module))
-            hooks.replace(module, ATTRIBUTE, _Spy(self, handle))
-        if self._trimmer is None:
-            self._own_visual = VisualTokens(self.model, inner)
-            self._own_visual.listen(hooks)
-        hooks.before(inner, self._on_inner)
-        hooks.before(text, self._on_text)
-        hooks.after(text, self._after_text)
+        trimmer = trimmer_of(self.model)
+        if trimmer is None:
+            trimmer = self._stack.enter_context(trim(self.model, "none"))
+        _check(trimmer)
+        self._stack.enter_context(trimmer.observe(self))
         return self
 
     def __exit__(
@@ -133,83 +109,72 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._hooks.restore()
-        self._own_visual = None
+        self._stack.close()
         self._stored.clear()
         self._ranges.clear()
-        self.current = self._trimmer = self._mask = None
+        self._stores = {}
+        self.current = None
 
-    # Passes -----------------------------------------------------------------------------------
+    # What the engine tells --------------------------------------------------------------------
 
-    def _on_inner(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._mask = kwargs.get("attention_mask")
-        if self._own_visual is not None:
-            self._own_visual.begin(kwargs)
+    def prompt(self, event: PromptEvent) -> None:
+        rows, block = event.rows, event.block
+        if event.past or rows.batch != 1 or rows.tail or block.valid is not None:
+            raise TrimStateError(ONE_ROW)
+        self.current = Prompt(rows.length, block.visual[0].nonzero().flatten())
+        self._stored.clear()
+        self._stores = {}
+        self._step, self._listening = 0, True
+        self.listener.prompt(self.current)
 
-    def _on_text(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._listening = False
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is None:
+    def step(self, event: StepEvent) -> None:
+        if self.current is None:
             return
-        cache = cache_in(kwargs)
-        past = cache.get_seq_length() if cache is not None else 0
-        listened = self._own_visual or (self._trimmer and self._trimmer._director.visual)
-        mask = listened.mask if listened else None
-        if mask is not None and bool(mask.any()):
-            if past or len(mask) != 1 or not self._whole():
-                raise TrimStateError(ONE_ROW)
-            visual = mask[0].clone()
-            visual[-1] = False  # the engine never counts a prompt's very last token
-            self.current = Prompt(embeds.shape[1], visual.nonzero().flatten().to(embeds.device))
-            self._stored.clear()
-            self._step, self._listening = 0, True
-            self.listener.prompt(self.current)
-        elif self.current is not None and past:
-            if embeds.shape[0] != 1 or embeds.shape[1] != 1:
-                raise TrimStateError(ONE_ROW)
-            self._step, self._listening = past - self.current.length + 1, True
+        if event.rows != 1 or event.tokens != 1:
+            raise TrimStateError(ONE_ROW)
+        self._stores = event.stores
+        self._step, self._listening = event.past - self.current.length + 1, True
 
-    def _whole(self) -> bool:
-        mask = self._mask
-        return not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all())
+    def text_prompt(self) -> None:
+        self.current = None
 
-    def _after_text(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def written(self, layer: int, columns: Tensor) -> None:
+        self._stored[layer] = columns[0]
+
+    @torch.no_grad()
+    def attention(self, layer: int, call: AttentionCall, block: Block | None) -> None:
+        """Hand the attention of a layer's last row to the listener."""
+        prompt = self.current
+        if not self._listening or prompt is None:
+            return
+        end = prompt.length + self._step  # of the untrimmed sequence, the new token included
+        store = self._stores.get(layer)
+        if block is not None and block.index is not None:
+            columns = block.index[0]
+        elif store is None:
+            columns = self._columns(end, call.key)
+        else:
+            columns = self._stored_columns(store, end, call.key.device)
+        valid = self._valid(layer, call.mask, columns, end)
+        attention = last_row(layer, call.query, call.key, call.given, valid)
+        self.listener.layer(layer, attention, columns)
+
+    def passed(self, event: PassEvent) -> None:
         if self._listening:
             self._listening = False
             self._ranges.clear()
             self.listener.done(self._step)
 
-    # Layers -----------------------------------------------------------------------------------
+    # Columns ----------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def see(
-        self, handle: LayerHandle, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
-    ) -> None:
-        """Hand the attention of a layer's last row to the listener."""
-        prompt = self.current
-        if not self._listening or prompt is None:
-            return
-        layer, inside = handle.layer, handle.current
-        end = prompt.length + self._step  # of the untrimmed sequence, the new token included
-        if isinstance(inside, Prefill):
-            columns = inside.block.source_columns()[0]
-        elif isinstance(inside, Append):
-            past = inside.cache[layer]
-            first = min(past.row_starts(self._step))
-            if past.window is None:
-                stored, new = self._stored[layer][first:], end - prompt.length
-            else:  # which may have given up text since
-                new = query.shape[2]
-                stored = past.positions(first)[0, :-new]
-            appended = torch.arange(end - new, end, device=key.device)
-            columns = torch.cat([stored.to(key.device), appended])
-        elif inside is not None:  # joined rows, compiled steps
-            raise TrimStateError(ONE_ROW)
-        else:
-            columns = self._columns(end, key)
-        valid = self._valid(layer, mask, columns, end)
-        attention = last_row(layer, query, key, kwargs, valid)
-        self.listener.layer(layer, attention, columns)
+    def _stored_columns(self, store: Store, end: int, device: torch.device) -> Tensor:
+        """The untrimmed sequence's columns of what a trimmed layer's step sees."""
+        first = min(store.row_starts(self._step))
+        if store.window is not None:  # it may have evicted text since
+            return store.positions(first)[0].to(device)
+        prompt = self._stored[store.layer]
+        appended = torch.arange(end - (store.end - len(prompt)), end, device=device)
+        return torch.cat([prompt[first:].to(device), appended])
 
     def _valid(self, layer: int, mask: Any, columns: Tensor, end: int) -> Tensor | None:
         """[1, K] bool, the keys that the last query sees; None when it sees them all."""
@@ -228,61 +193,21 @@ class Watch:
             found = self._ranges[first] = torch.arange(first, end, device=key.device)
         return found
 
-    def note_order(self, handle: LayerHandle) -> None:
-        """Note in which order a trimmed layer is given the prompt, at the end of the pass."""
-        inside = handle.current
-        if not self._listening or not isinstance(inside, Prefill) or inside.cache is None:
-            return
-        held = inside.cache[handle.layer]
-
-        def noted(
-            order: Callable[[], Tensor | None], positions: Tensor, *rest: Any, **more: Any
-        ) -> None:
-            del held.__dict__["store"]
-            found = order()
-            stored = positions if found is None else positions.gather(1, found)
-            self._stored[handle.layer] = stored[0]
-            held.store(lambda: found, positions, *rest, **more)
-
-        held.__dict__["store"] = noted
-
     def stored(self, layer: int) -> Tensor | None:
         """[M] columns of the prompt as the cache of a trimmed layer holds them: its visual tokens
-        first, those that annealing drops first standing first. None if the layer is not trimmed."""
+        first, those that annealing drops first standing first. None if the layer is not trimmed, or
+        before the first further token."""
         return self._stored.get(layer)
 
 
-class _Spy:
-    """Stands where a layer's handle stands, and is the pass to which its attention is given."""
-
-    __slots__ = ("handle", "watch")
-
-    def __init__(self, watch: Watch, handle: LayerHandle) -> None:
-        self.watch = watch
-        self.handle = handle
-
-    @property
-    def layer(self) -> int:
-        return self.handle.layer
-
-    @property
-    def base(self) -> Attend:
-        return self.handle.base
-
-    @property
-    def current(self) -> _Spy:
-        return self
-
-    def attend(
-        self, layer: int, base: Attend, module: Any, query: Tensor, key: Tensor, value: Tensor,
-        mask: Tensor | None, kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        self.watch.see(self.handle, query, key, mask, kwargs)
-        inside = self.handle.current
-        if inside is None:
-            return base(module, query, key, value, mask, **kwargs)
-        self.watch.note_order(self.handle)
-        return inside.attend(layer, base, module, query, key, value, mask, kwargs)
+def _check(trimmer: Trimmer) -> None:
+    if trimmer.observers(Watch):
+        raise TrimStateError("this model is being watched already")
+    if trimmer.compile_decode or trimmer.policy.rerank:
+        raise TrimStateError(
+            "a run that decodes compiled, or ranks tokens anew while it decodes, cannot be "
+            "watched: leave out compile_decode, and rerank_every, recall_every or dycoke"
+        )
 
 
 def last_row(

@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
-from st3.engine import Trimmer
-from st3.engine.cache import TrimmedLayer
-from st3.engine.clock import Clock
-from st3.engine.rows import JoinedLayer, Part, Row, part_of, visible_counts
+from st3.engine.kv.joined import (
+    JoinedSequence,
+    JoinedStore,
+    SequenceEntries,
+    entries_of,
+    plain_entries,
+    visible_counts,
+)
+from st3.engine.kv.store import KVStore
+from st3.engine.kv.timeline import Timeline
+from st3.hf.cache import JoinedCache, stores_of
 from st3.hf.call import CACHE, cache_of
+from st3.trimmer import Trimmer
 
 
 @dataclass
@@ -22,14 +29,14 @@ class Prefilled:
     """A prompt that has run through the model.
 
     Attributes:
-        row: its clock.
-        parts: its KV entries, by layer; taken out one by one when it joins a batch.
+        sequence: its own time.
+        entries: its KV entries, by layer; taken out one by one when it joins a batch.
         logits: of its first token, [V] float32.
         visual: its visual tokens.
     """
 
-    row: Row
-    parts: list[Part | None]
+    sequence: JoinedSequence
+    entries: list[SequenceEntries | None]
     logits: Tensor
     visual: int
 
@@ -62,19 +69,22 @@ def prefill(model: Any, inputs: Mapping[str, Any], trimmer: Trimmer) -> Prefille
         hook.remove()
     cache = cache_of(out)
     prompt = int(cache.get_seq_length())
-    first = cache.layers[0]
-    budgets = first.images[0] if isinstance(first, TrimmedLayer) else ()
-    row = Row(
+    stores = stores_of(cache)
+    budgets = next(iter(stores.values())).rows[0].budgets if stores else ()
+    sequence = JoinedSequence(
         counts=visible_counts(trimmer.schedule, budgets),
         prompt=prompt,
         position=_next_position(positions[0], prompt),
         rerank=trimmer.policy.rerank if budgets else None,
     )
-    parts: list[Part | None] = [
-        part_of(layer, prompt, window)
-        for layer, window in zip(cache.layers, trimmer.parts.windows, strict=False)
-    ]
-    return Prefilled(row, parts, out.logits[0][0].float(), sum(budgets))
+    entries: list[SequenceEntries | None] = []
+    for index, window in enumerate(trimmer.parts.windows):
+        store, layer = stores.get(index), cache.layers[index]
+        if isinstance(store, KVStore):
+            entries.append(entries_of(store))
+        else:
+            entries.append(plain_entries(layer.keys, layer.values, prompt, window))
+    return Prefilled(sequence, entries, out.logits[0][0].float(), sum(budgets))
 
 
 def _next_position(prompt_positions: Tensor | None, prompt: int) -> tuple[int, ...]:
@@ -91,13 +101,12 @@ class JoinedBatch:
     def __init__(self, model: Any, windows: Sequence[int | None]) -> None:
         self.model = model
         self.windows = tuple(windows)
-        self.rows: list[Row] = []
-        self.cache = DynamicCache()
-        self.cache.layers = []
+        self.rows: list[JoinedSequence] = []
+        self.cache = JoinedCache()
 
     @property
-    def layers(self) -> list[JoinedLayer]:
-        return self.cache.layers
+    def layers(self) -> list[JoinedStore]:
+        return self.cache.joined
 
     @property
     def allocated_bytes(self) -> int:
@@ -123,15 +132,15 @@ class JoinedBatch:
         for index, layer in enumerate(self.layers):
             if limits is not None and layer.capacity > limits[index]:
                 return False
-            parts = [prompt.parts[index] for prompt in new]
-            if any(part is None or part.columns > layer.width for part in parts):
+            entries = [prompt.entries[index] for prompt in new]
+            if any(one is None or one.columns > layer.width for one in entries):
                 return False
         return True
 
     def _exchange(self, places: Sequence[int], new: Sequence[Prefilled]) -> None:
         """Newcomers take the places of those who leave: no other row is copied."""
         for place, prompt in zip(places, new, strict=True):
-            self.rows[place] = prompt.row
+            self.rows[place] = prompt.sequence
         for index, layer in enumerate(self.layers):
             for place, prompt in zip(places, new, strict=True):
                 layer.place(place, _take(prompt, index))
@@ -141,19 +150,19 @@ class JoinedBatch:
         """Copy who stays and who comes into fresh buffers, one layer at a time; what annealing
         released is left behind."""
         stay = [index for index in range(len(self.rows)) if index not in leaving]
-        rows = [self.rows[index] for index in stay] + [prompt.row for prompt in new]
-        if not rows:
-            self.cache.layers = []
-        clock = Clock()
+        rows = [self.rows[index] for index in stay] + [prompt.sequence for prompt in new]
+        timeline = Timeline()
+        before = self.layers
+        self.cache.joined = []
         for index, window in enumerate(self.windows if rows else ()):
-            parts = [self.layers[index].part(row) for row in stay]
-            parts += [_take(prompt, index) for prompt in new]
-            fresh = JoinedLayer(index, rows, clock, window)
-            fresh.fill(parts)
-            if index < len(self.layers):
-                self.layers[index] = fresh
-            else:
-                self.layers.append(fresh)
+            entries = [before[index].entries(row) for row in stay]
+            entries += [_take(prompt, index) for prompt in new]
+            fresh = JoinedStore(index, rows, timeline, window)
+            fresh.fill(entries)
+            del entries
+            if index < len(before):
+                before[index].reset()
+            self.cache.add(fresh)
         self.rows = rows
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -185,9 +194,9 @@ class JoinedBatch:
         return positions if size == 1 else positions.T[..., None]
 
 
-def _take(prompt: Prefilled, layer: int) -> Part:
-    """A layer's part, which the prompt then lets go of."""
-    part, prompt.parts[layer] = prompt.parts[layer], None
-    if part is None:
+def _take(prompt: Prefilled, layer: int) -> SequenceEntries:
+    """A layer's entries, which the prompt then lets go of."""
+    entries, prompt.entries[layer] = prompt.entries[layer], None
+    if entries is None:
         raise RuntimeError("this prompt has joined a batch already")
-    return part
+    return entries

@@ -13,8 +13,8 @@ from typing import Any
 
 from st3.cost import TextDims
 from st3.cost.kv import bytes_per_value
-from st3.engine.layout import capacity_for
-from st3.engine.rows import VisibleCounts
+from st3.engine.kv.joined import VisibleCounts
+from st3.engine.kv.layout import capacity_for
 from st3.hf.call import cache_of
 
 Columns = tuple[int, ...]

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Any
 
-from st3.engine import Trimmer
-from st3.engine.rows import visible_counts
+from st3.engine.kv.joined import visible_counts
 from st3.methods import DEFAULT_POLICY
 from st3.methods.policies import parse
 from st3.tools.common.memory import available_bytes
@@ -20,6 +19,7 @@ from st3.tools.serve.prompt import Prompts
 from st3.tools.serve.sampling import Sampling, check_generation_config
 from st3.tools.serve.scheduler import Scheduler
 from st3.tools.serve.ticket import Event, Failed, Finished, Listener, Request, Ticket
+from st3.trimmer import Trimmer
 
 
 class Engine:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from st3.engine import Trimmer
 from st3.errors import UnsupportedModelError
 from st3.tools.serve.batch import JoinedBatch, Prefilled, prefill
 from st3.tools.serve.budget import Budget, columns_at_peak
@@ -22,6 +21,7 @@ from st3.tools.serve.lane import Lane, Stats
 from st3.tools.serve.sampling import Sampler
 from st3.tools.serve.text import TextStream
 from st3.tools.serve.ticket import Request, Ticket
+from st3.trimmer import Trimmer
 
 log = logging.getLogger("st3.tools.serve")
 
@@ -177,7 +177,7 @@ class Scheduler:
 
     def _open(self, ticket: Ticket, prompt: Prefilled) -> None:
         """What a ticket needs to take tokens."""
-        request, row = ticket.request, prompt.row
+        request, row = ticket.request, prompt.sequence
         ticket.row, ticket.visual = row, prompt.visual
         ids = request.inputs["input_ids"][0].tolist()
         ticket.sampler = Sampler(request.sampling, self.model.generation_config, ids)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from st3.engine.rows import Row
+from st3.engine.kv.joined import JoinedSequence
 from st3.tools.serve.budget import Columns
 from st3.tools.serve.errors import ServeError
 from st3.tools.serve.sampling import Sampler, Sampling
@@ -101,7 +101,7 @@ class Ticket:
         self.tokens: list[int] = []
         self.columns = request.columns
         self.visual = request.visual_tokens
-        self.row: Row | None = None
+        self.row: JoinedSequence | None = None
         self.sampler: Sampler | None = None
         self.text: TextStream | None = None
         self._listener = listener
@@ -169,6 +169,6 @@ class Ticket:
         )
 
 
-def _mean_share(row: Row) -> float:
+def _mean_share(row: JoinedSequence) -> float:
     kept, visual = row.counts.at(0), sum(row.counts.budgets)
     return sum(kept) / (len(kept) * visual) if visual else 1.0

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from st3.engine import trim
 from st3.methods.policies import VTW
+from st3.trimmer import trim
 
 
 @dataclass(frozen=True)

@@ -7,27 +7,9 @@ Either way a buffer is a tensor of the former shape; only its strides differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from st3.engine.columns import gather_columns
-
-
-@dataclass
-class Unfiled:
-    """A prompt's keys and values as the model made them, [B, KV heads, N, head size].
-
-    Attributes:
-        order: gives the columns in cache order [B, width], or None when they stand so.
-        positions: original columns [B, N].
-    """
-
-    key: Tensor
-    value: Tensor
-    order: Callable[[], Tensor | None]
-    positions: Tensor
+from st3.engine.select import gather_columns
 
 
 def is_lean(*tensors: Tensor) -> bool:

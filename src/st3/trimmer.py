@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
-from st3.engine import static
-from st3.engine.director import Director
+from st3.engine import compiled
+from st3.engine.events import Events, Observer
+from st3.engine.kv.store import KVStore
 from st3.engine.masks import kind_of
 from st3.engine.parallel import head_group
-from st3.engine.plan import Plan, Setup
+from st3.engine.plan import Plan
+from st3.engine.session import Session
 from st3.errors import TrimStateError, UnsupportedModelError
-from st3.hf.attention import ATTRIBUTE, LayerHandle, base_attention, registered
+from st3.hf.attach import Attachment, check_generation
+from st3.hf.attention import attention_of
+from st3.hf.cache import stores_of
+from st3.hf.check import check
 from st3.hf.hooks import Hooks
 from st3.methods import DEFAULT_POLICY
 from st3.methods.policies import Policy, parse
 from st3.methods.scores import needs_of, stage_of
 from st3.models.families import family_of
-from st3.report import Report
+from st3.report import Report, Reporter
 
 MODEL_ATTRIBUTE = "_st3_trimmer"
 
@@ -31,7 +38,7 @@ class Trimmer:
     Made by :func:`st3.trim`, which documents the arguments.
 
     Attributes:
-        policy, schedule: what is dropped.
+        schedule: what the policy keeps on this model.
         family, parts: what it is dropped from.
         touches: whether anything of a pass is changed; a policy that drops nothing only watches.
     """
@@ -50,9 +57,11 @@ class Trimmer:
         **options: Any,
     ) -> None:
         self.model = model
-        self.policy = parse(policy, **options)
+        self._policy = parse(policy, **options)
         self.per_image = per_image
+        self.visual_mask = visual_mask
         self.compile_decode = compile_decode
+        self.decode_bucket = decode_bucket
         self.family = family_of(model, untested)
         self.parts = self.family.parts(model)
         if per_image and self.policy.rerank:
@@ -61,30 +70,29 @@ class Trimmer:
                 "the images' own budgets"
             )
         self.schedule = self.policy.schedule(len(self.parts.layers))
-        score = self.policy.scorer()
-        if self.schedule.prunes(0) and stage_of(score) != "embeds":
+        if self.schedule.prunes(0) and stage_of(self.policy.scorer()) != "embeds":
             raise ValueError(
                 f"policy {self.policy} drops tokens before decoder layer 0, where nothing has "
                 "ranked them yet: let its schedule keep all of them in layer 0, or rank by a score "
                 "of the embeddings, such as divprune"
             )
         self.touches = self.schedule.drops or own_cache
-        self._director = Director(
-            Setup(
-                model=model,
-                parts=self.parts,
-                family=self.family,
-                policy=str(self.policy),
-                schedule=self.schedule,
-                touches=self.touches,
-                per_image=per_image,
-                visual_mask=visual_mask,
-                compile_decode=compile_decode,
-                decode_bucket=decode_bucket,
-            )
-        )
+        self._reporter = Reporter(str(self.policy), self.schedule, model.config)
+        self._events = Events()
+        self._events.add(self._reporter)
         self._hooks = Hooks()
+        self._attachment: Attachment | None = None
+        self._latest_cache: weakref.ref[Any] | None = None
         self._outer: Trimmer | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """What is dropped. Fixed: a schedule, hooks and caches are made for it."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Any) -> None:
+        raise AttributeError("a trimmer's policy is fixed: make another with st3.trim(model, ...)")
 
     # Life cycle -------------------------------------------------------------------------------
 
@@ -94,20 +102,20 @@ class Trimmer:
 
     def attach(self) -> Trimmer:
         """Start trimming. On a model that is trimmed already, this trimmer takes over until it is
-        detached.
+        detached. Changes the model instance; :meth:`detach` restores it.
 
         Raises:
             TrimStateError: if this very trimmer is attached already.
             UnsupportedModelError: if the model's present settings cannot be trimmed.
         """
-        outer: Trimmer | None = self.model.__dict__.get(MODEL_ATTRIBUTE)
+        outer = trimmer_of(self.model)
         if self._is_below(outer):
             raise TrimStateError("this trimmer is attached already: detach() it first")
         if outer is not None:
             outer._unhook()
         try:
             if self.touches:
-                self._check_settings(self._attention())
+                self._check_settings()
             self._hook()
         except Exception:
             self._unhook()
@@ -115,7 +123,6 @@ class Trimmer:
                 outer._hook()
             raise
         self._outer = outer
-        self.model.__dict__[MODEL_ATTRIBUTE] = self
         return self
 
     def detach(self) -> None:
@@ -124,7 +131,7 @@ class Trimmer:
         Raises:
             TrimStateError: if another trimmer was attached on top and is still there.
         """
-        current = self.model.__dict__.get(MODEL_ATTRIBUTE)
+        current = trimmer_of(self.model)
         if current is not self:
             if self._is_below(current):
                 raise TrimStateError(
@@ -132,10 +139,8 @@ class Trimmer:
                 )
             return
         self._unhook()
-        del self.model.__dict__[MODEL_ATTRIBUTE]
         if self._outer is not None:
             self._outer._hook()
-            self.model.__dict__[MODEL_ATTRIBUTE] = self._outer
             self._outer = None
 
     def _is_below(self, other: Trimmer | None) -> bool:
@@ -156,69 +161,47 @@ class Trimmer:
     ) -> None:
         self.detach()
 
-    def _attention(self) -> str:
-        return self.parts.text.config._attn_implementation or "eager"
-
     def _hook(self) -> None:
-        text, inner, director = self.parts.text, self.parts.inner, self._director
-        attention = self._attention()
+        plan = self._plan()
+        bucket = None
+        if self.compile_decode is not None and self.touches:
+            compiled.check(plan)
+            bucket = self.decode_bucket
+        session = Session(plan, self.touches, bucket, self._events)
+        self._attachment = Attachment(
+            self.model, self.family, self.parts, session, self.visual_mask, self.compile_decode
+        )
+        self._hooks.replace(self.model, MODEL_ATTRIBUTE, self)
+        self._attachment.install(self._hooks)
+        for module in (self.model, self.parts.inner, self.parts.text):
+            self._hooks.copies_clean(module)
+
+    def _plan(self) -> Plan:
         score = self.policy.scorer()
         rotary = self.touches and "rotary" in needs_of(score)
-        director.plan = Plan(
+        return Plan(
             schedule=self.schedule,
             score=score,
             rerank=self.policy.rerank,
             recalls=self.policy.recalls,
             unrotate=self.family.inverse_rotation(self.parts) if rotary else None,
-            kind=kind_of(attention),
+            kind=kind_of(attention_of(self.parts.text.config)),
             windows=self.parts.windows,
             per_image=self.per_image,
             ranks=head_group(self.parts.attentions[0]),
         )
-        if self.touches:
-            self._hook_layers(attention)
-        for module, hook in (
-            (self.model, director.on_model),
-            (inner, director.on_inner),
-            (text, director.on_text),
-        ):
-            self._hooks.before(module, hook)
-        self._hooks.after(text, director.after_text)
-        director.listen(self._hooks)
-
-    def _hook_layers(self, attention: str) -> None:
-        text, director = self.parts.text, self._director
-        name = registered(attention)
-        handles = [
-            LayerHandle(i, base_attention(attention, module))
-            for i, module in enumerate(self.parts.attentions)
-        ]
-        for module, handle in zip(self.parts.attentions, handles, strict=True):
-            self._hooks.replace(module, ATTRIBUTE, handle)
-        director.handles = tuple(handles)
-        configs = {id(m.config): m.config for m in (text, *self.parts.attentions)}
-        for config in configs.values():
-            self._hooks.assign(config, "_attn_implementation", name)
-        for index, layer in enumerate(self.parts.layers):
-            self._hooks.before(layer, director.layer_hook(index))
-        if self.compile_decode:
-            static.check(director.plan)
-            compiled = static.compile_text(text.forward, self.compile_decode)
-            self._hooks.replace(text, "forward", director.forward(text.forward, compiled))
-        prefill: Any = getattr(self.model, "_prefill", None)
-        if prefill is not None:
-            self._hooks.replace(self.model, "_prefill", _whole(prefill))
-        if hasattr(text, "_deepstack_process"):
-            process = director.deepstack(text._deepstack_process)
-            self._hooks.replace(text, "_deepstack_process", process)
 
     def _unhook(self) -> None:
         self._hooks.restore()
-        self._director.release()
+        if self._attachment is not None:
+            self._latest_cache = self._attachment.latest_cache or self._latest_cache
+            self._attachment.release()
+            self._attachment = None
 
-    def _check_settings(self, attention: str) -> None:
-        _check_whole(getattr(self.model, "generation_config", None))
-        if "flash" in attention and any(self.parts.windows):
+    def _check_settings(self) -> None:
+        check(self.parts)
+        check_generation(getattr(self.model, "generation_config", None))
+        if "flash" in attention_of(self.parts.text.config) and any(self.parts.windows):
             raise UnsupportedModelError(
                 "flash attention counts a sliding window in stored tokens, which trimming shifts: "
                 "load this model with attn_implementation='sdpa'"
@@ -231,37 +214,64 @@ class Trimmer:
         """The :class:`~st3.Report` of the latest generate() or forward() with an image.
 
         Raises:
-            TrimStateError: if there was none yet.
+            TrimStateError: if there was none yet, or if the latest prompt had no image.
         """
-        if self._director.report is None:
-            raise TrimStateError("nothing to report yet: run the model on a prompt with an image")
-        return self._director.report
+        return self._reporter.report
+
+    @contextmanager
+    def observe(self, observer: Observer) -> Iterator[None]:
+        """Let ``observer`` look in while in the block. The trimmer must be attached, and no pass
+        under way.
+
+        Raises:
+            TrimStateError: if the trimmer is not attached.
+        """
+        if not self.attached:
+            raise TrimStateError("only an attached trimmer can be observed: attach() it first")
+        before = self._events.attends
+        self._events.add(observer)
+        try:
+            self._hook_again(before)
+            yield
+        finally:
+            before = self._events.attends
+            self._events.remove(observer)
+            if self.attached:
+                self._hook_again(before)
+
+    def observers(self, kind: type[Observer]) -> list[Observer]:
+        """The observers of a kind that look in now."""
+        return [observer for observer in self._events.observers if isinstance(observer, kind)]
+
+    def _hook_again(self, before: bool) -> None:
+        """Put attention hooks on, or take them off, where nothing but an observer wants them."""
+        if not self.touches and before != self._events.attends:
+            self._unhook()
+            self._hook()
 
     def compact(self) -> int:
-        """Free the KV entries that annealing has released, of the latest cache.
+        """Free the KV entries that annealing has released, of the latest cache. Changes that cache:
+        it cannot be cropped behind what is freed.
 
         Returns:
             the bytes freed.
         """
-        return self._director.compact()
+        if self._attachment is not None:
+            self._latest_cache = self._attachment.latest_cache or self._latest_cache
+        latest = self._latest_cache() if self._latest_cache is not None else None
+        stores = stores_of(latest).values()
+        own = [store for store in stores if isinstance(store, KVStore)]
+        before = sum(store.footprint()[1] for store in own)
+        for store in own:
+            store.compact()
+        self._reporter.sample(own)
+        return before - sum(store.footprint()[1] for store in own)
 
 
-def _check_whole(generation_config: Any) -> None:
-    if getattr(generation_config, "prefill_chunk_size", None) is not None:
-        raise UnsupportedModelError(
-            "chunked prefill is not supported: a chunk does not see the prompt's last token. "
-            "Set prefill_chunk_size to None, also in the model's generation_config"
-        )
-
-
-def _whole(prefill: Callable[..., Any]) -> Callable[..., Any]:
-    """generate()'s prefill, which is told only there that prompts shall come in chunks."""
-
-    def checked(input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_whole(generation_config)
-        return prefill(input_ids, generation_config, *args, **kwargs)
-
-    return checked
+def trimmer_of(model: nn.Module) -> Trimmer | None:
+    """The trimmer that is attached to a model, or None."""
+    found: Trimmer | None = model.__dict__.get(MODEL_ATTRIBUTE)
+    return found
 
 
 def trim(

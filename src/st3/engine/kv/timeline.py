@@ -15,7 +15,7 @@ class Phase(Enum):
 
 
 @dataclass
-class Clock:
+class Timeline:
     """Shared by the layers of one cache: logical time, as if nothing had been trimmed.
 
     Attributes:

@@ -1,0 +1,125 @@
+"""What a model hands to the engine, and gets back: tensors, without the model's own names for them.
+
+:mod:`st3.hf` reads these from transformers' calls and writes them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from st3.engine.kv.base import Store
+from st3.engine.kv.store import KVStore
+
+
+class Cache(Protocol):
+    """The KV cache of a call."""
+
+    @property
+    def length(self) -> int:
+        """Logical length of what it holds."""
+        ...
+
+    @property
+    def stores(self) -> dict[int, Store]:
+        """The engine's stores in it, by decoder layer; none in an untrimmed cache."""
+        ...
+
+    def entry_bytes(self) -> tuple[int, ...]:
+        """Bytes of one KV entry in each layer that holds any."""
+        ...
+
+    def install(self, make: Callable[[int], KVStore]) -> dict[int, KVStore]:
+        """Put stores in the place of the cache's own layers; they take over what is there."""
+        ...
+
+
+@dataclass
+class Chunk:
+    """A forward pass of the text model.
+
+    Attributes:
+        embeds: [B, T, hidden size].
+        attention_mask: [B, past + T] or None.
+        visual: [B, T] bool, the visual tokens among them; None if there are none.
+        sizes: tokens of each image, in order, as the encoder made them; empty if unknown.
+        grids: (rows, columns) of each image, or None for one that is no grid; empty if unknown.
+        candidates: trailing tokens of the pass that assisted decoding puts up for a check.
+        cache: the KV cache, or None.
+        past: logical length of the cache before the pass.
+        tower: gives what the vision tower's class token attends to, [B, T], for visual tokens
+            [B, T] bool.
+    """
+
+    embeds: Tensor
+    attention_mask: Tensor | None = None
+    visual: Tensor | None = None
+    sizes: Sequence[int] = ()
+    grids: Sequence[tuple[int, int] | None] = ()
+    candidates: int = 0
+    cache: Cache | None = None
+    past: int = 0
+    tower: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Columns of the pass."""
+        return int(self.embeds.shape[1])
+
+
+@dataclass
+class LayerInputs:
+    """What a decoder layer is given. A pass changes it in place.
+
+    Attributes:
+        hidden: [B, N, hidden size].
+        mask: the attention mask in the form of the model's kernel, or None.
+        tables: position tables, or None.
+        others: further tensors by name.
+        changed: whether anything but ``hidden`` was changed.
+    """
+
+    hidden: Tensor
+    mask: Any = None
+    tables: Any = None
+    others: dict[str, Tensor] = field(default_factory=dict)
+    changed: bool = False
+
+
+@dataclass
+class AttentionCall:
+    """A call of a decoder layer's attention function.
+
+    Attributes:
+        base: the model's own function.
+        query: [B, heads, Q, size]; key, value: [B, KV heads, K, size]; all after RoPE.
+        given: its keyword arguments, ``scaling`` and ``softcap`` among them.
+    """
+
+    base: Callable[..., tuple[Tensor, Tensor | None]]
+    module: Any
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    given: dict[str, Any]
+
+    def run(self) -> tuple[Tensor, Tensor | None]:
+        """[B, Q, heads, size], and whatever else the function gives."""
+        return self.base(self.module, self.query, self.key, self.value, self.mask, **self.given)
+
+
+class Pass(Protocol):
+    """A forward pass of the text model under way."""
+
+    def enter(self, layer: int, inputs: LayerInputs) -> None:
+        """A decoder layer is about to run: change what it is given."""
+
+    def attend(self, layer: int, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """Run a decoder layer's attention."""
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """All layers have run: [B, N, hidden size] in, [B, T, hidden size] out."""

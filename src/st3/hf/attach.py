@@ -1,0 +1,321 @@
+"""Puts a session on a model: which hooks, and what each reads of a call and writes back."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from st3.engine.calls import Chunk
+from st3.engine.prefill import Prefill
+from st3.engine.select import block_features
+from st3.engine.session import Session
+from st3.errors import UnsupportedModelError
+from st3.hf import call
+from st3.hf.attention import ATTRIBUTE, LayerHandle, attention_of, base_attention, registered
+from st3.hf.cache import CacheSeam, new_cache
+from st3.hf.compile import compiled_forward
+from st3.hf.hooks import Hooks
+from st3.models.families import Family, Parts
+
+NO_CACHE = (
+    "generate(use_cache=False) prunes the whole sequence anew at each step, by its newest token, "
+    "and can anneal nothing: leave use_cache at True"
+)
+
+
+class Attachment:
+    """A session's hooks on a model.
+
+    Passes run one at a time, from whatever thread they come: a second one waits for the first, so
+    that answers are those that each thread gets alone.
+
+    Args:
+        visual_mask: [B, T] bool, which tokens are visual, for prompts whose model does not say.
+        compile_decode: a mode of torch.compile or its keyword arguments; None not to compile.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        family: Family,
+        parts: Parts,
+        session: Session,
+        visual_mask: Tensor | None = None,
+        compile_decode: str | dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.family, self.parts, self.session = model, family, parts, session
+        self.visual_mask, self.compile_decode = visual_mask, compile_decode
+        self.visual = family.visual_tokens(model, parts)
+        self.latest_cache: weakref.ref[Any] | None = None
+        self._lock = threading.RLock()
+        self._tower: Any = None
+        self._attention_mask: Any = None
+        self._logits_to_keep: Any = 0
+        self._checks_candidates = False
+
+    def install(self, hooks: Hooks) -> None:
+        """Put everything on the model; ``hooks`` takes it off again."""
+        session, parts = self.session, self.parts
+        if session.touches or session.events.attends:
+            self._install_layers(hooks)
+        if session.touches:
+            self._install_generation(hooks)
+        if hasattr(self.model, "_get_candidate_generator"):
+            make = self._candidate_generator(self.model._get_candidate_generator)
+            hooks.replace(self.model, "_get_candidate_generator", make)
+        self.visual.listen(hooks)
+        if session.touches and "tower" in session.plan.needs:
+            self._tower = self.family.class_attention(self.model, parts)
+            self._tower.listen(hooks)
+        for module, before in (
+            (self.model, self._on_model),
+            (parts.inner, self._on_inner),
+            (parts.text, self._on_text),
+        ):
+            hooks.before(module, self._locked(before))
+            hooks.always_after(module, self._unlock)
+        hooks.after(parts.text, self._after_text)
+
+    def release(self) -> None:
+        """Let go of what was heard."""
+        self._tower = None
+        self.session.abandon()
+        self.visual.end()
+
+    # One thread at a time -----------------------------------------------------------------------
+
+    def _locked(self, before: Callable[..., Any]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._lock.acquire()
+            return before(module, args, kwargs)
+
+        return hook
+
+    def _unlock(self, *call: Any) -> None:
+        self._lock.release()
+
+    # Hooks --------------------------------------------------------------------------------------
+
+    def _install_layers(self, hooks: Hooks) -> None:
+        text, attentions = self.parts.text, self.parts.attentions
+        attention = attention_of(text.config)
+        name = registered(attention)
+        for index, module in enumerate(attentions):
+            handle = LayerHandle(index, base_attention(attention, module), self.session)
+            hooks.replace(module, ATTRIBUTE, handle)
+        for config in {id(m.config): m.config for m in (text, *attentions)}.values():
+            hooks.assign(config, "_attn_implementation", name)
+        for index, layer in enumerate(self.parts.layers):
+            hooks.before(layer, self._layer_hook(index))
+
+    def _install_generation(self, hooks: Hooks) -> None:
+        text = self.parts.text
+        if self.compile_decode is not None:
+            forward = compiled_forward(text.forward, self.compile_decode, self.session)
+            hooks.replace(text, "forward", forward)
+        if hasattr(self.model, "_prefill"):
+            hooks.replace(self.model, "_prefill", self._checked_prefill(self.model._prefill))
+        if hasattr(text, "_deepstack_process"):
+            hooks.replace(text, "_deepstack_process", self._deepstack(text._deepstack_process))
+
+    def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._logits_to_keep = call.arguments(module, args, kwargs).get("logits_to_keep", 0)
+
+    def _on_inner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = call.arguments(module, args, kwargs)
+        self._attention_mask = given.get("attention_mask")
+        self.visual.begin(given)
+
+    def _on_text(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The text model is about to run: tell the session."""
+        with self.session.events.span("begin"):
+            return self._begin(module, args, kwargs)
+
+    def _begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.session.abandon()
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            return None  # a text model called by itself, on token ids
+        cache = call.cache_in(kwargs)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        visual = self._visual_tokens(embeds, past)
+        if visual is not None and self.session.touches:
+            if call.is_checkpointing(module) and not past:
+                cache = None
+            elif cache is None and call.wants_cache(module, kwargs):
+                cache = new_cache(module.config)
+                kwargs = call.with_cache(kwargs, cache)
+        self.session.begin(self._chunk(embeds, visual, cache, past))
+        return args, kwargs
+
+    def _chunk(self, embeds: Tensor, visual: Tensor | None, cache: Any, past: int) -> Chunk:
+        seam = None
+        if cache is not None:
+            seam = CacheSeam(cache, len(self.parts.layers), self._pads)
+            if visual is not None:
+                self.latest_cache = weakref.ref(cache)
+                if self.session.touches and not seam.stores:
+                    seam.check()  # before the mask, which other caches bring along ready-made
+        mask = self._attention_mask
+        if visual is not None and self.session.touches:
+            mask = self._mask_2d()
+        tower = self._tower.take if self._tower is not None else None
+        return Chunk(
+            embeds,
+            attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
+            visual=visual,
+            sizes=self.visual.take_sizes() if visual is not None else (),
+            candidates=self._candidates(),
+            cache=seam,
+            past=past,
+            tower=tower,
+        )
+
+    def _mask_2d(self) -> Tensor | None:
+        try:
+            return call.mask_2d({"attention_mask": self._attention_mask})
+        except TypeError:
+            raise UnsupportedModelError(
+                "a ready-made 4D attention mask is not supported: pass the 2D attention_mask"
+            ) from None
+
+    def _pads(self, past: int, rows: int) -> list[int]:
+        """The padding of each row of an earlier turn."""
+        mask = self._attention_mask
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return [0] * rows
+        return (mask[:, :past] == 0).sum(1).tolist()
+
+    def _candidates(self) -> int:
+        """The tokens behind the prompt that assisted decoding puts up for a check."""
+        keep, checks = self._logits_to_keep, self._checks_candidates
+        self._checks_candidates = False
+        return keep - 1 if checks and isinstance(keep, int) and keep > 1 else 0
+
+    def _layer_hook(self, index: int) -> Any:
+        session = self.session
+
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            current = session.current
+            if current is None:
+                return None
+            with session.events.span("gather"):
+                inputs, named = call.layer_inputs(module, args, kwargs)
+                current.enter(index, inputs)
+                return call.layer_arguments(inputs, named)
+
+        return hook
+
+    def _after_text(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        # A later call of the text model by itself must not meet this prompt's visual tokens.
+        self.visual.end()
+        self._attention_mask, self._logits_to_keep = None, 0
+        # Gradient checkpointing runs layers again in backward: then the pass must still be there.
+        with self.session.events.span("finish"):
+            hidden = self.session.end(call.hidden_of(output), keep=torch.is_grad_enabled())
+        return call.with_hidden(output, hidden)
+
+    # Visual tokens ------------------------------------------------------------------------------
+
+    def _visual_tokens(self, embeds: Tensor, past: int) -> Tensor | None:
+        """[B, T] bool for the chunk under way, or None if it has no image."""
+        if self.visual_mask is not None and past == 0:
+            return _for_rows(self.visual_mask, embeds)
+        # No image can come behind a prompt without image arguments: candidates copied from it
+        # (prompt lookup) may be placeholders.
+        if past and not self.visual.has_image:
+            return None
+        mask = self.visual.mask
+        if mask is not None:
+            return mask.to(embeds.device)
+        if self.visual.has_image:
+            raise UnsupportedModelError(
+                f"{self.family.model_type}: the prompt has an image, but which of its tokens are "
+                "visual was not found: pass visual_mask to st3.trim()"
+            )
+        if self.visual.unknown and self.session.touches:
+            warnings.warn(
+                "st3 trims nothing: the prompt came as inputs_embeds without pixel_values, so that "
+                "its visual tokens are unknown. Pass visual_mask to st3.trim()",
+                stacklevel=2,
+            )
+        return None
+
+    # What generate() and some families need -----------------------------------------------------
+
+    def _checked_prefill(self, prefill: Callable[..., Any]) -> Callable[..., Any]:
+        """generate()'s prefill, which is told only there that prompts shall come in chunks, or
+        without a cache."""
+
+        def checked(input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+            check_generation(generation_config)
+            if generation_config.use_cache is False and self.session.plan.schedule.drops:
+                warnings.warn(f"st3: {NO_CACHE}", stacklevel=2)
+            return prefill(input_ids, generation_config, *args, **kwargs)
+
+        return checked
+
+    def _candidate_generator(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        """Assisted decoding: behind each round of candidates the model's next pass checks them, and
+        only there more than one logit to keep means candidates."""
+
+        def made(*args: Any, **kwargs: Any) -> Any:
+            generator = make(*args, **kwargs)
+            propose = generator.get_candidates
+
+            def get_candidates(*given: Any, **named: Any) -> Any:
+                found = propose(*given, **named)
+                self._checks_candidates = True
+                return found
+
+            generator.get_candidates = get_candidates
+            return generator
+
+        return made
+
+    def _deepstack(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """DeepStack (Qwen3-VL) adds image features to the first layers' outputs: give it the
+        features of the tokens that are still there."""
+
+        def process(hidden: Tensor, visual_mask: Tensor, features: Tensor) -> Tensor:
+            current = self.session.current
+            if isinstance(current, Prefill) and current.block.index is not None:
+                visual_mask, features = block_features(current.block, visual_mask, features)
+            return original(hidden, visual_mask, features)
+
+        return process
+
+
+def check_generation(generation_config: Any) -> None:
+    """Raise :class:`~st3.UnsupportedModelError` for settings that a trimmed prompt cannot have."""
+    if getattr(generation_config, "prefill_chunk_size", None) is not None:
+        raise UnsupportedModelError(
+            "chunked prefill is not supported: a chunk does not see the prompt's last token. "
+            "Set prefill_chunk_size to None, also in the model's generation_config"
+        )
+
+
+def _for_rows(mask: Tensor, embeds: Tensor) -> Tensor:
+    """The caller's visual_mask for a batch of prompts: generate() repeats each row for beams and
+    return sequences."""
+    rows, tokens = embeds.shape[:2]
+    if mask.shape[1] != tokens or rows % mask.shape[0]:
+        raise ValueError(
+            f"visual_mask is {tuple(mask.shape)}, the prompt [batch, tokens] = {(rows, tokens)}: "
+            "pass the mask of this prompt"
+        )
+    return mask.to(embeds.device).repeat_interleave(rows // mask.shape[0], dim=0)
