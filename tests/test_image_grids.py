@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from st3.engine.columns import first_block
+from st3.engine.prompt import read_prompt
 from st3.hf.hooks import Hooks
 from st3.methods.scores import score_named
 from st3.models import Encoded, Grids, config_family, families
@@ -99,7 +99,7 @@ def grids(name: str, rows: Any, copies: int = 1) -> Grids:
     hooks.restore()
     visual = family.visual_mask(model, batch).repeat_interleave(copies, dim=0)
     mask = batch["attention_mask"].repeat_interleave(copies, dim=0)
-    counted, _ = first_block(visual, mask, 0, False, heard.take_sizes())
+    counted, _ = read_prompt(visual, mask, 0, False, heard.take_sizes())
     found = ours.image_grids(model, heard.encoded, counted.images)
     for grid_row, image_row in zip(found, counted.images, strict=True):
         for grid, count in zip(grid_row, image_row, strict=True):
@@ -176,7 +176,7 @@ def test_generate_encodes_before_its_first_pass(name: str) -> None:
     assert call.tokens in ((16, 32) if name == "llava" else (12, 24))
     assert call.inputs["pixel_values"].device.type == "meta"  # shapes alone are kept
     visual = family.visual_mask(model, batch).repeat_interleave(2, dim=0)
-    rows, _ = first_block(visual, None, 0, False)
+    rows, _ = read_prompt(visual, None, 0, False)
     one = GRIDS[name][: len(GRIDS[name]) // 2]
     assert ours.image_grids(model, heard.encoded, rows.images) == (one, one)
     assert ours.image_grids(model, heard.encoded, [[5]]) == ((None,),)  # of another prompt

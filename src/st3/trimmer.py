@@ -26,7 +26,7 @@ from st3.hf.hooks import Hooks
 from st3.methods import DEFAULT_POLICY
 from st3.methods.policies import Policy, parse
 from st3.methods.scores import needs_of, stage_of
-from st3.models.families import family_of
+from st3.models import base_model, family_of
 from st3.report import Report, Reporter
 
 MODEL_ATTRIBUTE = "_st3_trimmer"
@@ -56,7 +56,7 @@ class Trimmer:
         decode_bucket: int = 256,
         **options: Any,
     ) -> None:
-        self.model = model
+        self.model: Any = base_model(model)
         self._policy = parse(policy, **options)
         self.per_image = per_image
         self.visual_mask = visual_mask
@@ -77,7 +77,7 @@ class Trimmer:
                 "of the embeddings, such as divprune"
             )
         self.touches = self.schedule.drops or own_cache
-        self._reporter = Reporter(str(self.policy), self.schedule, model.config)
+        self._reporter = Reporter(str(self.policy), self.schedule, self.model.config)
         self._events = Events()
         self._events.add(self._reporter)
         self._hooks = Hooks()
@@ -270,7 +270,7 @@ class Trimmer:
 
 def trimmer_of(model: nn.Module) -> Trimmer | None:
     """The trimmer that is attached to a model, or None."""
-    found: Trimmer | None = model.__dict__.get(MODEL_ATTRIBUTE)
+    found: Trimmer | None = base_model(model).__dict__.get(MODEL_ATTRIBUTE)
     return found
 
 

@@ -14,6 +14,9 @@ from torch import Tensor
 from st3.engine.kv.base import Store
 from st3.engine.kv.store import KVStore
 
+Images = tuple[tuple[int, ...], ...]
+Grids = tuple[tuple[tuple[int, ...] | None, ...], ...]
+
 
 class Cache(Protocol):
     """The KV cache of a call."""
@@ -46,7 +49,8 @@ class Chunk:
         attention_mask: [B, past + T] or None.
         visual: [B, T] bool, the visual tokens among them; None if there are none.
         sizes: tokens of each image, in order, as the encoder made them; empty if unknown.
-        grids: (rows, columns) of each image, or None for one that is no grid; empty if unknown.
+        grids: gives the shape of each image's tokens, see :class:`st3.engine.prompt.Rows`, for the
+            visual tokens of each image of each row. May wait for the device.
         candidates: trailing tokens of the pass that assisted decoding puts up for a check.
         cache: the KV cache, or None.
         past: logical length of the cache before the pass.
@@ -58,7 +62,7 @@ class Chunk:
     attention_mask: Tensor | None = None
     visual: Tensor | None = None
     sizes: Sequence[int] = ()
-    grids: Sequence[tuple[int, int] | None] = ()
+    grids: Callable[[Images], Grids] | None = None
     candidates: int = 0
     cache: Cache | None = None
     past: int = 0

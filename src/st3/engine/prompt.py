@@ -27,12 +27,15 @@ class Rows:
         images: for each row the number of visual tokens of each image (or video).
         n_text: for each row its other valid tokens.
         tail: trailing columns that are candidates of assisted decoding, not prompt.
+        grids: the shape of each image's tokens, (rows, columns) or (frames, rows, columns), None
+            for an image that is no grid; empty if nobody asked.
     """
 
     length: int
     images: tuple[tuple[int, ...], ...]
     n_text: tuple[int, ...]
     tail: int = 0
+    grids: tuple[tuple[tuple[int, ...] | None, ...], ...] = ()
 
     @property
     def batch(self) -> int:

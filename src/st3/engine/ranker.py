@@ -173,6 +173,7 @@ class Ranker:
             "valid": block.valid,
             "group": block.group,
             "images": self.rows.images,
+            "grids": self.rows.grids,
             "complete": block.index is None,
             "at_end": self._at_end(block),
             "prepared": _to(self._prepared, block.visual.device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 from torch import Tensor
@@ -133,7 +134,11 @@ class Session:
             mask = mask[:, -chunk.tokens :].to(chunk.embeds.device)
         tail = min(chunk.candidates, chunk.tokens - 1)
         rows, block = read_prompt(chunk.visual, mask, tail, self.plan.per_image, chunk.sizes)
-        return (rows, block) if any(rows.n_visual) else None
+        if not any(rows.n_visual):
+            return None
+        if chunk.grids is not None and "grids" in self.plan.needs:
+            rows = replace(rows, grids=chunk.grids(rows.images))
+        return rows, block
 
     def _begin_untouched(self, chunk: Chunk, prompt: tuple[Rows, Block] | None) -> None:
         if prompt is not None:

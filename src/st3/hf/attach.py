@@ -6,6 +6,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from st3.hf.attention import ATTRIBUTE, LayerHandle, attention_of, base_attentio
 from st3.hf.cache import CacheSeam, new_cache
 from st3.hf.compile import compiled_forward
 from st3.hf.hooks import Hooks
-from st3.models.families import Family, Parts
+from st3.models import Family, Parts
 
 NO_CACHE = (
     "generate(use_cache=False) prunes the whole sequence anew at each step, by its newest token, "
@@ -175,11 +176,15 @@ class Attachment:
             attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
             visual=visual,
             sizes=self.visual.take_sizes() if visual is not None else (),
+            grids=partial(self._grids, self.visual.encoded),
             candidates=self._candidates(),
             cache=seam,
             past=past,
             tower=tower,
         )
+
+    def _grids(self, encoded: Any, images: Any) -> Any:
+        return self.family.image_grids(self.model, encoded, images)
 
     def _mask_2d(self) -> Tensor | None:
         try:

@@ -12,7 +12,7 @@ import transformers
 from st3.errors import UnsupportedModelError
 from st3.hf.cache import TrimmedLayer
 from st3.hf.call import CACHE_NAMES
-from st3.models.families import Parts
+from st3.models import Parts
 
 OLDEST, NEWEST = "5.16", "5.24"  # the minor versions that the whole test suite has passed
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})

@@ -203,7 +203,7 @@ class Score(Protocol):
             cache and the drop behind it. "input": at the input of a layer, for that layer's cache
             and the drop before it. "embeds": once, at the input of layer 0, for all layers; only
             such a score can drop tokens before layer 0.
-        needs: what it asks for beyond the view's own fields: "keys", "rotary", "tower".
+        needs: what it asks for beyond the view's own fields: "keys", "grids", "rotary", "tower".
         last_row: True if of a layer's attention it reads :meth:`LayerView.last_row_logits` alone:
             where only the cache asks for it, it is taken when the first further token comes.
         prepare: a function of the :class:`TokenView` of layer 0, whose result [B, N] later views

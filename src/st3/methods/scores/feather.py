@@ -18,13 +18,13 @@ class Feather:
     """The last token's attention without RoPE; as long as no token has been dropped, the tokens of
     every ``stride``-th row and column come first.
 
-    Source: FEATHER (arXiv 2412.13180) and its code. Departure: an image whose tokens are no square
-    grid has every ``stride * stride``-th token of its order in place of a grid.
+    Source: FEATHER (arXiv 2412.13180) and its code. Departure: an image whose tokens are no grid
+    has every ``stride * stride``-th token of its order in place of a grid.
     """
 
     stride: int = 3
     name: str = "feather"
-    needs: tuple[str, ...] = ("rotary",)
+    needs: tuple[str, ...] = ("rotary", "grids")
 
     def __call__(self, view: LayerView) -> Tensor:
         attention = Attention(rotary=False)(view)

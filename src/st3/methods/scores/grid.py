@@ -13,10 +13,6 @@ from st3.methods.scores.base import Shape, Stage, TokenView
 from st3.methods.scores.registry import register
 from st3.methods.scores.uniform import even_spread
 
-# Until the engine fills in TokenView.grids: a square number of tokens is taken for a square image.
-# Wrong for an image of 18 x 32 tokens; to be removed with its use in shapes_of().
-SQUARE_IF_UNKNOWN = True
-
 
 @register
 @dataclass(frozen=True)
@@ -33,6 +29,7 @@ class Grid:
 
     name: str = "grid"
     stage: Stage = "embeds"
+    needs: tuple[str, ...] = ("grids",)
 
     def __call__(self, view: TokenView) -> Tensor:
         shapes = shapes_of(view)
@@ -58,16 +55,13 @@ def on_stride(view: TokenView, stride: int) -> Tensor:
 def shapes_of(view: TokenView) -> list[list[Shape]]:
     """For each row the shape of each image's tokens: its grid, or where there is none (count,)."""
     return [
-        [_shape(count, view.grids[row][i] if view.grids else None, bool(view.grids))
+        [_shape(count, view.grids[row][i] if view.grids else None)
          for i, count in enumerate(counts)]
         for row, counts in enumerate(view.images)
     ]  # fmt: skip
 
 
-def _shape(count: int, grid: Shape | None, known: bool) -> Shape:
-    side = math.isqrt(count)
-    if SQUARE_IF_UNKNOWN and not known and side * side == count:
-        return (side, side)
+def _shape(count: int, grid: Shape | None) -> Shape:
     return grid if grid is not None and math.prod(grid) == count else (count,)
 
 

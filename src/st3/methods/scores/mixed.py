@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from st3.methods.scores.attention import Attention
-from st3.methods.scores.base import LayerView, Score, Stage, TokenView, ranks
+from st3.methods.scores.base import LayerView, Score, Stage, TokenView, needs_of, ranks
 from st3.methods.scores.grid import Grid
 from st3.methods.scores.registry import register
 
@@ -57,6 +57,10 @@ class Mixed:
     @property
     def name(self) -> str:
         return "mixed" if self.every == EVERY else f"mixed{self.every}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*needs_of(self.attention), *needs_of(self.cover))
 
     @property
     def last_row(self) -> bool:
