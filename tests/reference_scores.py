@@ -178,10 +178,10 @@ def feather(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
     score = without_rope(seen, row, there).mean(0)
     if len(there) == int(seen.visual[row].sum()) and whole(seen):
         for image in row_of(layout, seen, row):
-            side = math.isqrt(len(image))
+            shape = shape_of(image, layout)
             for i, token in enumerate(image):
-                if side * side == len(image):
-                    on = i // side % scorer.stride == 0 and i % side % scorer.stride == 0
+                if shape is not None:
+                    on = i // shape[1] % scorer.stride == 0 and i % shape[1] % scorer.stride == 0
                 else:
                     on = i % scorer.stride**2 == 0
                 score[token] += float(on)
@@ -193,10 +193,34 @@ def whole(seen: Seen) -> bool:
     return not bool((seen.visual & ~seen.kept).any())
 
 
-def image_rows(family: Family, model: Any, batch: Any) -> list[list[list[int]]]:
+class Layout(list[list[list[int]]]):
+    """For each row the positions of each image's tokens.
+
+    Attributes:
+        shapes: (rows, columns) by the number of tokens, for models that say it of each image.
+    """
+
+    shapes: dict[int, tuple[int, int]] | None = None
+
+
+def shape_of(image: list[int], layout: Layout) -> tuple[int, int] | None:
+    """The grid of an image's tokens: what the batch says, or a square; None if it has none."""
+    if layout.shapes is not None:
+        return layout.shapes.get(len(image))
+    side = math.isqrt(len(image))
+    return (side, side) if side * side == len(image) else None
+
+
+def image_rows(family: Family, model: Any, batch: Any) -> Layout:
     """For each row the positions of each image's tokens: runs of visual tokens, cut where two
     images touch, as the engine sees them."""
-    rows = []
+    rows = Layout()
+    if "image_grid_thw" in batch:
+        merge = model.config.vision_config.spatial_merge_size
+        sides = [
+            (high // merge, wide // merge) for _, high, wide in batch["image_grid_thw"].tolist()
+        ]
+        rows.shapes = {high * wide: (high, wide) for high, wide in sides}
     visual, spans = family.visual_mask(model, batch), family.visual_spans(model, batch)
     for mask, row_spans in zip(visual, spans, strict=True):
         starts = {start for start, _ in row_spans}
@@ -265,13 +289,13 @@ def cdpruner(seen: Seen, row: int, scorer: Any) -> Tensor:
 def grid(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
     score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
     for image in row_of(layout, seen, row):
-        side = math.isqrt(len(image))
-        if side * side == len(image):
+        shape = shape_of(image, layout)
+        if shape is not None:
             bayer = torch.zeros(1, 1)
-            while len(bayer) < side:
+            while len(bayer) < max(shape):
                 top = torch.cat([4 * bayer, 4 * bayer + 2], 1)
                 bayer = torch.cat([top, torch.cat([4 * bayer + 3, 4 * bayer + 1], 1)], 0)
-            key = bayer[:side, :side].flatten()
+            key = bayer[: shape[0], : shape[1]].flatten()
         else:
             key = -(torch.arange(len(image)).double() * GOLDEN).frac().float()
         for place, i in enumerate(key.argsort(stable=True).tolist()):

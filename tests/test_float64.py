@@ -13,8 +13,6 @@ import st3
 from tests.helpers import METHODS, POLICIES, SCORED, Case
 
 ALL = {**POLICIES, **METHODS, **SCORED}
-# The cache of annealed layers is still ordered in float64 (engine/columns.py, cache_order).
-ENGINE_IN_DOUBLE = {name for name, policy in ALL.items() if policy.schedule(8).anneals}
 
 
 class NoFloat64(TorchDispatchMode):
@@ -53,16 +51,7 @@ def test_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert score in called or not ALL[name].schedule(8).drops or name == "vtw"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.xfail(name in ENGINE_IN_DOUBLE, reason="the cache is ordered in it"),
-        )
-        for name in ALL
-    ],
-)
+@pytest.mark.parametrize("name", ALL)
 def test_a_whole_answer(name: str) -> None:
     """Prefill and decode steps."""
     with NoFloat64():

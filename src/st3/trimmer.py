@@ -18,10 +18,11 @@ from st3.engine.parallel import head_group
 from st3.engine.plan import Plan
 from st3.engine.session import Session
 from st3.errors import TrimStateError, UnsupportedModelError
-from st3.hf.attach import Attachment, check_generation
+from st3.hf.attach import Attachment
 from st3.hf.attention import attention_of
 from st3.hf.cache import stores_of
 from st3.hf.check import check
+from st3.hf.generation import check_generation
 from st3.hf.hooks import Hooks
 from st3.methods import DEFAULT_POLICY
 from st3.methods.policies import Policy, parse
@@ -33,14 +34,35 @@ MODEL_ATTRIBUTE = "_st3_trimmer"
 
 
 class Trimmer:
-    """A policy attached to a model: a context manager, or :meth:`attach` and :meth:`detach`.
+    """Trims the visual tokens of a transformers vision-language model while in a ``with`` block, or
+    between :meth:`attach` and :meth:`detach`. :func:`st3.trim` is this class.
 
-    Made by :func:`st3.trim`, which documents the arguments.
+    Args:
+        model: any supported ``AutoModelForImageTextToText``, or a PeftModel around one; it is not
+            modified.
+        policy: an st3 policy, or a string such as ``"st3-7b"`` or ``"fastv:layer=2,drop=0.5"``.
+        per_image: give each image of a prompt the policy's share of its own tokens, in place of
+            one budget for all of a prompt's images.
+        own_cache: use st3's preallocated cache also if the policy drops nothing.
+        visual_mask: [B, T] bool, which tokens of the prompt are visual, for prompts passed as
+            ready-made ``inputs_embeds`` without ``pixel_values``.
+        untested: try a family that st3 has no tests for.
+        compile_decode: a mode of torch.compile ("default", or "reduce-overhead" for CUDA graphs),
+            or a dict of its keyword arguments, to run decode steps as one graph over buffers of
+            fixed size; None runs them as they are. It pays where decoding is bound by kernel
+            launches.
+        decode_bucket: tokens to which the size of those buffers is rounded up.
+        options: further arguments of the policy, e.g. ``trim(model, "st3", tau=64)``, or
+            ``budget=0.35``, the mean share of the visual tokens over the layers.
 
     Attributes:
         schedule: what the policy keeps on this model.
         family, parts: what it is dropped from.
         touches: whether anything of a pass is changed; a policy that drops nothing only watches.
+
+    Raises:
+        ValueError: unknown policy or argument, or one that does not fit the model's layers.
+        UnsupportedModelError: a model, attention kernel or cache that cannot be trimmed.
     """
 
     def __init__(
@@ -274,49 +296,4 @@ def trimmer_of(model: nn.Module) -> Trimmer | None:
     return found
 
 
-def trim(
-    model: nn.Module,
-    policy: str | Policy = DEFAULT_POLICY,
-    *,
-    per_image: bool = False,
-    own_cache: bool = False,
-    visual_mask: Tensor | None = None,
-    untested: bool = False,
-    compile_decode: str | dict[str, Any] | None = None,
-    decode_bucket: int = 256,
-    **options: Any,
-) -> Trimmer:
-    """Trim the visual tokens of a transformers vision-language model while in the ``with`` block.
-
-    Args:
-        model: any supported ``AutoModelForImageTextToText``; it is not modified.
-        policy: an st3 policy, or a string such as ``"st3-7b"`` or ``"fastv:layer=2,drop=0.5"``.
-        per_image: give each image of a prompt the policy's share of its own tokens, in place of
-            one budget for all of a prompt's images.
-        own_cache: use st3's preallocated cache also if the policy drops nothing.
-        visual_mask: [B, T] bool, which tokens are visual, for prompts passed as ready-made
-            ``inputs_embeds`` without ``pixel_values``.
-        untested: try a family that st3 has no tests for.
-        compile_decode: a mode of torch.compile ("default", or "reduce-overhead" for CUDA graphs),
-            or a dict of its keyword arguments, to run decode steps as one graph over buffers of
-            fixed size; None runs them as they are. It pays where decoding is bound by kernel
-            launches.
-        decode_bucket: tokens to which the size of those buffers is rounded up.
-        options: further arguments of the policy, e.g. ``trim(model, "st3", tau=64)``,
-            or ``budget=0.35``, the mean share of the visual tokens over the layers.
-
-    Raises:
-        ValueError: unknown policy or argument, or one that does not fit the model's layers.
-        UnsupportedModelError: a model, attention kernel or cache that cannot be trimmed.
-    """
-    return Trimmer(
-        model,
-        policy,
-        per_image=per_image,
-        own_cache=own_cache,
-        visual_mask=visual_mask,
-        untested=untested,
-        compile_decode=compile_decode,
-        decode_bucket=decode_bucket,
-        **options,
-    )
+trim = Trimmer

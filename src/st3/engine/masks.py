@@ -79,6 +79,25 @@ def prefill_mask(
     return finish(causal(columns, columns, device)[None, None], kind, dtype)
 
 
+def visible_keys(
+    starts: Sequence[int], first: int, end: int, queries: int, device: torch.device
+) -> Tensor:
+    """[B, 1, Q, end - first] bool: of stored columns from ``first`` on those from each row's start
+    on, for all queries alike."""
+    place = torch.arange(first, end, device=device)
+    seen = place >= torch.tensor(starts, device=device)[:, None]
+    return seen[:, None, None, :].expand(-1, 1, queries, -1)
+
+
+def own_keys(mask: Tensor | None, index: Tensor, valid: Tensor | None, length: int) -> Tensor:
+    """[B, 1, N, N] bool: what the columns ``index`` [B, N] of a chunk of ``length`` tokens see of
+    each other, by the chunk's own mask; plainly causal where there is none of four dimensions."""
+    if mask is None or mask.dim() == 2:
+        columns = index.shape[1]
+        return causal(columns, columns, index.device).expand(index.shape[0], 1, -1, -1)
+    return as_bool(gather_mask(mask[..., -length:].to(index.device), index, valid))
+
+
 def decode_mask(
     starts: Sequence[Sequence[int]],
     first: int,

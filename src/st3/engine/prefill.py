@@ -22,7 +22,16 @@ from st3.engine.events import Events
 from st3.engine.kv.layout import is_lean
 from st3.engine.kv.store import KVStore
 from st3.engine.kv.timeline import Timeline
-from st3.engine.masks import as_bool, causal, finish, gather_mask, is_plain, prefill_mask
+from st3.engine.masks import (
+    as_bool,
+    causal,
+    finish,
+    gather_mask,
+    is_plain,
+    own_keys,
+    prefill_mask,
+    visible_keys,
+)
 from st3.engine.plan import Plan
 from st3.engine.prompt import Block, Rows
 from st3.engine.ranker import Ranker
@@ -279,24 +288,13 @@ class Prefill:
 
     def _extension_mask(self, layer: int, mask: Any, hidden: Tensor) -> Tensor:
         """Keys are an earlier turn's visible columns, then this chunk's."""
-        past = self._store(layer)
-        step = self.timeline.step(self.timeline.start)
-        starts = past.row_starts(step)
-        first, end = min(starts), past.end
-        index = self.block.source_columns()
-        batch, columns = index.shape
-        place = torch.arange(first, end, device=index.device)
-        seen = place >= torch.tensor(starts, device=index.device)[:, None]
-        seen = seen[:, None, None, :].expand(batch, 1, columns, end - first)
-        window = self.plan.windows[layer]
+        past, start = self._store(layer), self.timeline.start
+        index, window = self.block.source_columns(), self.plan.windows[layer]
+        starts = past.row_starts(self.timeline.step(start))
+        seen = visible_keys(starts, min(starts), past.end, index.shape[1], index.device)
         if window is not None:
-            query = self.timeline.start + index
-            old = past.positions(first).to(index.device)
-            near = old[:, None, None, :] > (query - window)[:, None, :, None]
+            old = past.positions(min(starts)).to(index.device)
+            near = old[:, None, None, :] > (start + index - window)[:, None, :, None]
             seen = seen & near
-        chunk = mask[..., -self.rows.length :] if mask is not None else None
-        if chunk is None or mask.dim() == 2:
-            own = causal(columns, columns, index.device).expand(batch, 1, columns, columns)
-        else:
-            own = as_bool(gather_mask(chunk.to(index.device), index, self.block.valid))
+        own = own_keys(mask, index, self.block.valid, self.rows.length)
         return finish(torch.cat([seen, own], dim=-1), self.plan.kind, hidden.dtype)

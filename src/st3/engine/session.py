@@ -22,7 +22,7 @@ from st3.engine.steps import JoinedStep, TextStep
 from st3.errors import TrimStateError, UnsupportedModelError
 
 PADDED_CONTINUATION = (
-    "a padded batch cannot be continued behind a trimmed prompt: continue its rows one by one, or "
+    "a padded batch cannot be continued behind a trimmed prompt: continue the rows one by one, or "
     "pad the first turn"
 )
 

@@ -13,21 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from st3.engine.calls import Chunk
-from st3.engine.prefill import Prefill
-from st3.engine.select import block_features
 from st3.engine.session import Session
 from st3.errors import UnsupportedModelError
 from st3.hf import call
 from st3.hf.attention import ATTRIBUTE, LayerHandle, attention_of, base_attention, registered
 from st3.hf.cache import CacheSeam, new_cache
 from st3.hf.compile import compiled_forward
+from st3.hf.generation import checked_prefill, narrowed_deepstack, noticed_candidates
 from st3.hf.hooks import Hooks
 from st3.models import Family, Parts
-
-NO_CACHE = (
-    "generate(use_cache=False) prunes the whole sequence anew at each step, by its newest token, "
-    "and can anneal nothing: leave use_cache at True"
-)
 
 
 class Attachment:
@@ -68,7 +62,7 @@ class Attachment:
         if session.touches:
             self._install_generation(hooks)
         if hasattr(self.model, "_get_candidate_generator"):
-            make = self._candidate_generator(self.model._get_candidate_generator)
+            make = noticed_candidates(self.model._get_candidate_generator, self._expect_candidates)
             hooks.replace(self.model, "_get_candidate_generator", make)
         self.visual.listen(hooks)
         if session.touches and "tower" in session.plan.needs:
@@ -121,9 +115,11 @@ class Attachment:
             forward = compiled_forward(text.forward, self.compile_decode, self.session)
             hooks.replace(text, "forward", forward)
         if hasattr(self.model, "_prefill"):
-            hooks.replace(self.model, "_prefill", self._checked_prefill(self.model._prefill))
+            anneals = self.session.plan.schedule.drops
+            hooks.replace(self.model, "_prefill", checked_prefill(self.model._prefill, anneals))
         if hasattr(text, "_deepstack_process"):
-            hooks.replace(text, "_deepstack_process", self._deepstack(text._deepstack_process))
+            process = narrowed_deepstack(text._deepstack_process, self.session)
+            hooks.replace(text, "_deepstack_process", process)
 
     def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._logits_to_keep = call.arguments(module, args, kwargs).get("logits_to_keep", 0)
@@ -201,6 +197,9 @@ class Attachment:
             return [0] * rows
         return (mask[:, :past] == 0).sum(1).tolist()
 
+    def _expect_candidates(self) -> None:
+        self._checks_candidates = True
+
     def _candidates(self) -> int:
         """The tokens behind the prompt that assisted decoding puts up for a check."""
         keep, checks = self._logits_to_keep, self._checks_candidates
@@ -259,59 +258,6 @@ class Attachment:
                 stacklevel=2,
             )
         return None
-
-    # What generate() and some families need -----------------------------------------------------
-
-    def _checked_prefill(self, prefill: Callable[..., Any]) -> Callable[..., Any]:
-        """generate()'s prefill, which is told only there that prompts shall come in chunks, or
-        without a cache."""
-
-        def checked(input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-            check_generation(generation_config)
-            if generation_config.use_cache is False and self.session.plan.schedule.drops:
-                warnings.warn(f"st3: {NO_CACHE}", stacklevel=2)
-            return prefill(input_ids, generation_config, *args, **kwargs)
-
-        return checked
-
-    def _candidate_generator(self, make: Callable[..., Any]) -> Callable[..., Any]:
-        """Assisted decoding: behind each round of candidates the model's next pass checks them, and
-        only there more than one logit to keep means candidates."""
-
-        def made(*args: Any, **kwargs: Any) -> Any:
-            generator = make(*args, **kwargs)
-            propose = generator.get_candidates
-
-            def get_candidates(*given: Any, **named: Any) -> Any:
-                found = propose(*given, **named)
-                self._checks_candidates = True
-                return found
-
-            generator.get_candidates = get_candidates
-            return generator
-
-        return made
-
-    def _deepstack(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """DeepStack (Qwen3-VL) adds image features to the first layers' outputs: give it the
-        features of the tokens that are still there."""
-
-        def process(hidden: Tensor, visual_mask: Tensor, features: Tensor) -> Tensor:
-            current = self.session.current
-            if isinstance(current, Prefill) and current.block.index is not None:
-                visual_mask, features = block_features(current.block, visual_mask, features)
-            return original(hidden, visual_mask, features)
-
-        return process
-
-
-def check_generation(generation_config: Any) -> None:
-    """Raise :class:`~st3.UnsupportedModelError` for settings that a trimmed prompt cannot have."""
-    if getattr(generation_config, "prefill_chunk_size", None) is not None:
-        raise UnsupportedModelError(
-            "chunked prefill is not supported: a chunk does not see the prompt's last token. "
-            "Set prefill_chunk_size to None, also in the model's generation_config"
-        )
 
 
 def _for_rows(mask: Tensor, embeds: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ point made for this: no model uses them until its text config says so.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -40,6 +42,17 @@ class LayerHandle:
 def attention_of(config: Any) -> str:
     """The name of a text model's own attention implementation."""
     return str(config._attn_implementation or "eager").removeprefix(PREFIX)
+
+
+@contextmanager
+def attention_set(config: Any, name: str) -> Iterator[None]:
+    """A config's attention is ``name`` while in the block."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def base_attention(name: str, module: nn.Module) -> Attend:

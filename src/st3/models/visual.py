@@ -94,6 +94,7 @@ class VisualTokens:
     def end(self) -> None:
         """Forget what was heard."""
         self._mask, self._chunk = None, (None, None)
+        self.has_image = self.unknown = False
         self.encoded = ()
         self.sizes.clear()
         self._calls.clear()

@@ -20,13 +20,14 @@ Their code takes one image in one row at fixed places; this takes the visual col
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from st3.engine.select import gather_positions
+from st3.hf.attention import attention_set
 from st3.models import find_parts
 
 
@@ -52,19 +53,19 @@ def fastv_official(
     run = _Run(visual[0], drop)
     rating = parts.layers[layer - 1]
     config = parts.attentions[layer - 1].config
-    usual = config._attn_implementation
+    eager = ExitStack()
 
     def to_eager(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         run.begin(hidden)
         if run.prefill:
-            config._attn_implementation = "eager"
+            eager.enter_context(attention_set(config, "eager"))
             kwargs["attention_mask"] = _dense_causal_mask(hidden)
         return args, kwargs
 
     def rate(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if run.prefill:
-            config._attn_implementation = usual
+            eager.close()
             run.choose(output[1])
 
     hooks = [
@@ -76,7 +77,7 @@ def fastv_official(
     try:
         yield
     finally:
-        config._attn_implementation = usual
+        eager.close()
         for hook in hooks:
             hook.remove()
 
