@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from st3.tools.common.errors import LoadError, first_line
 from st3.tools.common.load import device_of, dtype_of, end_tokens, load, load_model, pad_left
@@ -65,10 +66,19 @@ def test_a_checkpoint_without_all_weights_is_refused(tiny_model: Path, tmp_path:
         load_model(name, "cpu")
 
 
-def test_weights_without_a_place_are_told(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_more_layers_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     name = changed(tiny_model, tmp_path / "fewer", 7)
-    with pytest.warns(UserWarning, match=r"weights of the checkpoint have no place .*layers\.7\."):
+    with pytest.raises(LoadError, match=r"layers that its config.json does not name .*layers\.7\."):
         load_model(name, "cpu")
+
+
+def test_weights_without_a_place_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "more"))
+    weights = load_file(folder / "model.safetensors")
+    extra = {"training_head.weight": torch.zeros(1), "model.layers.0.old": torch.zeros(1)}
+    save_file({**weights, **extra}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match="2 weights of the checkpoint have no place"):
+        load_model(str(folder), "cpu")
 
 
 def test_devices_and_dtypes_of_other_names() -> None:

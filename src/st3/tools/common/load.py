@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,7 +99,7 @@ def load_model(
             output_loading_info=True,
             **where,
         )
-    _check_complete(shown, found)
+    _check_complete(shown, model, found)
     return (model if target is None else model.to(target)).eval()
 
 
@@ -186,9 +187,13 @@ def _folder_or_id(name: str) -> Path | str:
     return name
 
 
-def _check_complete(shown: str, found: dict[str, Any]) -> None:
-    """Weights that the checkpoint lacks are drawn at random by transformers, with a note that
-    :func:`quiet` holds back: such a model answers nonsense."""
+_LAYER = re.compile(r"(.*\blayers?)\.\d+\b")
+
+
+def _check_complete(shown: str, model: Any, found: dict[str, Any]) -> None:
+    """Weights that the checkpoint lacks are drawn at random by transformers, and layers that
+    config.json does not name are left out, with notes that :func:`quiet` holds back: such a model
+    answers nonsense. Other weights without a place (of a head for training, say) do no harm."""
     missing = sorted(found["missing_keys"])
     if missing:
         raise LoadError(
@@ -196,6 +201,17 @@ def _check_complete(shown: str, found: dict[str, Any]) -> None:
             f"its config.json asks for ({missing[0]} ...)"
         )
     left = sorted(found["unexpected_keys"])
+    modules = {name for name, _ in model.named_modules()}
+    beyond = [
+        name
+        for name in left
+        if (layer := _LAYER.match(name)) and layer[1] in modules and layer[0] not in modules
+    ]
+    if beyond:
+        raise LoadError(
+            f"cannot use model {shown!r}: its checkpoint has layers that its config.json does not "
+            f"name ({beyond[0]} ...)"
+        )
     if left:
         warnings.warn(
             f"model {shown!r}: {len(left)} weights of the checkpoint have no place in the model of "
