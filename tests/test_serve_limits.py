@@ -387,3 +387,12 @@ def test_pages_of_other_origins_ask_only_where_it_is_allowed(engine: Engine) -> 
     answer = opened.post(CHAT, json=body(), headers={"origin": "https://page.example"})
     assert answer.status_code == 401  # the key is asked for all the same
     assert answer.headers["access-control-allow-origin"] == "https://page.example"
+
+
+def test_text_of_hardly_any_tokens_is_not_tokenised_either(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One long word is one token, and takes as much memory to find that out."""
+    monkeypatch.setattr(engine.prompts.processor, "apply_chat_template", pytest.fail)
+    with pytest.raises(ServeError, match="positions"):
+        engine.prepare(turn("a" * 1_000_000))

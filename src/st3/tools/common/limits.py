@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Bytes at the peak, measured with transformers 5.24's Pillow processors on images of 0.2 to 60
-# million pixels: of a decoded pixel (RGB, a turned or flattened copy, CHW arrays), of a pixel
-# after resizing, and of one that remains after cropping (float32, normalised, cut into patches).
-DECODED, RESIZED, KEPT = 10, 12, 48
+# million pixels: of a decoded pixel (Pillow's four bytes, a copy, arrays), of a pixel after
+# resizing, and of one that remains after cropping (float32, normalised, cut into patches).
+DECODED, RESIZED, KEPT = 16, 12, 48
 
 _A_PIXEL_COUNT = 10_000
 """Edges in a processor's `size` from here on are pixel counts, as Qwen2-VL's."""

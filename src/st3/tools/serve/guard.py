@@ -4,6 +4,7 @@ bodies that nobody reads."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import re
@@ -24,9 +25,9 @@ access = logging.getLogger("st3.access")
 
 REQUEST_ID = "x-request-id"
 _ID = re.compile(r"[\w.:-]{1,100}", re.ASCII)
-# Of a body that is refused unread, so much is thrown away, for so long: a connection that is closed
-# on a client which still sends may lose it the reply.
-_DRAIN_BYTES, _DRAIN_SECONDS = 4 << 20, 1.0
+# A body that is refused unread is thrown away for so long: where a connection is closed on a client
+# which still sends, the client's system may throw away the reply.
+_DRAIN_SECONDS = 2.0
 _QUIET = ("/health", "/metrics")  # asked every few seconds by machines
 
 
@@ -74,7 +75,7 @@ class Guard:
         # it cannot read [::1].
         allowed = self.settings.allowed_hosts
         host = headers.get("host", "")
-        name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+        name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
         if allowed and name.lower() not in allowed:
             raise ServeError(421, "invalid_host", "this server is not known by that name")
 
@@ -127,13 +128,10 @@ class _Exchange:
     async def _drain(self) -> None:
         if "expect" in self.headers:  # the client waits to be asked for its body
             return
-        size = 0
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_SECONDS):
-                while self._unread and size < _DRAIN_BYTES:
-                    size += len((await self.receive()).get("body", b""))
-        except TimeoutError:
-            pass
+                while self._unread:
+                    await self.receive()
 
     def log(self) -> None:
         path = self.scope["path"]

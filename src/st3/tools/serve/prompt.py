@@ -16,6 +16,9 @@ _PLACEHOLDERS = ("image_token", "video_token", "audio_token")
 # Text is counted in pieces of so many characters before the whole of it is tokenised; a cut adds at
 # most so many tokens to those of the whole.
 _PIECE, _CUT = 8192, 8
+# Longer text is judged by its characters, so many a token. Prose has 3 to 6; only a text that is
+# hardly anything but one repeated character has more.
+_CHARACTERS = 16
 
 
 class Prompts:
@@ -43,7 +46,8 @@ class Prompts:
         """The model's inputs (one row), the tokens of the prompt, and how many are visual.
 
         Of text that is too long in any case no more is tokenised than shows it: the inputs are
-        empty then, and the tokens those that were counted, for :meth:`check_length` to refuse.
+        empty then, and the tokens those that were counted or judged, for :meth:`check_length` to
+        refuse.
 
         Raises:
             ServeError: for what the chat template or the processor refuses.
@@ -72,10 +76,13 @@ class Prompts:
         return inputs, int(ids.shape[1]), visual
 
     def _count(self, texts: Sequence[str]) -> int | None:
-        """Tokens at least in texts that are too long; None for others."""
+        """Tokens at least in texts that are too long (see ``_CHARACTERS``); None for others."""
         limits = [n for n in (self.max_tokens, self.positions) if n is not None]
-        if not limits or sum(map(len, texts)) <= max(_PIECE, min(limits)):
+        characters = sum(map(len, texts))
+        if not limits or characters <= max(_PIECE, min(limits)):
             return None
+        if characters > _CHARACTERS * max(_PIECE, min(limits)):
+            return characters // _CHARACTERS
         tokens = 0
         for text in texts:
             for start in range(0, len(text), _PIECE):
