@@ -90,7 +90,7 @@ def test_what_images_take_is_told_from_their_sizes() -> None:
     assert image_bytes(CLIP, [(1, 4000)]) > 4e9
     assert image_bytes(CLIP, [(300, 300)] * 2) == 2 * image_bytes(CLIP, [(300, 300)])
     fixed = processor(size={"height": 96, "width": 96})
-    assert image_bytes(fixed, [(4000, 3000)]) < 130e6
+    assert image_bytes(fixed, [(4000, 3000)]) < 200e6
     assert image_bytes(processor(size={"longest_edge": 1000}), [(1, 200)]) < 1e6
     assert image_bytes(processor(size={}), [(1000, 1000)]) > 1e6
 
