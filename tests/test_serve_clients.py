@@ -350,3 +350,20 @@ def test_a_policy_that_cannot_be_attached_is_refused_at_the_start() -> None:
     assert done.returncode == 2
     assert "class token" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_clients_that_vanish_leave_no_tracebacks(
+    served: Served, client: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Within the headers, within the body, behind it, and in mid-stream, politely and not."""
+    whole = request_bytes(max_tokens=50, stream=True)
+    for sent in (whole[:60], whole[:400], whole[:-3], whole):
+        for linger in (b"\0" * 8, b"\1\0\0\0\0\0\0\0"):  # the second: a reset in place of an end
+            connection = served.raw(sent)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            time.sleep(0.05)
+            connection.close()
+    client.chat.completions.create(**as_openai(mixed(1)[0][1]))
+    until(served.idle)
+    assert "Traceback" not in caplog.text + capfd.readouterr().err
+    assert not [record for record in caplog.records if record.exc_info]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -29,20 +30,22 @@ class Preparer:
 
     Attributes:
         bodies: bytes of bodies that have come and are no prompts yet.
-        memory: bytes in which images are decoded and processed.
     """
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.settings = engine, settings
         self.bodies = Memory(settings.max_bodies_bytes)
-        self.memory = Memory(settings.prepare_bytes or self._enough())
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="st3-prepare")
         self._slots = asyncio.Semaphore(WORKERS)
         self._waiting = self._fetching = 0
 
-    def _enough(self) -> int:
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """Bytes in which images are decoded and processed."""
+        if self.settings.prepare_bytes is not None:
+            return Memory(self.settings.prepare_bytes)
         side = math.isqrt(self.settings.max_pixels)
-        return max(256 << 20, image_bytes(self._image_processor, [(side, side)]))
+        return Memory(max(256 << 20, image_bytes(self._image_processor, [(side, side)])))
 
     @property
     def _image_processor(self) -> Any:
@@ -68,7 +71,9 @@ class Preparer:
             async with asyncio.timeout(timeout):
                 asked = await self._in_thread(self._read, body)
                 fetched = await self._fetch(asked.image_urls)
-                return asked, await self._in_thread(self._prepare, asked, fetched, ends)
+                return asked, await self._in_thread(
+                    self._prepare, asked, fetched, self.memory, ends
+                )
         except TimeoutError as error:
             raise ServeError(504, "timeout", f"not answered within {timeout:g} seconds") from error
         finally:
@@ -126,7 +131,13 @@ class Preparer:
             raise refused(f"this server takes {settings.max_images} images", "messages")
         return asked
 
-    def _prepare(self, asked: schema.ChatRequest, fetched: dict[str, bytes], ends: float) -> Prompt:
+    def _prepare(
+        self,
+        asked: schema.ChatRequest,
+        fetched: dict[str, bytes],
+        memory: Memory,
+        ends: float,
+    ) -> Prompt:
         """Everything else before the queue."""
         settings = self.settings
         encoded: list[bytes] = []
@@ -145,7 +156,7 @@ class Preparer:
             sizes.append(images.size(data, settings, pixels))
             encoded.append(data)
         wanted = self._max_tokens(asked)
-        with self.memory.hold(image_bytes(self._image_processor, sizes), ends):
+        with memory.hold(image_bytes(self._image_processor, sizes), ends):
             return self.engine.prepare(
                 self._messages(asked, encoded),
                 policy=asked.st3.policy if asked.st3 else None,
