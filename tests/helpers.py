@@ -56,6 +56,10 @@ METHODS: dict[str, st3.Policy] = {
     "cdpruner": st3.CDPruner(keep=0.4),
     "visionzip": st3.VisionZip(keep=0.4),
     "grid": st3.UniformGrid(keep=0.4),
+    "scope": st3.SCOPE(keep=0.4),
+    "mmr": st3.MMR(keep=0.4),
+    "evs": st3.EVS(keep=0.4),
+    "vidcom2": st3.VidCom2(keep=0.4),
     "dycoke": st3.DyCoke(layer=2, keep=0.3, every=3),
 }
 # Scores on ST3's schedule, annealed, so that the whole order counts.
@@ -77,6 +81,8 @@ SCORED: dict[str, st3.Policy] = {
         "visionzip",
         "grid",
         "mixed2",
+        "mmr-attention",
+        "relevance",
     )
 }
 ST3 = POLICIES["st3"]

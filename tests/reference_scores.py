@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,54 +18,54 @@ from torch import Tensor
 
 from st3.methods import scores
 from tests.reference import Score, Seen
+from tests.reference_picks import (
+    cdpruner,
+    divprune,
+    frame_quota,
+    groups,
+    marginal_relevance,
+    question,
+    relevance,
+    row_of,
+    scope,
+    texts,
+    tower_weights,
+    visuals,
+)
 from tests.zoo import Family
 
 GOLDEN = 0.6180339887498949
+Formula = Callable[..., Tensor]  # of (seen, row), [T]
 
 
 def reference_score(scorer: Any, family: Family, model: Any, batch: Any) -> Score | None:
     """The reference's score for one of the engine's; None for the last row's attention."""
     if scorer == scores.Attention():
         return None
-    if isinstance(scorer, scores.ClassAttention):
+    of, stage = formula(scorer, family, model, batch)
+    return Score(lambda seen: torch.stack([of(seen, row) for row in range(len(seen.valid))]), stage)
+
+
+def formula(scorer: Any, family: Family, model: Any, batch: Any) -> tuple[Formula, str]:
+    """What a row's score is, as a function of what was seen, and when it is taken."""
+    kind = type(scorer)
+    if kind is scores.MarginalRelevance:
+        inner, stage = formula(scorer.of, family, model, batch)
+        return partial(marginal_relevance, scorer=scorer, inner=inner), stage
+    if kind in TOWER:
         weights = tower_weights(model, batch, family)
-        return Score(lambda seen: by_row(seen, visionzip, scorer, weights), "embeds")
-    if isinstance(scorer, scores.Feather | scores.Grid | scores.Mixed):
-        layout = image_rows(family, model, batch)
-        stage = "embeds" if isinstance(scorer, scores.Grid) else "attention"
-        of = LAID_OUT[type(scorer)]
-        return Score(lambda seen: by_row(seen, of, scorer, layout), stage)
-    if isinstance(scorer, scores.RandomScore | scores.Uniform):
-        return Score(lambda seen: scorer(SimpleNamespace(ordinal=ordinals(seen))), "embeds")
-    of, stage = TABLE[type(scorer)]
-    return Score(lambda seen: by_row(seen, of, scorer), stage)
-
-
-def by_row(seen: Seen, of: Callable[..., Tensor], *more: Any) -> Tensor:
-    return torch.stack([of(seen, row, *more) for row in range(len(seen.valid))])
-
-
-def row_of(per_row: Any, seen: Seen, row: int) -> Any:
-    """The entry of a row of the batch; beams and several answers repeat rows."""
-    return per_row[row * len(per_row) // len(seen.valid)]
+        return partial(TOWER[kind], scorer=scorer, weights=weights), "embeds"
+    if kind in LAID_OUT:
+        of, stage = LAID_OUT[kind]
+        return partial(of, scorer=scorer, layout=image_rows(family, model, batch)), stage
+    if kind in (scores.RandomScore, scores.Uniform):
+        return lambda seen, row: scorer(SimpleNamespace(ordinal=ordinals(seen)))[row], "embeds"
+    of, stage = TABLE[kind]
+    return partial(of, scorer=scorer), stage
 
 
 def ordinals(seen: Seen) -> Tensor:
     return seen.visual.long().cumsum(1) - 1
-
-
-def visuals(seen: Seen, row: int) -> list[int]:
-    """Positions of the visual tokens that are still there."""
-    return (seen.visual[row] & seen.kept[row]).nonzero().flatten().tolist()
-
-
-def texts(seen: Seen, row: int) -> list[int]:
-    return (~seen.visual[row] & seen.valid[row]).nonzero().flatten().tolist()
-
-
-def question(seen: Seen, row: int) -> list[int]:
-    end = max(visuals(seen, row), default=-1)
-    return [i for i in texts(seen, row) if i > end]
 
 
 def attention_of(seen: Seen, row: int, query: int) -> Tensor:
@@ -140,7 +142,7 @@ def text_raters(seen: Seen, row: int, scorer: Any) -> Tensor:
 
 
 def key_norm(seen: Seen, row: int, scorer: Any) -> Tensor:
-    return -seen.key[row].norm(dim=-1).mean(0)
+    return -seen.key[row].mean(0).norm(dim=-1)
 
 
 def hidden_change(seen: Seen, row: int, scorer: Any) -> Tensor:
@@ -156,21 +158,48 @@ def spread(seen: Seen, row: int) -> Tensor:
 def dart(seen: Seen, row: int, scorer: Any) -> Tensor:
     if seen.layer == 0:
         return spread(seen, row)
-    there, asked = visuals(seen, row), question(seen, row)
     size = seen.keys[seen.layer - 1][row].abs().sum((0, 2))
-    image = sorted(there, key=lambda i: -float(size[i]))[: scorer.image_pivots]
-    text = sorted(asked, key=lambda i: -float(size[i]))[: scorer.text_pivots]
+    text = sorted(question(seen, row), key=lambda i: -float(size[i]))[: scorer.text_pivots]
     hidden = seen.inputs[seen.layer][row]
-    others = [i for i in there if i not in image]
-    best: dict[int, tuple[int, float]] = {}
-    for pivot in image + text:
-        alike = {i: float(torch.cosine_similarity(hidden[i], hidden[pivot], 0)) for i in others}
-        for place, token in enumerate(sorted(others, key=lambda i: alike[i])):
-            best[token] = min(best.get(token, (len(others), 1.0)), (place, alike[token]))
     score = torch.zeros(len(size), dtype=torch.double)
-    for place, token in enumerate(image + sorted(others, key=lambda i: best[i])):
-        score[token] = -place
+    for there in groups(seen, row):
+        image = sorted(there, key=lambda i: -float(size[i]))[: scorer.image_pivots]
+        free = [i for i in there if i not in image]
+        lists = [
+            sorted(free, key=lambda i: float(torch.cosine_similarity(hidden[i], hidden[pivot], 0)))
+            for pivot in image + text
+        ]
+        if scorer.keep is None:
+            order = by_best_place(lists, hidden, image + text, free)
+        else:
+            order = in_turn(lists, half_up(scorer.keep, len(there)) - len(image))
+        for place, token in enumerate(image + order):
+            score[token] = len(size) - place
     return score
+
+
+def by_best_place(
+    lists: list[list[int]], hidden: Tensor, pivots: list[int], free: list[int]
+) -> list[int]:
+    best: dict[int, tuple[int, float]] = {}
+    for pivot, ranking in zip(pivots, lists, strict=True):
+        for place, token in enumerate(ranking):
+            alike = float(torch.cosine_similarity(hidden[token], hidden[pivot], 0))
+            best[token] = min(best.get(token, (len(free), 1.0)), (place, alike))
+    return sorted(free, key=lambda i: best[i])
+
+
+def in_turn(lists: list[list[int]], left: int) -> list[int]:
+    """One pivot after the other takes its part of ``left`` from its list, and no token twice."""
+    taken: list[int] = []
+    for number, ranking in enumerate(lists):
+        part = left // len(lists) + (number < left % len(lists))
+        taken += [i for i in ranking if i not in taken][: max(part, 0)]
+    return taken
+
+
+def half_up(share: float, count: int) -> int:
+    return math.floor(Fraction(str(share)) * count + Fraction(1, 2))
 
 
 def feather(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
@@ -234,58 +263,6 @@ def image_rows(family: Family, model: Any, batch: Any) -> Layout:
     return rows
 
 
-def groups(seen: Seen, row: int) -> list[list[int]]:
-    there = visuals(seen, row)
-    if seen.spans is None:
-        return [there]
-    return [[i for i in there if start <= i < end] for start, end in seen.spans[row]]
-
-
-def ordered(seen: Seen, row: int, pick: Callable[[list[int], list[int]], int]) -> Tensor:
-    """Scores that give the order in which ``pick(free, taken)`` takes each group's tokens."""
-    score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
-    for group in groups(seen, row):
-        free, taken = list(group), list[int]()
-        while free:
-            token = pick(free, taken)
-            score[token] = -len(taken)
-            free.remove(token)
-            taken.append(token)
-    return score
-
-
-def divprune(seen: Seen, row: int, scorer: Any) -> Tensor:
-    unit = torch.nn.functional.normalize(seen.inputs[0][row].double(), dim=-1)
-    distance = 1 - unit @ unit.T
-
-    def pick(free: list[int], taken: list[int]) -> int:
-        def gap(i: int) -> float:
-            return min((float(distance[i, j]) for j in taken or free if j != i), default=0.0)
-
-        return max(free, key=gap)
-
-    return ordered(seen, row, pick)
-
-
-def cdpruner(seen: Seen, row: int, scorer: Any) -> Tensor:
-    """The greedy choice by its definition: the largest ratio of determinants."""
-    unit = torch.nn.functional.normalize(seen.inputs[0][row].double(), dim=-1)
-    there = visuals(seen, row)
-    relevance = torch.zeros(len(unit), dtype=torch.double)
-    if there:
-        cosine = (unit @ unit[question(seen, row)].mean(0))[there]
-        relevance[there] = (cosine - cosine.min() + 1e-6) / (cosine.max() - cosine.min())
-    kernel = relevance[:, None] * (unit @ unit.T) * relevance[None]
-
-    def pick(free: list[int], taken: list[int]) -> int:
-        def det(chosen: list[int]) -> float:
-            return float(torch.linalg.det(kernel[chosen][:, chosen])) if chosen else 1.0
-
-        return max(free, key=lambda i: det([*taken, i]))
-
-    return ordered(seen, row, pick)
-
-
 def grid(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
     score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
     for image in row_of(layout, seen, row):
@@ -320,11 +297,22 @@ def mixed(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
 
 
 def visionzip(seen: Seen, row: int, scorer: Any, weights: Tensor) -> Tensor:
+    looked_at = row_of(weights, seen, row)
+    score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
+    if scorer.keep is not None:
+        for there in groups(seen, row):
+            kept = half_up(scorer.keep, len(there))
+            dominant = half_up(scorer.dominant, kept)
+            by_class = sorted(there, key=lambda i: -float(looked_at[i]))
+            rest = sorted(by_class[dominant:])
+            every = max(1, len(rest) // max(1, kept - dominant))
+            for token in by_class[:dominant] + rest[::every][: kept - dominant]:
+                score[token] = 1
+        return score
     there = visuals(seen, row)
-    by_class = sorted(there, key=lambda i: -float(row_of(weights, seen, row)[i]))
+    by_class = sorted(there, key=lambda i: -float(looked_at[i]))
     even = spread(seen, row)
     by_spread = sorted(there, key=lambda i: -float(even[i]))
-    score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
     for i in there:
         places = [by_class.index(i) / scorer.dominant] if scorer.dominant else []
         if scorer.dominant < 1:
@@ -333,50 +321,7 @@ def visionzip(seen: Seen, row: int, scorer: Any, weights: Tensor) -> Tensor:
     return score
 
 
-def tower_weights(model: Any, batch: Any, family: Family) -> Tensor:
-    """[B, T]: what the tower's class token attends to, from attention maps of the whole tower."""
-    inner, config = model.model, model.config
-    tower = inner.vision_tower
-    pixels = batch["pixel_values"]
-    tiles = [1] * len(pixels)
-    if pixels.dim() == 5:  # images of several tiles, filled up with empty ones
-        tiles = [int(image.flatten(1).any(1).sum()) for image in pixels]
-        pixels = torch.cat([image[:n] for image, n in zip(pixels, tiles, strict=True)])
-    before = tower.config._attn_implementation
-    tower.config._attn_implementation = "eager"
-    with torch.no_grad():
-        maps = tower(pixels, output_attentions=True).attentions
-    tower.config._attn_implementation = before
-    name = "vision_feature_layer"  # ViP-LLaVA's is in the plural on transformers 5.17
-    feature_layer = getattr(config, name if hasattr(config, name) else f"{name}s")
-    if not isinstance(feature_layer, int):  # several layers, of which the last one counts
-        feature_layer = feature_layer[-1]
-    index = feature_layer if feature_layer < 0 else feature_layer - 1
-    patches = maps[index][:, :, 0, 1:].mean(1)
-    if hasattr(inner, "pixel_shuffle"):
-        side = math.isqrt(patches.shape[1])
-        number = torch.arange(patches.shape[1]).float().view(1, side, side, 1)
-        joined = inner.pixel_shuffle(number, scale_factor=config.downsample_ratio)
-        tokens = [p[joined.flatten(0, 2).long()].mean(-1) for p in patches]
-    elif "image_sizes" in batch:
-        numbers = torch.arange(1, patches.numel() + 1).float().view(*patches.shape, 1)
-        packed, _ = inner.pack_image_features(
-            torch.split(numbers, tiles),
-            batch["image_sizes"],
-            vision_feature_select_strategy="default",
-            image_newline=torch.zeros(1),
-        )
-        table = torch.cat([torch.zeros(1), patches.flatten()])
-        tokens = [table[p.flatten().long()] for p in packed]
-    else:
-        tokens = list(patches)
-    visual = family.visual_mask(model, batch)
-    weights = torch.zeros(visual.shape)
-    weights[visual] = torch.cat(tokens)
-    return weights
-
-
-TABLE: dict[type, tuple[Callable[..., Tensor], str]] = {
+TABLE: dict[type, tuple[Formula, str]] = {
     scores.Attention: (attention, "attention"),
     scores.TextRaters: (text_raters, "attention"),
     scores.KeyNorm: (key_norm, "attention"),
@@ -384,9 +329,13 @@ TABLE: dict[type, tuple[Callable[..., Tensor], str]] = {
     scores.Dart: (dart, "input"),
     scores.MaxMin: (divprune, "embeds"),
     scores.ConditionalDPP: (cdpruner, "embeds"),
+    scores.Relevance: (relevance, "embeds"),
 }
-LAID_OUT: dict[type, Callable[..., Tensor]] = {
-    scores.Feather: feather,
-    scores.Grid: grid,
-    scores.Mixed: mixed,
+TOWER: dict[type, Formula] = {scores.ClassAttention: visionzip, scores.Scope: scope}
+LAID_OUT: dict[type, tuple[Formula, str]] = {
+    scores.Feather: (feather, "attention"),
+    scores.Grid: (grid, "embeds"),
+    scores.Mixed: (mixed, "attention"),
+    scores.FrameChange: (grid, "embeds"),  # of an image, which is a video's first frame
+    scores.FrameQuota: (frame_quota, "embeds"),
 }

@@ -13,10 +13,10 @@ PAGE = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
 USE = """
 import st3
 from st3.methods.scores import SCORES
-assert st3.parse("relevant:keep=0.3") == st3.Relevant(keep=0.3)
-assert st3.parse("relevant").scorer() == SCORES["relevance"]
-assert st3.parse("st3:score=relevance").scorer() == SCORES["relevance"]
-assert "relevant" in st3.available()
+assert st3.parse("alike:keep=0.3") == st3.Alike(keep=0.3)
+assert st3.parse("alike").scorer() == SCORES["likeness"]
+assert st3.parse("st3:score=likeness").scorer() == SCORES["likeness"]
+assert "alike" in st3.available()
 """
 
 

@@ -52,12 +52,14 @@ def test_scores_on_another_schedule(score: str) -> None:
     case.check_generate(SCORED[score], 8)
 
 
-@pytest.mark.parametrize("method", ["dart", "divprune", "sparsevlm", "feather", "grid"])
+@pytest.mark.parametrize(
+    "method", ["dart", "divprune", "sparsevlm", "feather", "grid", "scope", "mmr", "vidcom2"]
+)
 def test_several_images_in_a_prompt(method: str) -> None:
     Case.of("llava", SEVERAL).check_prefill(METHODS[method])
 
 
-@pytest.mark.parametrize("method", ["divprune", "v2drop", "visionzip"])
+@pytest.mark.parametrize("method", ["divprune", "v2drop", "visionzip", "dart", "scope", "mmr"])
 def test_a_budget_for_each_image(method: str) -> None:
     case = Case.of("llava", SEVERAL)
     spans = images(case)

@@ -104,7 +104,7 @@ def test_tau_puts_the_half_of_the_cosine_where_attention_has_halved() -> None:
     halves = of(visual=FALLS_AT_3, over_time=[0.4, 0.4, 0.4, 0.1, 0.1, 0.1])  # smooth: at 40
     assert halves.tau == math.ceil(1.5 * 40)
     policy = st3.methods.policies.parse(halves.policy)
-    assert policy == st3.ST3(first_layer=3, stride=2, anneal=st3.Anneal(tau=60))
+    assert policy == st3.Balanced(first_layer=3, stride=2, anneal=st3.Anneal(tau=60))
     slowly = of(visual=FALLS_AT_3, over_time=[0.4, 0.35, 0.3, 0.3, 0.25])
     assert slowly.tau == math.ceil(1.5 * 50)
     assert "Tau 75 or more" in slowly.reasons[3]

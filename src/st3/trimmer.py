@@ -25,8 +25,9 @@ from st3.hf.check import check
 from st3.hf.generation import check_generation
 from st3.hf.hooks import Hooks
 from st3.methods import DEFAULT_POLICY
-from st3.methods.policies import Policy, parse
-from st3.methods.scores import needs_of, stage_of
+from st3.methods.policies import Policy, parse, with_budget
+from st3.methods.policies.base import check_ranked
+from st3.methods.scores import needs_of
 from st3.models import base_model, family_of
 from st3.report import Report, Reporter
 
@@ -79,25 +80,21 @@ class Trimmer:
         **options: Any,
     ) -> None:
         self.model: Any = base_model(model)
-        self._policy = parse(policy, **options)
+        given = parse(policy, **options)
         self.per_image = per_image
         self.visual_mask = visual_mask
         self.compile_decode = compile_decode
         self.decode_bucket = decode_bucket
         self.family = family_of(model, untested)
         self.parts = self.family.parts(model)
+        self._policy = with_budget(given, len(self.parts.layers))
         if per_image and self.policy.rerank:
             raise ValueError(
                 "per_image=True and rerank_every exclude each other: a new ranking does not know "
                 "the images' own budgets"
             )
         self.schedule = self.policy.schedule(len(self.parts.layers))
-        if self.schedule.prunes(0) and stage_of(self.policy.scorer()) != "embeds":
-            raise ValueError(
-                f"policy {self.policy} drops tokens before decoder layer 0, where nothing has "
-                "ranked them yet: let its schedule keep all of them in layer 0, or rank by a score "
-                "of the embeddings, such as divprune"
-            )
+        check_ranked(self.policy, self.schedule)
         self.touches = self.schedule.drops or own_cache
         self._reporter = Reporter(str(self.policy), self.schedule, self.model.config)
         self._events = Events()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from st3.methods.schedule import Anneal, Schedule
 from st3.methods.scores.attention import Attention
-from st3.methods.scores.base import Score
+from st3.methods.scores.base import Score, stage_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ class Policy(ABC):
     def recalls(self) -> bool:
         """Whether that ranking is of all stored visual tokens, hidden ones included, and not only
         of those that are still visible. Nothing that annealing hides is freed then."""
+        return False
+
+    @property
+    def own_layer(self) -> bool:
+        """Whether a drop goes by the attention that the layer which drops would have over all
+        tokens that come to it, and not by that of the layer before."""
         return False
 
     def at_budget(self, num_layers: int, mean_keep: float) -> Policy:
@@ -87,12 +93,30 @@ def _written(name: str, value: Any) -> str:
         return f"{name}=({value})"
     if isinstance(value, tuple):
         return f"{name}={format_list(value)}"
-    return f"{name}={str(value).lower() if value is None or isinstance(value, bool) else value}"
+    if value is None or isinstance(value, bool):
+        return f"{name}={str(value).lower()}"
+    return f"{name}={value}"
 
 
 def format_list(values: Sequence[Any]) -> str:
     """The way lists are written in strings, "3/7/16"."""
     return "/".join(map(str, values))
+
+
+def check_ranked(policy: Policy, schedule: Schedule) -> None:
+    """Raise ``ValueError`` where ``policy`` would drop tokens that nothing has ranked yet, or rank
+    them as the engine cannot."""
+    if schedule.prunes(0) and stage_of(policy.scorer()) != "embeds":
+        raise ValueError(
+            f"policy {policy} drops tokens before decoder layer 0, where nothing has ranked them "
+            "yet: let its schedule keep all of them in layer 0, or rank by a score of the "
+            "embeddings, such as divprune"
+        )
+    if policy.own_layer:
+        raise ValueError(
+            f"policy {policy} ranks in the layer that drops, which the engine cannot: leave "
+            "own_layer out, to rank in the layer before"
+        )
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

@@ -22,8 +22,8 @@ class Budgeted(Policy):
         budget: share of the visual tokens that enter a layer, averaged over the layers.
 
     Raises:
-        ValueError: a budget outside [0, 1]; from :meth:`schedule`, one that the policy cannot have
-            on so many layers.
+        ValueError: a budget outside [0, 1]; from :meth:`schedule` and :meth:`on`, one that the
+            policy cannot have on so many layers.
     """
 
     policy: Policy
@@ -42,7 +42,17 @@ class Budgeted(Policy):
         return self.on(num_layers).schedule(num_layers)
 
     def scorer(self) -> Score:
-        return self.policy.scorer()
+        """By what the visual tokens are ranked.
+
+        Raises:
+            ValueError: a score that depends on how many tokens stay.
+        """
+        score = self.policy.scorer()
+        if getattr(score, "keep", None) is not None:
+            raise ValueError(
+                f"what policy {self} ranks by is known with the model's layers: see with_budget()"
+            )
+        return score
 
     @property
     def rerank(self) -> int | None:

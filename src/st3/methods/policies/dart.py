@@ -39,4 +39,5 @@ class DART(Staged):
             check_count(name, getattr(self, name))
 
     def scorer(self) -> Score:
-        return Dart(self.image_pivots, self.text_pivots)
+        only = self.keep[0] if len(self.keep) == 1 else None
+        return Dart(self.image_pivots, self.text_pivots, only)

@@ -19,7 +19,8 @@ class DivPrune(BeforeDecoder):
     Args:
         keep: share kept; papers report 192, 128 and 64 of 576 tokens (0.333, 0.222, 0.111).
 
-    Source: arXiv 2503.02175 (CVPR 2025).
+    Source: arXiv 2503.02175 (CVPR 2025). Departure: positions are kept, where the code numbers what
+    is left anew.
     """
 
     name: ClassVar[str] = "divprune"

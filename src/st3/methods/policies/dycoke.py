@@ -21,11 +21,13 @@ class DyCoke(Policy):
         layer: first decoder layer (0-based) that shows fewer tokens while decoding.
         keep: share of the visual tokens that it shows.
         every: decode steps after which that share is chosen anew from ALL stored visual tokens, by
-            the current token's attention.
+            the current token's attention; until then it is the choice of the prompt's last token.
 
-    Source: the dynamic pruning of DyCoke (arXiv 2411.15024). Departures: each layer chooses by its
-    own attention, not by that of one layer; it chooses anew at fixed steps, not when the cosine of
-    successive attentions falls below 0.9; video frames are not merged in prefill. Nothing is freed:
+    Source: the dynamic pruning of DyCoke (arXiv 2411.15024) and its code. Departures: each layer
+    chooses by its own attention, not by that of one layer; the first choice is that of the prompt's
+    last token, where the code takes the first new token's; it chooses anew at fixed steps, where
+    the code does so at every step, and reads the whole cache at those whose attention has a cosine
+    of 0.9 or more with the step before; video frames are not merged in prefill. Nothing is freed:
     what is saved is the reading of hidden entries.
     """
 

@@ -20,7 +20,8 @@ class KeyNormPruning(Staged):
         layers: first decoder layers (0-based) with fewer tokens, one shallow and one deep.
         keep: shares left there.
 
-    Source: the saliency of ViTCoP (arXiv 2601.17818). Departures: the vision tower drops nothing
+    Source: the saliency of ViTCoP (arXiv 2601.17818) inside of the decoder, the norm of the key
+    averaged over the heads, of the layer before. Departures: the vision tower drops nothing
     (its first stage is a class token's attention: ``visionzip:dominant=1``), the shallow stage
     does not cluster, and layers and shares are this project's, not the paper's.
     """

@@ -23,14 +23,18 @@ class PyramidDrop(Policy):
         stages: number of stages (the paper's S + 1: drops after layers 8, 16 and 24 of 32 are 4).
         keep: share kept at the end of each stage (the paper's lambda).
         score: by what tokens are ranked; the paper's is the last token's attention.
+        own_layer: whether the tokens are ranked in the layer that drops, as the code does, and not
+            in the layer before.
 
-    Source: arXiv 2410.17247. The last instruction token's attention comes from the layer before a
-    drop, with all heads, as everywhere in st3; the original ranks inside of the layer.
+    Source: arXiv 2410.17247 and its code. Departures: without ``own_layer`` the last instruction
+    token's attention comes from the layer before a drop, which chooses other tokens (half of the
+    first choice differs); positions are kept, where the code numbers what is left anew.
     """
 
     stages: int = 4
     keep: float = 0.5
     score: str = "attention"
+    own_layer: bool = False
 
     name: ClassVar[str] = "pyramiddrop"
     paper: ClassVar[str] = "arXiv 2410.17247 (CVPR 2025)"
@@ -39,6 +43,8 @@ class PyramidDrop(Policy):
         score_named(self.score)
         check_count("stages", self.stages, 2)
         check_share("keep", self.keep)
+        if not isinstance(self.own_layer, bool):
+            raise ValueError(f"own_layer must be true or false, got {self.own_layer!r}")
 
     def scorer(self) -> Score:
         return score_named(self.score)

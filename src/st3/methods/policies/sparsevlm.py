@@ -20,9 +20,10 @@ class SparseVLM(Staged):
         layers: first decoder layers (0-based) behind the paper's pruning layers 2, 6 and 15 of 32.
         keep: shares left there; the default is the code's 300, 200 and 110 of 576 tokens.
 
-    Source: arXiv 2410.04417 (ICML 2025). Departures: the number of tokens is given, as in the code,
-    and not found from the attention's rank; dropped tokens are not clustered and put back
-    ("recycled").
+    Source: arXiv 2410.04417 (ICML 2025), the first version of its code ("SparseVLM+" rates
+    otherwise). Departures: the number of tokens is given, as in the code, and not found from the
+    attention's rank; dropped tokens are not clustered and put back ("recycled"); positions are
+    kept, where the code numbers what is left anew.
     """
 
     keep: tuple[float, ...] = (0.521, 0.347, 0.191)

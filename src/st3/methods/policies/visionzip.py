@@ -21,7 +21,7 @@ class VisionZip(BeforeDecoder):
 
     Args:
         keep: share kept; papers report 192, 128 and 64 of 576 tokens (0.333, 0.222, 0.111).
-        dominant: share of these that the class token chooses; the others are an even spread.
+        dominant: share of these that the class token chooses; the others are every n-th one.
 
     Source: arXiv 2412.04467 (CVPR 2025); departures: see
     :class:`st3.methods.scores.ClassAttention`.
@@ -37,4 +37,4 @@ class VisionZip(BeforeDecoder):
         check_share("dominant", self.dominant)
 
     def scorer(self) -> Score:
-        return ClassAttention(self.dominant)
+        return ClassAttention(self.dominant, self.keep)

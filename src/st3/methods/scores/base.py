@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from st3.methods.schedule import exact
 
 Stage = Literal["embeds", "input", "attention"]
 Shape = tuple[int, ...]
@@ -66,6 +68,18 @@ class TokenView:
         place = torch.arange(self.visual.shape[1], device=self.visual.device)
         text = ~self.visual & (place <= self.last[:, None])
         return text if self.valid is None else text & self.valid
+
+    def budgets(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The visual tokens that share a budget, all of a row or each image: which they are, [B, N]
+        bool, and how many they were before any was dropped, [B, 1] int."""
+        sharing = [(self.visual, [sum(row) for row in self.images])]
+        if self.group is not None:
+            sharing = [
+                (self.visual & (self.group == i), [sum(row[i : i + 1]) for row in self.images])
+                for i in range(max(map(len, self.images), default=0))
+            ]
+        for tokens, counts in sharing:
+            yield tokens, torch.tensor(counts, device=tokens.device)[:, None]
 
     @property
     def question(self) -> Tensor:
@@ -206,6 +220,7 @@ class Score(Protocol):
         needs: what it asks for beyond the view's own fields: "keys", "grids", "rotary", "tower".
         last_row: True if of a layer's attention it reads :meth:`LayerView.last_row_logits` alone:
             where only the cache asks for it, it is taken when the first further token comes.
+        keep: the share of the visual tokens that it is made for, if its choice depends on it.
         prepare: a function of the :class:`TokenView` of layer 0, whose result [B, N] later views
             carry as ``prepared``.
         source: a function that maps a layer to the layer, at or before it, whose score it uses.
@@ -232,6 +247,12 @@ def stage_of(score: Score) -> Stage:
 def needs_of(score: Score) -> frozenset[str]:
     """What a score asks for beyond the view's own fields."""
     return frozenset(getattr(score, "needs", ()))
+
+
+def share_of(share: float, count: Tensor) -> Tensor:
+    """``share`` of the whole numbers ``count``, rounded half up as the schedules do."""
+    part = exact(share)
+    return (2 * part.numerator * count + part.denominator) // (2 * part.denominator)
 
 
 def ranks(score: Tensor, among: Tensor, names: Tensor | None = None) -> Tensor:

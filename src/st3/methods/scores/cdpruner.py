@@ -10,6 +10,7 @@ from torch import Tensor
 from st3.methods.scores.base import Stage, TokenView
 from st3.methods.scores.picks import Picks, similarity, strangers
 from st3.methods.scores.registry import register
+from st3.methods.scores.relevance import Relevance
 
 # A token that the picked ones explain up to this share of the largest is explained.
 EXHAUSTED = 1e-6
@@ -21,8 +22,8 @@ class ConditionalDPP:
     """Relevant and unlike each other: greedy maximum of a determinantal point process on the
     kernel ``r_i * cosine(i, j) * r_j``.
 
-    The relevance ``r`` is the cosine of a visual token and the question, min-max normalised over
-    the row.
+    The relevance ``r`` is the cosine of a visual token and the question
+    (:class:`~st3.methods.scores.Relevance`), min-max normalised over the row.
 
     Source: CDPruner (arXiv 2506.10967), eq. 7 to 9, and its code. Departure: the question is the
     mean of its tokens' embeddings in the decoder (as in OpenVINO GenAI's version), because only
@@ -35,7 +36,7 @@ class ConditionalDPP:
 
     def __call__(self, view: TokenView) -> Tensor:
         alike = similarity(view).masked_fill(strangers(view), 0.0)
-        relevance = _relevance(view)
+        relevance = _from_0_to_1(Relevance()(view), view.visual)
         kernel = relevance[:, :, None] * alike * relevance[:, None]
         gain = kernel.diagonal(dim1=1, dim2=2).clone()
         order = Picks(view)
@@ -54,15 +55,8 @@ class ConditionalDPP:
         return order.scores(relevance)
 
 
-def _relevance(view: TokenView) -> Tensor:
-    """Cosine of each column and the mean of the question's, [B, N], from 0 to 1 over the row's
-    visual tokens."""
-    assert view.hidden is not None
-    unit = torch.nn.functional.normalize(view.hidden.float(), dim=-1)
-    question = view.question.to(unit.dtype)
-    mean = (unit * question[..., None]).sum(1) / question.sum(1, keepdim=True).clamp_min(1)
-    cosine = (unit * mean[:, None]).sum(-1)
-    low = cosine.masked_fill(~view.visual, float("inf")).amin(1, keepdim=True)
-    high = cosine.masked_fill(~view.visual, float("-inf")).amax(1, keepdim=True)
-    spread = (high - low).clamp_min(1e-6)
-    return ((cosine - low + 1e-6) / spread).masked_fill(~view.visual, 0.0)
+def _from_0_to_1(cosine: Tensor, among: Tensor) -> Tensor:
+    """``cosine`` [B, N], from a little above 0 to 1 over the columns ``among``; 0 elsewhere."""
+    low = cosine.masked_fill(~among, float("inf")).amin(1, keepdim=True)
+    high = cosine.masked_fill(~among, float("-inf")).amax(1, keepdim=True)
+    return ((cosine - low + 1e-6) / (high - low).clamp_min(1e-6)).masked_fill(~among, 0.0)

@@ -35,7 +35,7 @@ class Grid:
         shapes = shapes_of(view)
         sides = [side for row in shapes for shape in row if len(shape) > 1 for side in shape[-2:]]
         bayer = _bayer(max(sides, default=1), view.ordinal.device)
-        return -_of_tokens(view, shapes, lambda shape: _turns(shape, bayer))
+        return -of_tokens(view, shapes, lambda shape: _turns(shape, bayer))
 
 
 def on_stride(view: TokenView, stride: int) -> Tensor:
@@ -49,7 +49,7 @@ def on_stride(view: TokenView, stride: int) -> Tensor:
         rows, columns = (torch.arange(side, device=device) % stride == 0 for side in shape[-2:])
         return (rows[:, None] & columns).expand(shape).flatten()
 
-    return _of_tokens(view, shapes_of(view), lambda shape: strided(shape).float())
+    return of_tokens(view, shapes_of(view), lambda shape: strided(shape).float())
 
 
 def shapes_of(view: TokenView) -> list[list[Shape]]:
@@ -65,7 +65,7 @@ def _shape(count: int, grid: Shape | None) -> Shape:
     return grid if grid is not None and math.prod(grid) == count else (count,)
 
 
-def _of_tokens(
+def of_tokens(
     view: TokenView, shapes: list[list[Shape]], of_image: Callable[[Shape], Tensor]
 ) -> Tensor:
     """A number for each token of each image, [B, N], looked up by the tokens' ordinals."""

@@ -1,4 +1,4 @@
-"""Norm of a token's keys, a score that needs no query."""
+"""Norm of a token's key, a score that needs no query."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from st3.methods.scores.registry import register
 @register
 @dataclass(frozen=True)
 class KeyNorm:
-    """L2 norm of the keys, mean over the KV heads: the SMALLER the norm, the longer it is kept.
+    """L2 norm of the mean of a token's keys over the KV heads: the SMALLER the norm, the longer it
+    is kept.
 
-    Source: arXiv 2406.11430, which finds that keys of a low norm draw high attention; ViTCoP (arXiv
-    2601.17818) ranks visual tokens by it inside of the decoder. RoPE does not change a norm.
+    Source: the saliency of ViTCoP (arXiv 2601.17818) inside of the decoder, as in its code; that
+    keys of a low norm draw high attention is the finding of arXiv 2406.11430, which ranks each head
+    by itself. RoPE turns the keys of all heads alike, so that it does not change this norm.
     """
 
     name: str = "key_norm"
 
     def __call__(self, view: LayerView) -> Tensor:
-        norms = view.key[:, :, view.first_column :].float().norm(dim=-1)
-        return -norms.mean(dim=1)
+        mean = view.key[:, :, view.first_column :].float().mean(dim=1)
+        # The mean over all heads, where processes share them: a norm of means is no mean of norms.
+        return -view.over_ranks(mean).norm(dim=-1)
