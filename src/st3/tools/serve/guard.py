@@ -126,7 +126,7 @@ class _Exchange:
         await self._send(message)
 
     async def _drain(self) -> None:
-        if "expect" in self.headers:  # the client waits to be asked for its body
+        if "expect" in self.headers or self.status == 408:  # nothing is on its way
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_SECONDS):
