@@ -869,7 +869,7 @@ def test_the_cpu_table_has_rows_of_grouped_queries(tmp_path: Path) -> None:
             ]
         )
     goals = json.loads((tmp_path / "cpu-quick-grouped-goals.json").read_text())["goals"]
-    name = "decode step / untouched: st3, tiny"
+    name = "decode step / untouched: balanced, tiny"
     steps = [(g["goal"], g["at_most"]) for g in goals if g["name"].startswith(name)]
     assert steps == [(1.0, True)]
     assert all(goal["measured"] is not None for goal in goals)
