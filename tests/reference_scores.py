@@ -222,6 +222,17 @@ def whole(seen: Seen) -> bool:
     return not bool((seen.visual & ~seen.kept).any())
 
 
+# What an image of so many tokens is in families whose images are no squares: (rows, columns).
+# Mistral's rows of patches stand between break tokens, so that each is an image of its own; tiles
+# with newline tokens are no grid.
+_ROWS = {count: (1, count) for count in range(1, 64)}
+SHAPES: dict[str, dict[int, tuple[int, int]]] = {
+    **{name: _ROWS for name in ("mistral3", "mistral3_window", "pixtral")},
+    **{name: {12: (3, 4)} for name in ("gemma4", "gemma4_moe", "gemma4_per_layer")},
+    **{name: {} for name in ("llava_next", "llava_onevision", "llava_next_video")},
+}
+
+
 class Layout(list[list[list[int]]]):
     """For each row the positions of each image's tokens.
 
@@ -245,11 +256,10 @@ def image_rows(family: Family, model: Any, batch: Any) -> Layout:
     images touch, as the engine sees them."""
     rows = Layout()
     if "image_grid_thw" in batch:
-        merge = model.config.vision_config.spatial_merge_size
-        sides = [
-            (high // merge, wide // merge) for _, high, wide in batch["image_grid_thw"].tolist()
-        ]
-        rows.shapes = {high * wide: (high, wide) for high, wide in sides}
+        sides = batch["image_grid_thw"][:, 1:] // model.config.vision_config.spatial_merge_size
+        rows.shapes = {high * wide: (high, wide) for high, wide in sides.tolist()}
+    elif family.name in SHAPES:
+        rows.shapes = SHAPES[family.name]
     visual, spans = family.visual_mask(model, batch), family.visual_spans(model, batch)
     for mask, row_spans in zip(visual, spans, strict=True):
         starts = {start for start, _ in row_spans}
