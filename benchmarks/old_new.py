@@ -251,7 +251,7 @@ def measure(sides: list[Side], given: argparse.Namespace) -> list[dict[str, Any]
                     "make", shape=shape, dtype=dtype, threads=given.threads, clock=given.clock
                 )
             for visual in given.lengths:
-                for method in (*UNTRIMMED, given.policy):
+                for method in [*given.untrimmed, given.policy]:
                     name = f"{shape}, {dtype}, {visual} visual, {_short(method)}"
                     asked = {"method": method, "visual": visual}
                     if "prefill" in given.sections:
@@ -309,6 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[576, 2880])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2], help="of decode steps")
+    parser.add_argument("--untrimmed", nargs="*", choices=UNTRIMMED, default=list(UNTRIMMED))
     parser.add_argument("--policy", default=POLICY)
     parser.add_argument("--rounds", type=int, default=9, help="turns of each side")
     parser.add_argument("--steps", type=int, default=6, help="decode steps in a turn")

@@ -227,7 +227,7 @@ def whole(seen: Seen) -> bool:
 # with newline tokens are no grid.
 _ROWS = {count: (1, count) for count in range(1, 64)}
 SHAPES: dict[str, dict[int, tuple[int, int]]] = {
-    **{name: _ROWS for name in ("mistral3", "mistral3_window", "pixtral")},
+    **dict.fromkeys(("mistral3", "mistral3_window", "pixtral"), _ROWS),
     **{name: {12: (3, 4)} for name in ("gemma4", "gemma4_moe", "gemma4_per_layer")},
     **{name: {} for name in ("llava_next", "llava_onevision", "llava_next_video")},
 }
