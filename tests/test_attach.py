@@ -22,7 +22,7 @@ from st3.hf.cache import TrimmedLayer, stores_of
 from st3.hf.call import CACHE_NAMES, cache_of
 from st3.hf.hooks import Hooks
 from st3.models import find_parts
-from tests.helpers import POLICIES, ST3, Case, answer
+from tests.helpers import METHODS, POLICIES, ST3, Case, answer
 from tests.zoo import I, T
 
 SOLO: list[list[Any]] = [[T(5), I(), T(9)]]
@@ -113,11 +113,20 @@ def test_a_model_of_a_config_copied_while_trimmed_can_be_trimmed() -> None:
 # -- several threads -------------------------------------------------------------------------------
 
 
-@ON_EACH
-def test_two_threads_get_the_answers_that_each_gets_alone(name: str) -> None:
-    first, second = Case.of(name, SOLO), Case.of(name, [[T(12), I(), T(4)]])
-    second.model = first.model
-    alone = [case.generate(ST3, 12).sequences for case in (first, second)]
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("llava", "st3"),
+        ("qwen2_5_vl", "st3"),
+        ("smolvlm", "default"),  # asks what the encoder was given
+        ("qwen2_5_vl", "default"),
+        ("llava", "visionzip"),  # listens to the tower
+    ],
+)
+def test_two_threads_get_the_answers_that_each_gets_alone(name: str, policy: str) -> None:
+    first, second = Case.of(name, SOLO), Case.of(name, [[T(12), I(), T(4), I(), T(2)]])
+    second.model, chosen = first.model, {**POLICIES, **METHODS}[policy]
+    alone = [case.generate(chosen, 12).sequences for case in (first, second)]
     found: dict[int, list[Any]] = {0: [], 1: []}
 
     def work(index: int, case: Case) -> None:
@@ -130,7 +139,7 @@ def test_two_threads_get_the_answers_that_each_gets_alone(name: str) -> None:
             except Exception as error:
                 found[index].append(error)
 
-    with st3.trim(first.model, ST3):
+    with st3.trim(first.model, chosen):
         threads = [threading.Thread(target=work, args=pair) for pair in enumerate((first, second))]
         for thread in threads:
             thread.start()

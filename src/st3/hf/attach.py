@@ -227,6 +227,8 @@ class Attachment:
     ) -> Any:
         # A later call of the text model by itself must not meet this prompt's visual tokens.
         self.visual.end()
+        if self._tower is not None:
+            self._tower.end()
         self._attention_mask, self._logits_to_keep = None, 0
         # Gradient checkpointing runs layers again in backward: then the pass must still be there.
         with self.session.events.span("finish"):

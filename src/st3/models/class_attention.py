@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,15 @@ from st3.errors import UnsupportedModelError
 from st3.hf.hooks import Hooks
 
 REMEDY = "rank by a score that needs none, such as score=divprune or score=attention"
+
+
+class _Heard(threading.local):
+    """What the tower gave in a thread: images are encoded outside of the forward call that holds
+    other threads up."""
+
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
+        self.packed: list[Tensor] = []
 
 
 class ClassAttentionTap:
@@ -38,8 +48,7 @@ class ClassAttentionTap:
         if chosen is None:  # ViP-LLaVA on transformers 5.17
             chosen = config.vision_feature_layers
         self.attention = _attention_of(inner.vision_tower, chosen)
-        self._weights: list[Tensor] = []
-        self._packed: list[Tensor] = []
+        self._heard = _Heard()
 
     def listen(self, hooks: Hooks) -> None:
         """Listen on this instance alone."""
@@ -50,8 +59,8 @@ class ClassAttentionTap:
 
     def take(self, visual: Tensor) -> Tensor:
         """The weights, [B, T], at the visual tokens [B, T] bool of the prompt under way."""
-        weights, self._weights = self._weights, []
-        packed, self._packed = self._packed, []
+        weights, packed = self._heard.weights, self._heard.packed
+        self.end()
         flat = torch.cat(
             [self._tokens(w).flatten() for w in packed or weights] or [visual.new_zeros(0)]
         )
@@ -67,10 +76,14 @@ class ClassAttentionTap:
         full[visual[::copies]] = flat.to(visual.device)
         return full.repeat_interleave(copies, dim=0)
 
+    def end(self) -> None:
+        """Forget what this thread has heard."""
+        self._heard.weights, self._heard.packed = [], []
+
     def _hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         with torch.no_grad():
-            self._weights.append(_class_row(module, hidden))
+            self._heard.weights.append(_class_row(module, hidden))
 
     def _tokens(self, weights: Tensor) -> Tensor:
         """From patches [images, patches] to visual tokens, where a family joins some."""
@@ -86,11 +99,12 @@ class ClassAttentionTap:
         tokens (which get no weight) in between."""
 
         def packing(image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
-            weights, self._weights = torch.cat(self._weights)[..., None], []
+            heard = self._heard
+            weights, heard.weights = torch.cat(heard.weights)[..., None], []
             tiles = [feature.shape[0] for feature in image_features]
             if sum(tiles) == len(weights):
                 newline = {**kwargs, "image_newline": weights.new_zeros(1)}
-                self._packed += pack(torch.split(weights, tiles), image_sizes, *args, **newline)[0]
+                heard.packed += pack(torch.split(weights, tiles), image_sizes, *args, **newline)[0]
             return pack(image_features, image_sizes, *args, **kwargs)
 
         return packing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,16 @@ class Encoded:
     tokens: int
 
 
+class _Encoding(threading.local):
+    """What a thread has encoded for its next prompt: generate() encodes images before the forward
+    call that holds other threads up."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.calls: list[Encoded] = []
+        self.inside = False
+
+
 class VisualTokens:
     """Listens to a model for which tokens of the chunk under way are visual.
 
@@ -49,10 +60,8 @@ class VisualTokens:
         self.inner = inner
         self._mask: Tensor | None = None
         self._chunk: tuple[Tensor | None, Tensor | None] = (None, None)
-        self.sizes: list[int] = []
         self.encoded: tuple[Encoded, ...] = ()
-        self._calls: list[Encoded] = []
-        self._inside = False
+        self._encoding = _Encoding()
         self.has_image = False
         self.unknown = False
 
@@ -96,39 +105,41 @@ class VisualTokens:
         self._mask, self._chunk = None, (None, None)
         self.has_image = self.unknown = False
         self.encoded = ()
-        self.sizes.clear()
-        self._calls.clear()
+        self._encoding.sizes.clear()
+        self._encoding.calls.clear()
 
     def _noting(self, encode: Callable[..., Any], video: bool) -> Callable[..., Any]:
         signature = inspect.signature(encode)
 
         @functools.wraps(encode)  # generate() reads the signature
         def noting(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:  # videos are encoded as images are
+            mine = self._encoding
+            if mine.inside:  # videos are encoded as images are
                 return encode(*args, **kwargs)
-            self._inside = True
+            mine.inside = True
             try:
                 result = encode(*args, **kwargs)
             finally:
-                self._inside = False
+                mine.inside = False
             features = getattr(result, "pooler_output", result)
             images = features if isinstance(features, (list, tuple)) else [features]
             if images is features and features is not result:
-                self.sizes += map(_tokens, features)
+                mine.sizes += map(_tokens, features)
             tokens = sum(map(_tokens, images))
             given = signature.bind(*args, **kwargs).arguments
             inputs = {**given, **given.get("kwargs", {})}
             inputs = {name: _without_pixels(name, value) for name, value in inputs.items()}
-            self._calls.append(Encoded(video, inputs, tokens))
+            mine.calls.append(Encoded(video, inputs, tokens))
             return result
 
         return noting
 
     def take_sizes(self) -> list[int]:
-        """The sizes noted so far, and :attr:`encoded` along with them; the next prompt starts with
-        none."""
-        sizes, self.sizes = self.sizes, []
-        self.encoded, self._calls = tuple(self._calls), []
+        """The sizes that this thread has noted so far, and :attr:`encoded` along with them; the
+        next prompt starts with none."""
+        mine = self._encoding
+        sizes, mine.sizes = mine.sizes, []
+        self.encoded, mine.calls = tuple(mine.calls), []
         return sizes
 
     def begin(self, kwargs: dict[str, Any]) -> None:
