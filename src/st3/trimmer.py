@@ -15,8 +15,9 @@ from st3.engine.events import Events, Observer
 from st3.engine.kv.store import KVStore
 from st3.engine.masks import kind_of
 from st3.engine.parallel import head_group
-from st3.engine.plan import Plan
+from st3.engine.plan import Plan, lay_out
 from st3.engine.session import Session
+from st3.engine.wiring import Wiring
 from st3.errors import TrimStateError, UnsupportedModelError
 from st3.hf.attach import Attachment
 from st3.hf.attention import attention_of
@@ -26,7 +27,6 @@ from st3.hf.generation import check_generation
 from st3.hf.hooks import Hooks
 from st3.methods import DEFAULT_POLICY
 from st3.methods.policies import Policy, parse, with_budget
-from st3.methods.policies.base import check_ranked
 from st3.methods.scores import needs_of
 from st3.models import base_model, family_of
 from st3.report import Report, Reporter
@@ -93,8 +93,8 @@ class Trimmer:
                 "per_image=True and rerank_every exclude each other: a new ranking does not know "
                 "the images' own budgets"
             )
-        self.schedule = self.policy.schedule(len(self.parts.layers))
-        check_ranked(self.policy, self.schedule)
+        self.wiring = Wiring(self.parts.sources)
+        self.schedule = lay_out(self.policy, self.wiring)
         self.touches = self.schedule.drops or own_cache
         self._reporter = Reporter(str(self.policy), self.schedule, self.model.config)
         self._events = Events()
@@ -206,8 +206,9 @@ class Trimmer:
             unrotate=self.family.inverse_rotation(self.parts) if rotary else None,
             kind=kind_of(attention_of(self.parts.text.config)),
             windows=self.parts.windows,
+            wiring=self.wiring,
             per_image=self.per_image,
-            ranks=head_group(self.parts.attentions[0]),
+            ranks=head_group(next(iter(self.parts.softmax.values()))),
         )
 
     def _unhook(self) -> None:

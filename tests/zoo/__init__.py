@@ -17,6 +17,7 @@ from . import (
     gemma,
     gemma4,
     grids,
+    hybrids,
     idefics,
     llava,
     mistral,
@@ -48,11 +49,13 @@ FAMILIES: dict[str, Family] = {
     family.name: family for module in _MODULES for family in module.FAMILIES if family.available
 }
 
+HYBRIDS: dict[str, Family] = {f.name: f for f in hybrids.FAMILIES if f.available}
+
 
 def build(name: str, seed: int = 0) -> tuple[Family, PreTrainedModel]:
     """The family of this name and a fresh model of it."""
-    family = FAMILIES[name]
+    family = FAMILIES.get(name) or HYBRIDS[name]
     return family, family.model(seed)
 
 
-__all__ = ["FAMILIES", "REFUSED", "UNTRIED", "Batch", "Family", "I", "T", "V", "build"]
+__all__ = ["FAMILIES", "HYBRIDS", "REFUSED", "UNTRIED", "Batch", "Family", "I", "T", "V", "build"]

@@ -44,11 +44,7 @@ _REASONS: list[tuple[Callable[[], PreTrainedConfig], str, str]] = [
     (gemma4_shared, "shared", "gemma4"),
     (make.gemma3n, "shared", ""),
     # A recurrent or convolutional state mixes tokens in order; none can be hidden from it later.
-    (make.qwen3_5, "linear attention", ""),
-    (make.qwen3_5_moe, "linear attention", ""),
-    (make.minicpmv4_6, "linear attention", ""),
     (make.glm5_next, "linear attention", ""),
-    (make.lfm2_vl, "convolution", ""),
     # Image features are added between late layers, inside the decoder's own loop.
     (make.granite4_vision, "deepstack", ""),
     # An index of its own chooses which keys a query sees, over positions of the whole sequence.

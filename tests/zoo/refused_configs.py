@@ -12,7 +12,7 @@ from .base import IMAGE, VIDEO, VISION_END, VISION_START, text, tiny, vision
 from .gemma4 import IDS as GEMMA_IDS
 from .llava import clip
 from .mistral import tower
-from .qwen import GLM_IDS, QWEN_IDS, rope
+from .qwen import GLM_IDS
 from .sam import SAM
 
 IDS = {"image_token_id": IMAGE, "tie_word_embeddings": False}
@@ -49,7 +49,7 @@ SMALL: dict[str, Any] = {  # names of the older configs
 }
 
 
-def _sub(config: str, name: str) -> type[PreTrainedConfig]:
+def sub(config: str, name: str) -> type[PreTrainedConfig]:
     found = CONFIG_MAPPING[config]().sub_configs[name]
     return (
         type(getattr(CONFIG_MAPPING[config](), name)) if found.__name__ == "AutoConfig" else found
@@ -63,7 +63,7 @@ def _small(model_type: str, **changes: Any) -> PreTrainedConfig:
 def mllama() -> PreTrainedConfig:
     return tr.MllamaConfig(
         vision_config=vision(
-            _sub("mllama", "vision_config"),
+            sub("mllama", "vision_config"),
             attention_heads=2,
             num_global_layers=1,
             vision_output_dim=32,
@@ -71,7 +71,7 @@ def mllama() -> PreTrainedConfig:
             max_num_tiles=2,
             supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
         ),
-        text_config=text(_sub("mllama", "text_config"), cross_attention_layers=[1, 3]),
+        text_config=text(sub("mllama", "text_config"), cross_attention_layers=[1, 3]),
         image_token_index=IMAGE,
     )
 
@@ -138,10 +138,10 @@ def pix2struct() -> PreTrainedConfig:
 
 def t5gemma2() -> PreTrainedConfig:
     part = {"query_pre_attn_scalar": 8, "sliding_window": 16, "num_hidden_layers": 2}
-    encoder, decoder = _sub("t5gemma2", "encoder"), _sub("t5gemma2", "decoder")
+    encoder, decoder = sub("t5gemma2", "encoder"), sub("t5gemma2", "decoder")
     return tr.T5Gemma2Config(
         encoder=encoder(
-            text_config=text(_sub("t5gemma2", "decoder"), **part).to_dict()
+            text_config=text(sub("t5gemma2", "decoder"), **part).to_dict()
             | {"model_type": "t5gemma2_text"},
             vision_config=vision(tr.SiglipVisionConfig),
             mm_tokens_per_image=16,
@@ -170,47 +170,6 @@ def udop() -> PreTrainedConfig:
     return _small("udop", num_decoder_layers=2, image_size=16, patch_size=4)
 
 
-def qwen3_5() -> PreTrainedConfig:
-    return tr.Qwen3_5Config(
-        vision_config=vision(_sub("qwen3_5", "vision_config"), num_position_embeddings=64),
-        text_config=text(_sub("qwen3_5", "text_config"), rope_parameters=rope((2, 1, 1)), **LINEAR),
-        **QWEN_IDS,
-    )
-
-
-def qwen3_5_moe() -> PreTrainedConfig:
-    return tr.Qwen3_5MoeConfig(
-        vision_config=vision(_sub("qwen3_5_moe", "vision_config"), num_position_embeddings=64),
-        text_config=text(
-            _sub("qwen3_5_moe", "text_config"),
-            rope_parameters=rope((2, 1, 1)),
-            shared_expert_intermediate_size=16,
-            **LINEAR,
-        ),
-        **QWEN_IDS,
-    )
-
-
-def lfm2_vl() -> PreTrainedConfig:
-    return tr.Lfm2VlConfig(
-        vision_config=vision(tr.Siglip2VisionConfig, num_patches=64),
-        text_config=text(tr.Lfm2Config, layer_types=["conv", "conv", "full_attention", "conv"] * 2),
-        projector_hidden_size=32,
-        **IDS,
-    )
-
-
-def minicpmv4_6() -> PreTrainedConfig:
-    return tr.MiniCPMV4_6Config(
-        vision_config=vision(_sub("minicpmv4_6", "vision_config"), insert_layer_id=0),
-        text_config=text(_sub("qwen3_5", "text_config"), rope_parameters=rope((2, 1, 1)), **LINEAR),
-        insert_layer_id=0,
-        image_size=16,
-        video_token_id=VIDEO,
-        **IDS,
-    )
-
-
 def granite4_vision() -> PreTrainedConfig:
     from transformers.models.granite4_vision.configuration_granite4_vision import (
         Granite4VisionTextConfig,
@@ -237,7 +196,7 @@ def granite4_vision() -> PreTrainedConfig:
 def _latent(model_type: str, **changes: Any) -> PreTrainedConfig:
     """Latent attention with a sparse index."""
     return text(
-        _sub(model_type, "text_config"),
+        sub(model_type, "text_config"),
         **{
             "num_key_value_heads": 4,
             "kv_lora_rank": 16,
@@ -254,7 +213,7 @@ def _latent(model_type: str, **changes: Any) -> PreTrainedConfig:
 
 def glm5_next() -> PreTrainedConfig:
     return tr.Glm5NextConfig(
-        vision_config=vision(_sub("glm5_next", "vision_config"), projection_intermediate_size=16),
+        vision_config=vision(sub("glm5_next", "vision_config"), projection_intermediate_size=16),
         text_config=_latent(
             "glm5_next",
             head_dim=0,
@@ -278,9 +237,9 @@ def mistral_large4() -> PreTrainedConfig:
 
 def minimax_m3_vl() -> PreTrainedConfig:
     return tr.MiniMaxM3VLConfig(
-        vision_config=vision(_sub("minimax_m3_vl", "vision_config")),
+        vision_config=vision(sub("minimax_m3_vl", "vision_config")),
         text_config=text(
-            _sub("minimax_m3_vl", "text_config"),
+            sub("minimax_m3_vl", "text_config"),
             dense_intermediate_size=48,
             shared_intermediate_size=16,
             rotary_dim=4,
@@ -297,7 +256,7 @@ def minimax_m3_vl() -> PreTrainedConfig:
 
 
 def unlimited_ocr() -> PreTrainedConfig:
-    encoder = _sub("unlimited_ocr", "vision_config")
+    encoder = sub("unlimited_ocr", "vision_config")
     return tr.UnlimitedOcrConfig(
         vision_config=encoder(
             sam_config={**SAM, "hidden_size": 16, "num_attention_heads": 2,
@@ -305,7 +264,7 @@ def unlimited_ocr() -> PreTrainedConfig:
             encoder_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
                             "num_attention_heads": 2, "image_size": 16, "patch_size": 4},
         ),
-        text_config=text(_sub("unlimited_ocr", "text_config"), sliding_window=16),
+        text_config=text(sub("unlimited_ocr", "text_config"), sliding_window=16),
         **IDS,
     )  # fmt: skip
 
@@ -316,7 +275,7 @@ def diffusion_gemma() -> PreTrainedConfig:
                        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
                        "head_dim": 8, "patch_size": 4, "position_embedding_size": 32},
         text_config=text(
-            _sub("diffusion_gemma", "text_config"),
+            sub("diffusion_gemma", "text_config"),
             sliding_window=16,
             top_k_experts=2,
             global_head_dim=16,
@@ -334,7 +293,7 @@ def gemma3n() -> PreTrainedConfig:
                       "input_feat_size": 16, "conf_num_hidden_layers": 1,
                       "conf_num_attention_heads": 2, "sscp_conv_channel_size": [4, 4]},
         text_config=text(
-            _sub("gemma3n", "text_config"),
+            sub("gemma3n", "text_config"),
             num_kv_shared_layers=3,
             sliding_window=16,
             hidden_size_per_layer_input=8,

@@ -106,6 +106,11 @@ def check(plan: Plan) -> None:
         raise UnsupportedModelError(
             "compile_decode and rerank_every exclude each other: leave rerank_every at None"
         )
+    if not plan.wiring.plain:
+        raise UnsupportedModelError(
+            "compile_decode needs KV entries of its own in every decoder layer, and this model has "
+            "layers with a state, or with shared entries: leave compile_decode at None"
+        )
     if plan.kind == "flash":
         raise UnsupportedModelError(
             "compile_decode needs masks over a whole buffer, which flash attention does not take: "

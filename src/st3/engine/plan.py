@@ -12,6 +12,10 @@ from torch import Tensor
 from st3.engine.kv.visible import FOREVER
 from st3.engine.masks import Kind
 from st3.engine.prompt import Rows
+from st3.engine.wiring import Wiring
+from st3.methods.laid import lay
+from st3.methods.policies import Policy
+from st3.methods.policies.base import check_ranked
 from st3.methods.schedule import Schedule
 from st3.methods.scores import Score, Stage, TokenView, needs_of, stage_of
 
@@ -28,6 +32,7 @@ class Plan:
         schedule, score, rerank, recalls: the policy's.
         kind: the form of masks that the model's attention takes.
         windows: sliding window of each decoder layer, or None.
+        wiring: where each decoder layer gets its keys and values from.
         per_image: whether each image has a budget of its own.
         unrotate: takes RoPE off queries and keys; None unless the score needs it.
         ranks: the processes that share the model's heads, or None.
@@ -38,6 +43,7 @@ class Plan:
     rerank: int | None
     kind: Kind
     windows: tuple[int | None, ...]
+    wiring: Wiring
     per_image: bool
     recalls: bool = False
     unrotate: Unrotate | None = None
@@ -69,8 +75,11 @@ class Plan:
         """The decoder layers that use a layer's score: itself, and perhaps later ones."""
         source = getattr(self.score, "source", lambda layer: layer)
         users: dict[int, list[int]] = {}
+        scorers, sources = self.wiring.scorers, self.wiring.sources
         for layer in range(self.num_layers):
-            users.setdefault(source(layer), []).append(layer)
+            scorer = scorers[source(layer)]
+            if scorer is not None and (sources[layer] == layer or self.drops_behind[layer]):
+                users.setdefault(scorer, []).append(layer)
         return users
 
     @cached_property
@@ -94,8 +103,10 @@ class Plan:
 
     @cached_property
     def drops_behind(self) -> tuple[bool, ...]:
-        """For each layer whether the one behind it sees fewer visual tokens."""
-        return (*self.prunes[1:], False)
+        """For each layer whether tokens are chosen for the one behind it, which sees fewer. The
+        first layer that shares another one's entries sees none: there is nothing to choose."""
+        shared = self.wiring.first_shared
+        return (*(prunes and i != shared for i, prunes in enumerate(self.prunes) if i), False)
 
     def budgets(self, rows: Rows) -> Budgets:
         """The original visual counts that budgets are taken from: per row, or per image."""
@@ -107,12 +118,32 @@ class Plan:
 
     def anneals(self, budgets: Budgets) -> tuple[bool, ...]:
         """For each layer whether it will ever show less than it stores of these rows."""
-        return _anneals(self.schedule, frozenset(n for row in budgets for n in row))
+        numbers = frozenset(n for row in budgets for n in row)
+        return _anneals(self.schedule, numbers, self.wiring.own)
+
+
+def lay_out(policy: Policy, wiring: Wiring) -> Schedule:
+    """The schedule of a policy on a decoder.
+
+    Raises:
+        ValueError: if it does not fit the number of layers, or drops tokens where nothing has
+            ranked them.
+    """
+    score, layers = policy.scorer(), len(wiring.sources)
+    if wiring.plain:
+        schedule = policy.schedule(layers)
+    else:
+        of_attention = stage_of(score) == "attention" or "keys" in needs_of(score)
+        first = wiring.own[0] + 1 if of_attention else 0
+        schedule = lay(policy, layers, first, wiring.first_shared)
+    check_ranked(policy, schedule)
+    return schedule
 
 
 @lru_cache(maxsize=64)
-def _anneals(schedule: Schedule, numbers: frozenset[int]) -> tuple[bool, ...]:
+def _anneals(schedule: Schedule, numbers: frozenset[int], own: tuple[int, ...]) -> tuple[bool, ...]:
     return tuple(
-        any(schedule.visible(layer, n, FOREVER) < schedule.kept(layer, n) for n in numbers)
+        layer in own
+        and any(schedule.visible(layer, n, FOREVER) < schedule.kept(layer, n) for n in numbers)
         for layer in range(schedule.num_layers)
     )

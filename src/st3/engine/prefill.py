@@ -10,7 +10,8 @@ loop. So what can be done once, or for all layers in a row, is not done between 
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -36,11 +37,9 @@ from st3.engine.plan import Plan
 from st3.engine.prompt import Block, Rows
 from st3.engine.ranker import Ranker
 from st3.engine.select import (
-    Memo,
     gather_columns,
     gather_tables,
     gather_tokens,
-    memoised,
     rank_visual,
     scatter_columns,
     select,
@@ -49,7 +48,7 @@ from st3.errors import TrimStateError
 
 
 class Prefill:
-    """A prompt with visual tokens.
+    """A prompt with visual tokens, in a decoder whose layers all have KV entries of their own.
 
     Args:
         rows, block: what was read of the prompt.
@@ -66,6 +65,8 @@ class Prefill:
             hold its keys size first.
     """
 
+    ends_together = False  # whether ragged rows end in the same column, and not begin in it
+
     def __init__(
         self,
         plan: Plan,
@@ -78,8 +79,7 @@ class Prefill:
         tower: Tensor | None,
         events: Events,
     ) -> None:
-        self.plan, self.rows, self.block = plan, rows, block
-        self.attention_mask = attention_mask
+        self.plan, self.rows, self.block, self.attention_mask = plan, rows, block, attention_mask
         self.stores, self.timeline, self.extends, self.events = stores, timeline, extends, events
         self.budgets = plan.budgets(rows)
         nothing = (False,) * plan.num_layers
@@ -88,8 +88,7 @@ class Prefill:
         self.blocks: dict[int, Block] = {}
         self.attended: dict[int, tuple[Block, bool]] = {}
         self._columns: dict[int, Tensor] = {}  # of the layer before, that a layer begins with
-        self._shared: dict[tuple[int, ...], tuple[Any, Any, Any]] = {}
-        self._plain: Memo = {}
+        self._shared: dict[tuple[int, int], tuple[Any, Any]] = {}
 
     @cached_property
     def _kept(self) -> dict[int, list[list[int]]]:
@@ -128,7 +127,8 @@ class Prefill:
                 f"decoder layer {layer - 1} ran without a score: its attention was not called "
                 "through transformers' attention interface"
             )
-        block, columns = select(self.block.to(score.device), score, self._kept[layer])
+        block = self.block.to(score.device)
+        block, columns = select(block, score, self._kept[layer], right=self.ends_together)
         if self.extends and len(set(block.counts)) > 1:
             raise TrimStateError(
                 "a new image in a continued batch needs rows of equal length: continue the "
@@ -141,35 +141,36 @@ class Prefill:
     def _narrow(self, layer: int, inputs: LayerInputs) -> None:
         """Bring mask, position tables and further inputs to the columns of the block."""
         inputs.changed = True
-        mask = inputs.mask
-        inputs.mask, inputs.tables = self._shared_inputs(mask, inputs.tables, inputs.hidden)
-        if self.extends:
-            inputs.mask = self._extension_mask(layer, mask, inputs.hidden)
-        if self.block.index is not None:
+        inputs.mask = self._narrow_mask(layer, inputs.mask, inputs.hidden)
+        index, tables = self.block.index, inputs.tables
+        if index is not None:
+            if tables is not None:
+                inputs.tables = self._once(tables, partial(gather_tables, tables, index))
             for name, value in inputs.others.items():
-                inputs.others[name] = gather_tokens(value, self.block.index, self.rows.length)
+                inputs.others[name] = gather_tokens(value, index, self.rows.length)
 
-    def _shared_inputs(self, mask: Any, tables: Any, hidden: Tensor) -> tuple[Any, Any]:
-        """Mask and tables, which a text model shares between layers."""
-        key = id(self.block), id(mask), id(tables)
+    def _once(self, original: Any, make: Callable[[], Any], everywhere: bool = False) -> Any:
+        """``make()`` once in a block: a text model shares masks and tables between layers."""
+        key = 0 if everywhere else id(self.block), id(original)
         if key not in self._shared:
-            narrow_mask = None if self.extends else self._mask(mask, hidden)
-            narrow = tables
-            if tables is not None and self.block.index is not None:
-                narrow = gather_tables(tables, self.block.index)
-            # What they are made of is held, so that its ids stay its own.
-            self._shared[key] = narrow_mask, narrow, (mask, tables)
-        return self._shared[key][:2]
+            # What it is made of is held, so that its id stays its own.
+            self._shared[key] = make(), original
+        return self._shared[key][0]
+
+    def _narrow_mask(self, layer: int, mask: Any, hidden: Tensor) -> Any:
+        if self.extends:
+            return self._extension_mask(layer, mask, hidden)
+        return self._once(mask, lambda: self._mask(mask, hidden))
 
     def _mask(self, mask: Any, hidden: Tensor) -> Tensor | None:
         """The mask of left-aligned rows."""
         if mask is None or mask.dim() == 2 or self._is_plain(mask):
-            return prefill_mask(hidden.shape[1], self.plan.kind, hidden.dtype, hidden.device)
+            return prefill_mask(hidden.shape[-2], self.plan.kind, hidden.dtype, hidden.device)
         block = self.block.to(mask.device)
         return gather_mask(mask, block.source_columns(), block.valid)
 
     def _is_plain(self, mask: Tensor) -> bool:
-        return bool(memoised(self._plain, mask, lambda: is_plain(mask, self.attention_mask)))
+        return bool(self._once(mask, lambda: is_plain(mask, self.attention_mask), everywhere=True))
 
     # In a layer -------------------------------------------------------------------------------
 
@@ -268,7 +269,6 @@ class Prefill:
             if self.stores is not None and not self.stores[layer].rows:
                 self._admit(layer)
         self._shared.clear()
-        self._plain.clear()
         self.ranker.release()
         self.block = self.block.to(hidden.device)
         return scatter_columns(hidden, self.block, self.rows.length)

@@ -131,7 +131,7 @@ class Ranker:
 
     def for_drop(self, layer: int) -> Tensor | None:
         """The score by which tokens are dropped before ``layer``; None if it was not taken."""
-        if self.plan.stage != "attention":
+        if self.plan.stage != "attention" or self.plan.wiring.states[layer - 1]:
             return self._carried
         score = self.scores.get(layer - 1)
         return score if isinstance(score, Tensor) else None
@@ -142,6 +142,11 @@ class Ranker:
             self._carried = self._carried.gather(1, columns.to(self._carried.device))
         if self._prepared is not None:
             self._prepared = self._prepared.gather(1, columns.to(self._prepared.device))
+        if self._keys is not None and self.plan.wiring.has_states:
+            # A layer with a state shows no keys: those of a layer before it stay the latest.
+            index = columns[:, None, :, None].to(self._keys.device)
+            shape = (-1, self._keys.shape[1], -1, self._keys.shape[3])
+            self._keys = self._keys.gather(2, index.expand(shape))
 
     def release(self) -> None:
         """Let go of what only the layers needed."""

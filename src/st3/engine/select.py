@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -146,7 +146,10 @@ def _drop_rank(block: Block, score: Tensor, stays: Sequence[Sequence[int]]) -> T
 
 
 def gather_columns(tensor: Tensor, columns: Tensor) -> Tensor:
-    """``tensor`` [B, N, D] at ``columns`` [B, M] -> [B, M, D], as one copy of whole rows."""
+    """``tensor`` [B, N, D] at ``columns`` [B, M] -> [B, M, D], as one copy of whole rows; or of
+    several streams of hidden states, [S, B, N, D]."""
+    if tensor.dim() == 4:
+        return torch.stack([gather_columns(stream, columns) for stream in tensor])
     batch, length, size = tensor.shape
     if batch == 1:
         return tensor.index_select(1, columns[0])
@@ -163,18 +166,6 @@ def gather_positions(tensor: Tensor, columns: Tensor) -> Tensor:
     index = columns.view((1,) * len(lead) + (*columns.shape, 1))
     index = index.expand(*lead, *columns.shape, tensor.shape[-1])
     return tensor.expand(*lead, columns.shape[0], *tensor.shape[-2:]).gather(-2, index)
-
-
-Memo = dict[int, tuple[object, object]]
-
-
-def memoised(memo: Memo, original: object, make: Callable[[], object]) -> object:
-    """``make()`` once per ``original`` object: a text model passes the same mask and tables to all
-    layers of a kind. The memo holds the original, so that its id stays its own."""
-    found = memo.get(id(original))
-    if found is None:
-        found = memo[id(original)] = (original, make())
-    return found[1]
 
 
 def gather_tables(tables: Any, index: Tensor) -> Any:

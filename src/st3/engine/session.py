@@ -15,6 +15,7 @@ from st3.engine.kv.joined import JoinedStore
 from st3.engine.kv.store import KVStore
 from st3.engine.kv.timeline import Phase, Timeline
 from st3.engine.masks import Starts
+from st3.engine.mixed import MixedPrefill, MixedStep
 from st3.engine.plan import Plan
 from st3.engine.prefill import Prefill
 from st3.engine.prompt import Block, Rows, read_prompt
@@ -169,7 +170,8 @@ class Session:
         mask = chunk.attention_mask if block.valid is not None else None
         mask = None if mask is None else mask[:, -chunk.tokens :].to(chunk.embeds.device)
         self._tell(chunk, rows, block, timeline)
-        self.current = Prefill(
+        kind = Prefill if self.plan.wiring.plain else MixedPrefill
+        self.current = kind(
             self.plan, rows, block, mask, stores, timeline, past > 0, tower, self.events
         )
 
@@ -216,7 +218,8 @@ class Session:
             self.current = step
         else:
             own_stores = cast(dict[int, KVStore], stores)
-            self.current = TextStep(plan, own_stores, timeline, events, self._known)
+            kind = TextStep if plan.wiring.plain else MixedStep
+            self.current = kind(plan, own_stores, timeline, events, self._known)
 
     def _settle(self, stores: dict[int, KVStore] | dict[int, Store]) -> None:
         """Before a pass behind a prompt makes its masks: write prompts that wait and, where a

@@ -93,7 +93,7 @@ class TextStep(Step[KVStore]):
         if self._unmasked[layer]:
             return None
         past, line = self.stores[layer], self.timeline
-        queries = hidden.shape[1]
+        queries = hidden.shape[-2]
         window = self.plan.windows[layer]
         starts = [past.row_starts(line.step(line.start + q)) for q in range(queries)]
         first, end = min(starts[0]), past.end + queries

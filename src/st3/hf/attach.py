@@ -98,13 +98,13 @@ class Attachment:
     # Hooks --------------------------------------------------------------------------------------
 
     def _install_layers(self, hooks: Hooks) -> None:
-        text, attentions = self.parts.text, self.parts.attentions
+        text, softmax = self.parts.text, self.parts.softmax
         attention = attention_of(text.config)
         name = registered(attention)
-        for index, module in enumerate(attentions):
+        for index, module in softmax.items():
             handle = LayerHandle(index, base_attention(attention, module), self.session)
             hooks.replace(module, ATTRIBUTE, handle)
-        for config in {id(m.config): m.config for m in (text, *attentions)}.values():
+        for config in {id(m.config): m.config for m in (text, *softmax.values())}.values():
             hooks.assign(config, "_attn_implementation", name)
         for index, layer in enumerate(self.parts.layers):
             hooks.before(layer, self._layer_hook(index))
@@ -158,7 +158,7 @@ class Attachment:
     def _chunk(self, embeds: Tensor, visual: Tensor | None, cache: Any, past: int) -> Chunk:
         seam = None
         if cache is not None:
-            seam = CacheSeam(cache, len(self.parts.layers), self._pads)
+            seam = CacheSeam(cache, self.session.plan.wiring.own, self._pads)
             if visual is not None:
                 self.latest_cache = weakref.ref(cache)
                 if self.session.touches and not seam.stores:

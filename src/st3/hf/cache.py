@@ -5,7 +5,7 @@ Layers are swapped one by one into generate()'s own DynamicCache: no argument of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -140,15 +140,19 @@ class CacheSeam:
     """A transformers cache, as the engine sees it (:class:`st3.engine.calls.Cache`).
 
     Args:
-        layers: decoder layers of the model.
+        own: the decoder layers that have KV entries of their own; the cache's other layers (states,
+            and stand-ins for layers that share entries) are left in their places.
         pads: gives the padding of each row of an earlier turn, by its logical length.
     """
 
     def __init__(
-        self, cache: Cache, layers: int, pads: Callable[[int, int], list[int]] | None = None
+        self,
+        cache: Cache,
+        own: Sequence[int],
+        pads: Callable[[int, int], list[int]] | None = None,
     ) -> None:
         self.cache = cache
-        self._layers = layers
+        self._own = own
         self._pads = pads
 
     @property
@@ -160,7 +164,8 @@ class CacheSeam:
         return stores_of(self.cache)
 
     def entry_bytes(self) -> tuple[int, ...]:
-        pairs = [(layer.keys, layer.values) for layer in self.cache.layers]
+        own = set(self._own)
+        pairs = [(la.keys, la.values) if i in own else () for i, la in enumerate(self.cache.layers)]
         return tuple(
             sum(t.shape[1] * t.shape[-1] * t.element_size() for t in pair) for pair in pairs
         )
@@ -172,7 +177,7 @@ class CacheSeam:
                 f"{type(self.cache).__name__} is not supported: leave cache_implementation unset, "
                 "so that generate() makes a DynamicCache"
             )
-        for layer in self.cache.layers[: self._layers]:
+        for layer in self._layers():
             # One of ours was reset, and may stem from another policy.
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, TrimmedLayer):
                 raise UnsupportedModelError(
@@ -183,15 +188,24 @@ class CacheSeam:
     def install(self, make: Callable[[int], KVStore]) -> dict[int, KVStore]:
         self.check()
         past = self.length
-        fresh = {layer: make(layer) for layer in range(self._layers)}
+        fresh = {layer: make(layer) for layer in self._own}
         if past:
-            for layer, old in enumerate(self.cache.layers[: self._layers]):
+            for layer, old in zip(self._own, self._layers(), strict=True):
                 pads = [0] * old.keys.shape[0]
                 if self._pads is not None:
                     pads = self._pads(past, len(pads))
                 fresh[layer].adopt(old.keys, old.values, pads, past)
-        self.cache.layers[: self._layers] = [TrimmedLayer(store) for store in fresh.values()]
+        layers = self.cache.layers
+        # A cache made without a config gets its layers only when they are first written to.
+        layers.extend(DynamicLayer() for _ in range(len(layers), max(self._own) + 1))
+        for layer, store in fresh.items():
+            layers[layer] = TrimmedLayer(store)
         return fresh
+
+    def _layers(self) -> list[Any]:
+        """The cache's own layers for those, as far as it has any yet."""
+        layers = self.cache.layers
+        return [layers[layer] for layer in self._own if layer < len(layers)]
 
 
 def stores_of(cache: Cache | None) -> dict[int, Store]:

@@ -13,9 +13,10 @@ from st3.errors import UnsupportedModelError
 from st3.hf.cache import TrimmedLayer
 from st3.hf.call import CACHE_NAMES
 from st3.models import Parts
+from st3.models.parts import STATES
 
 OLDEST, NEWEST = "5.16", "5.24"  # the minor versions that the whole test suite has passed
-LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention", *STATES})
 
 
 def check(parts: Parts) -> None:

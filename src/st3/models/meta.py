@@ -55,6 +55,8 @@ def _count(family: Family, config: Any) -> TextDims:
             "another one with TextDims(...) by hand"
         ) from error
     lookahead = [family.lookahead(text, window) for window in parts.windows]
+    if len(parts.softmax) < len(parts.layers):
+        raise ValueError(f"{config.model_type}: no cost model for layers with a state")
     return count_text(parts.text, parts.layers, parts.attentions, parts.windows, lookahead)
 
 

@@ -9,6 +9,9 @@ from torch import nn
 
 from st3.errors import UnsupportedModelError
 
+STATES = ("linear_attention", "conv")
+"""Types of layers with a state of all tokens before, in place of softmax attention."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -17,10 +20,12 @@ class Parts:
     Attributes:
         inner: the model inside, which puts image features in their places.
         text: the text model, which runs the decoder layers.
-        layers, attentions: the decoder layers, and the attention module of each.
+        layers, attentions: the decoder layers, and the softmax attention of each; None where a
+            layer has a state in its place.
         windows: the sliding window of each layer, in tokens; None where a layer sees everything.
         kinds: the type of each layer, as the config's ``layer_types`` has it.
-        sources: the layer whose KV entries each layer reads: its own number, unless it shares.
+        sources: the layer whose KV entries each layer reads: its own number, unless it shares;
+            None where it has a state.
     """
 
     inner: Any
@@ -29,7 +34,12 @@ class Parts:
     attentions: tuple[Any, ...]
     windows: tuple[int | None, ...]
     kinds: tuple[str, ...] = ()
-    sources: tuple[int, ...] = ()
+    sources: tuple[int | None, ...] = ()
+
+    @property
+    def softmax(self) -> dict[int, Any]:
+        """The softmax attentions by decoder layer."""
+        return {i: module for i, module in enumerate(self.attentions) if module is not None}
 
 
 def base_model(model: Any) -> Any:
@@ -68,22 +78,30 @@ def decoder_parts(text: Any, inner: Any, model_type: str) -> Parts:
     """The parts of a text model.
 
     Raises:
-        UnsupportedModelError: for layers that are not softmax attention with KV entries of its own.
+        UnsupportedModelError: for layers of a kind that is not known.
     """
     count = text.config.num_hidden_layers
     layers = tuple(text.layers[:count])
-    attentions = tuple(getattr(layer, "self_attn", None) for layer in layers)
-    if any(attention is None or not hasattr(attention, "layer_idx") for attention in attentions):
-        raise UnsupportedModelError(
-            f"{model_type} mixes in decoder layers without softmax attention (linear attention, "
-            "convolution), which hold no KV entries to trim"
-        )
+    types = getattr(text.config, "layer_types", None) or [None] * count
+    attentions = tuple(
+        None if kind in STATES else getattr(layer, "self_attn", None)
+        for layer, kind in zip(layers, types, strict=False)
+    )
+    for attention, kind in zip(attentions, types, strict=False):
+        if kind not in STATES and not hasattr(attention, "layer_idx"):
+            raise UnsupportedModelError(
+                f"{model_type} has decoder layers that are neither softmax attention nor a state "
+                "of a kind that is known"
+            )
     if any(getattr(attention, "is_kv_shared_layer", False) for attention in attentions):
         raise UnsupportedModelError(
             f"this {model_type} has layers with shared KV entries, which trimming makes uneven"
         )
     kinds, windows = _kinds(text.config, attentions)
-    return Parts(inner, text, layers, attentions, windows, kinds, tuple(range(len(layers))))
+    sources = tuple(None if module is None else i for i, module in enumerate(attentions))
+    if sources.count(None) == count:
+        raise UnsupportedModelError(f"{model_type} has no softmax attention to rank tokens by")
+    return Parts(inner, text, layers, attentions, windows, kinds, sources)
 
 
 def _kinds(
@@ -100,7 +118,7 @@ def _kinds(
             kind = "full_attention" if window is None else "sliding_attention"
         elif kind == "sliding_attention":
             window = getattr(attention, "sliding_window", None) or config.sliding_window
-        elif kind == "full_attention":
+        elif kind == "full_attention" or kind in STATES:
             window = None
         else:
             raise UnsupportedModelError(f"decoder layers of type {kind!r} are not supported")

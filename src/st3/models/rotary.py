@@ -27,7 +27,7 @@ def inverse_rotation(parts: Parts) -> Unrotate:
     Raises:
         UnsupportedModelError: a decoder that rotates in another way, or not in all layers.
     """
-    attention = parts.attentions[0]
+    attention = next(iter(parts.softmax.values()))
     kind = type(attention)
     apply = getattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", None)
     # Multi-head latent attention, and those that count rotary dimensions, rotate a part of a head.

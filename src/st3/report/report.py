@@ -14,6 +14,7 @@ from st3.cost import TextDims, prefill_flops
 from st3.engine.events import PromptEvent
 from st3.engine.kv.timeline import Timeline
 from st3.engine.prompt import Block
+from st3.methods.laid import Laid
 from st3.methods.schedule import Schedule
 
 MIB = 1 << 20
@@ -108,6 +109,18 @@ class Report:
         """Share of the visual tokens that entered a layer, mean over layers and rows."""
         total = sum(self.n_visual) * self.schedule.num_layers
         return sum(map(sum, self.kept)) / total if total else 1.0
+
+    @property
+    def put_off(self) -> tuple[int, ...]:
+        """The layers before which the policy would drop tokens, but nothing has ranked them yet:
+        they leave before :attr:`first_drop`."""
+        return self.schedule.put_off if isinstance(self.schedule, Laid) else ()
+
+    @property
+    def first_drop(self) -> int | None:
+        """The first layer that sees fewer visual tokens than the prompt has; None if none does."""
+        prunes = self.schedule.prunes
+        return next((la for la in range(self.schedule.num_layers) if prunes(la)), None)
 
     def kept_positions(self, layer: int, row: int = 0) -> Tensor:
         """Which of the row's visual tokens entered ``layer``: ascending indices among the row's
@@ -209,7 +222,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain values, for JSON."""
         names = (
-            "policy n_visual visual_per_image n_text n_past kept mean_share prefill_flops"
+            "policy n_visual visual_per_image n_text n_past kept put_off mean_share prefill_flops"
             " prefill_flops_ratio kv_live_bytes kv_allocated_bytes kv_untrimmed_bytes"
             " kv_mean_ratio kv_mean_allocated_ratio steps"
         )
@@ -223,6 +236,9 @@ class Report:
             ("kept per layer", _runs(self.kept[0]) + (" (row 0)" if len(self.kept) > 1 else "")),
             ("mean share", f"{self.mean_share:.1%} of the visual tokens over the layers"),
         ]
+        if self.put_off:
+            layers = ", ".join(map(str, self.put_off))
+            lines.append(("put off", f"drops before layer {layers}, to layer {self.first_drop}"))
         flops, ratio = self.prefill_flops, self.prefill_flops_ratio
         if flops is not None and ratio is not None:
             lines.append(("prefill FLOPs", f"{flops:.3g} ({ratio:.1%} of untrimmed)"))

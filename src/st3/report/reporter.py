@@ -85,7 +85,8 @@ class Reporter(Observer):
         if report is None or not stores or stores[0].timeline is not report._timeline:
             return
         # What this process holds: under a tensor parallel plan a share of the heads.
-        report.entry_bytes = tuple(store.entry_bytes for store in stores)
+        sizes = {store.layer: store.entry_bytes for store in stores}
+        report.entry_bytes = tuple(sizes.get(la, 0) for la in range(self._schedule.num_layers))
         live, allocated = map(sum, zip(*(store.footprint() for store in stores), strict=True))
         while report.samples and report.samples[-1].step >= report.steps:
             report.samples.pop()

@@ -15,10 +15,13 @@ class QwenVL(Family):
 
 
 _MROPE = "multimodal RoPE"
+_STATES = "linear attention in three of four layers"
 FAMILIES = (
     QwenVL("qwen2_vl", "Qwen2-VL", _MROPE, video=True, layout=Patches()),
     QwenVL("qwen2_5_vl", "Qwen2.5-VL", _MROPE, video=True, layout=Patches()),
     QwenVL("qwen3_vl", "Qwen3-VL", "DeepStack", video=True, layout=Patches()),
+    QwenVL("qwen3_5", "Qwen3.5", _STATES, video=True, layout=Patches()),
+    QwenVL("qwen3_5_moe", "Qwen3.5 MoE", _STATES, video=True, layout=Patches()),
     QwenVL("qwen3_vl_moe", "Qwen3-VL MoE", "DeepStack", video=True, layout=Patches()),
     Family(
         "qwen2_5_omni_thinker",
