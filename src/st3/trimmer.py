@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from st3.engine import compiled
 from st3.engine.events import Events, Observer
 from st3.engine.kv.store import KVStore
+from st3.engine.kv.timeline import Phase
 from st3.engine.masks import kind_of
 from st3.engine.parallel import head_group
 from st3.engine.plan import Plan, lay_out
@@ -63,6 +65,7 @@ class Trimmer:
 
     Raises:
         ValueError: unknown policy or argument, or one that does not fit the model's layers.
+        TypeError: a ``visual_mask`` that is no such tensor.
         UnsupportedModelError: a model, attention kernel or cache that cannot be trimmed.
     """
 
@@ -82,6 +85,8 @@ class Trimmer:
         self.model: Any = base_model(model)
         given = parse(policy, **options)
         self.per_image = per_image
+        if visual_mask is not None:
+            _check_mask(visual_mask)
         self.visual_mask = visual_mask
         self.compile_decode = compile_decode
         self.decode_bucket = decode_bucket
@@ -275,17 +280,36 @@ class Trimmer:
 
         Returns:
             the bytes freed.
+
+        Raises:
+            TrimStateError: in the middle of a forward pass, or after one that was broken off.
         """
-        if self._attachment is not None:
-            self._latest_cache = self._attachment.latest_cache or self._latest_cache
+        attachment = self._attachment
+        if attachment is None:
+            return self._compact()
+        with attachment.lock:
+            self._latest_cache = attachment.latest_cache or self._latest_cache
+            return self._compact()
+
+    def _compact(self) -> int:
         latest = self._latest_cache() if self._latest_cache is not None else None
         stores = stores_of(latest).values()
         own = [store for store in stores if isinstance(store, KVStore)]
+        if own and own[0].timeline.phase is not Phase.IDLE:
+            raise TrimStateError("a pass is under way: call compact() between passes")
         before = sum(store.footprint()[1] for store in own)
         for store in own:
             store.compact()
         self._reporter.sample(own)
         return before - sum(store.footprint()[1] for store in own)
+
+
+def _check_mask(mask: Any) -> None:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.dtype != torch.bool:
+        given = type(mask).__name__
+        if isinstance(mask, Tensor):
+            given = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        raise TypeError(f"visual_mask is {given}: pass a bool tensor [batch, tokens]")
 
 
 def trimmer_of(model: nn.Module) -> Trimmer | None:

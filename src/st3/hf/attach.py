@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ class Attachment:
     Args:
         visual_mask: [B, T] bool, which tokens are visual, for prompts whose model does not say.
         compile_decode: a mode of torch.compile or its keyword arguments; None not to compile.
+
+    Attributes:
+        lock: held while a pass runs.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class Attachment:
         self.visual_mask, self.compile_decode = visual_mask, compile_decode
         self.visual = family.visual_tokens(model, parts)
         self.latest_cache: weakref.ref[Any] | None = None
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._tower: Any = None
         self._attention_mask: Any = None
         self._logits_to_keep: Any = 0
@@ -74,8 +77,10 @@ class Attachment:
             (parts.text, self._on_text),
         ):
             hooks.before(module, self._locked(before))
+            hooks.replace(module, "forward", self._guarded(module.forward))
+        hooks.after(parts.text, self._guarded(self._after_text))
+        for module in (self.model, parts.inner, parts.text):
             hooks.always_after(module, self._unlock)
-        hooks.after(parts.text, self._after_text)
 
     def release(self) -> None:
         """Let go of what was heard."""
@@ -87,13 +92,29 @@ class Attachment:
 
     def _locked(self, before: Callable[..., Any]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._lock.acquire()
-            return before(module, args, kwargs)
+            self.lock.acquire()
+            return self._guarded(before)(module, args, kwargs)
 
         return hook
 
+    def _guarded(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """``run``, behind which the lock is free also if it was interrupted: torch calls hooks
+        after an Exception, but not after a KeyboardInterrupt."""
+
+        @functools.wraps(run)  # generate() reads the signature of forward
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return run(*args, **kwargs)
+            except Exception:
+                raise
+            except BaseException:
+                self._unlock()
+                raise
+
+        return guarded
+
     def _unlock(self, *call: Any) -> None:
-        self._lock.release()
+        self.lock.release()
 
     # Hooks --------------------------------------------------------------------------------------
 
@@ -172,7 +193,7 @@ class Attachment:
             attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
             visual=visual,
             sizes=self.visual.take_sizes() if visual is not None else (),
-            grids=partial(self._grids, self.visual.encoded),
+            grids=functools.partial(self._grids, self.visual.encoded),
             candidates=self._candidates(),
             cache=seam,
             past=past,

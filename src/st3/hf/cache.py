@@ -26,7 +26,7 @@ from st3.errors import TrimStateError, UnsupportedModelError
 
 OUTSIDE = (
     "this cache was trimmed by st3 and can only be continued by the model while it is trimmed: "
-    "call generate() inside the `with st3.trim(...)` block"
+    "call generate() inside the `with st3.trim(...)` block, under a policy that drops tokens"
 )
 
 

@@ -51,6 +51,11 @@ def family_of(model: nn.Module, untested: bool = False) -> Family:
         return _families[model_type]
     if model_type in REFUSED:
         raise UnsupportedModelError(f"{model_type} cannot be trimmed: {REFUSED[model_type]}")
+    if model_type is None and isinstance(getattr(model, "module", None), nn.Module):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} wraps a model: trim the model inside, st3.trim(model.module). "
+            "For several devices load it with device_map"
+        )
     if untested and hasattr(getattr(model, "model", None), "get_placeholder_mask"):
         return Family(str(model_type), str(model_type), "untested")
     raise UnsupportedModelError(
