@@ -9,10 +9,19 @@ from transformers import DynamicCache
 
 import st3
 from st3.engine.decode import decode_attention
-from st3.engine.prompt import read_prompt
-from st3.engine.select import rank_visual, select
+from st3.engine.kv.visible import FOREVER
+from st3.engine.prompt import Block, read_prompt
+from st3.engine.select import (
+    block_features,
+    cache_order,
+    gather_tokens,
+    rank_visual,
+    scatter_columns,
+    select,
+)
 from st3.hf.cache import stores_of
 from st3.hf.call import CACHE
+from st3.methods.schedule import Curve
 from tests.helpers import Case, assert_same
 from tests.test_cache import Run
 from tests.test_turns import words
@@ -97,3 +106,93 @@ def test_images_that_touch_are_cut_in_their_order() -> None:
     assert rows.images == ((2, 3),)
     assert block.group is not None
     assert block.group[visual].tolist() == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("sizes", [[2, 2], [2, 3, 1], [6]])
+def test_sizes_that_do_not_fit_the_runs_cut_nothing(sizes: list[int]) -> None:
+    visual = torch.tensor([[0, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+    rows, _ = read_prompt(visual, None, 0, per_image=True, sizes=sizes)
+    assert rows.images == ((5,),)
+
+
+def test_padding_is_never_visual() -> None:
+    """A visual_mask of the caller's may say so."""
+    visual = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0]], dtype=torch.bool)
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    rows, block = read_prompt(visual, mask, 0, per_image=False)
+    assert rows.images == ((2,), (2,))
+    assert rows.n_text == (1, 2)
+    assert not block.visual[0, 0]
+
+
+def test_a_score_that_is_not_a_number_drops_no_text() -> None:
+    """Half precision may give one."""
+    visual = torch.tensor([[0, 1, 1, 1, 0, 0]], dtype=torch.bool)
+    _, block = read_prompt(visual, None, 0, per_image=False)
+    score = torch.tensor([[0.0, float("nan"), 2.0, 1.0, 0.0, 0.0]])
+    new, columns = select(block, score, [[1]])
+    assert columns.tolist() == [[0, 2, 4, 5]]
+    assert new.visual.tolist() == [[False, True, False, False]]
+
+
+def test_of_equal_scores_the_later_token_is_annealed_first() -> None:
+    visual = torch.tensor([[0, 1, 1, 1, 0]], dtype=torch.bool)
+    _, block = read_prompt(visual, None, 0, per_image=False)
+    order = cache_order(block, torch.tensor([[0.0, 0.5, 0.5, 0.2, 0.0]]), [[0]])
+    assert order is not None
+    assert order.tolist() == [[3, 2, 1, 0, 4]]
+
+
+@pytest.mark.parametrize("curve", ["cosine", "half_cosine", "linear", "exponential"])
+def test_each_image_is_annealed_by_its_own_curve(curve: Curve) -> None:
+    """One start pointer for a row shows of each image as many tokens as the image's own budget
+    says, the best of it."""
+    torch.manual_seed(0)
+    images = [9, 1, 12, 4]
+    visual = torch.tensor([[t for n in images for t in (0, *[1] * n)] + [0]], dtype=torch.bool)
+    anneal = st3.Anneal(curve, tau=6, floor=0.15)
+    schedule = st3.ST3(first_layer=1, first_drop=0.3, stride=2, anneal=anneal).schedule(8)
+    for layer in range(8):
+        _, block = read_prompt(visual, None, 0, per_image=True)
+        score = torch.rand(visual.shape)
+        kept = [[schedule.kept(layer, n) for n in images]]
+        block, columns = select(block, score, kept)
+        stays = [[schedule.visible(layer, n, FOREVER) for n in images]]
+        order = cache_order(block, score.gather(1, columns), stays)
+        assert order is not None
+        assert block.group is not None
+        rank = rank_visual(block, score.gather(1, columns))[0]
+        for step in range(9):
+            shown = [schedule.visible(layer, n, step) for n in images]
+            live = order[0, sum(kept[0]) - sum(shown) : sum(kept[0])]
+            seen = sorted(zip(block.group[0, live].tolist(), rank[live].tolist(), strict=True))
+            assert seen == [(i, place) for i, n in enumerate(shown) for place in range(n)]
+
+
+def ragged() -> tuple[torch.Tensor, Block]:
+    """Two rows of which one keeps a token less: a column of its block is garbage."""
+    visual = torch.tensor([[0, 1, 1, 0, 0], [0, 1, 1, 0, 0]], dtype=torch.bool)
+    _, block = read_prompt(visual, None, 0, per_image=False)
+    score = torch.tensor([[0.0, 2.0, 1.0, 0.0, 0.0]] * 2)
+    return visual, select(block, score, [[2], [1]])[0]
+
+
+def test_nothing_stands_where_a_ragged_row_lost_a_token() -> None:
+    _, block = ragged()
+    assert block.valid is not None
+    full = scatter_columns(torch.ones(2, 5, 3), block, 5)
+    assert full[..., 0].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 1, 1]]
+
+
+def test_a_ragged_row_is_given_the_features_of_what_it_kept() -> None:
+    visual, block = ragged()
+    here, features = block_features(block, visual, torch.arange(4.0)[:, None])
+    assert features.flatten().tolist() == [0, 1, 2]
+    assert here.sum(1).tolist() == [2, 1]
+
+
+def test_inputs_that_are_not_of_the_prompts_tokens_stay_whole() -> None:
+    index = torch.tensor([[0, 2]])
+    assert gather_tokens(torch.arange(3)[None], index, 3).tolist() == [[0, 2]]
+    for other in (torch.arange(4)[None], torch.arange(3), torch.zeros(2, 3)):
+        assert gather_tokens(other, index, 3) is other
