@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from st3.engine import compiled
 from st3.engine.events import Events, Observer
-from st3.engine.kv.store import KVStore
-from st3.engine.kv.timeline import Phase
 from st3.engine.masks import kind_of
 from st3.engine.parallel import head_group
 from st3.engine.plan import Plan, lay_out
@@ -23,7 +20,7 @@ from st3.engine.wiring import Wiring
 from st3.errors import TrimStateError, UnsupportedModelError
 from st3.hf.attach import Attachment
 from st3.hf.attention import attention_of
-from st3.hf.cache import stores_of
+from st3.hf.cache import compact, stores_of
 from st3.hf.check import check
 from st3.hf.generation import check_generation
 from st3.hf.hooks import Hooks
@@ -31,6 +28,7 @@ from st3.methods import DEFAULT_POLICY
 from st3.methods.policies import Policy, parse, with_budget
 from st3.methods.scores import needs_of
 from st3.models import base_model, family_of
+from st3.models.visual import check_visual_mask
 from st3.report import Report, Reporter
 
 MODEL_ATTRIBUTE = "_st3_trimmer"
@@ -84,10 +82,7 @@ class Trimmer:
     ) -> None:
         self.model: Any = base_model(model)
         given = parse(policy, **options)
-        self.per_image = per_image
-        if visual_mask is not None:
-            _check_mask(visual_mask)
-        self.visual_mask = visual_mask
+        self.per_image, self.visual_mask = per_image, check_visual_mask(visual_mask)
         self.compile_decode = compile_decode
         self.decode_bucket = decode_bucket
         self.family = family_of(model, untested)
@@ -285,31 +280,13 @@ class Trimmer:
             TrimStateError: in the middle of a forward pass, or after one that was broken off.
         """
         attachment = self._attachment
-        if attachment is None:
-            return self._compact()
-        with attachment.lock:
-            self._latest_cache = attachment.latest_cache or self._latest_cache
-            return self._compact()
-
-    def _compact(self) -> int:
-        latest = self._latest_cache() if self._latest_cache is not None else None
-        stores = stores_of(latest).values()
-        own = [store for store in stores if isinstance(store, KVStore)]
-        if own and own[0].timeline.phase is not Phase.IDLE:
-            raise TrimStateError("a pass is under way: call compact() between passes")
-        before = sum(store.footprint()[1] for store in own)
-        for store in own:
-            store.compact()
-        self._reporter.sample(own)
-        return before - sum(store.footprint()[1] for store in own)
-
-
-def _check_mask(mask: Any) -> None:
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.dtype != torch.bool:
-        given = type(mask).__name__
-        if isinstance(mask, Tensor):
-            given = f"{mask.dtype} of shape {tuple(mask.shape)}"
-        raise TypeError(f"visual_mask is {given}: pass a bool tensor [batch, tokens]")
+        with attachment.lock if attachment is not None else nullcontext():
+            if attachment is not None:
+                self._latest_cache = attachment.latest_cache or self._latest_cache
+            latest = self._latest_cache() if self._latest_cache is not None else None
+            freed = compact(latest)
+            self._reporter.sample(list(stores_of(latest).values()))
+        return freed
 
 
 def trimmer_of(model: nn.Module) -> Trimmer | None:

@@ -214,6 +214,24 @@ def stores_of(cache: Cache | None) -> dict[int, Store]:
     return {i: la.store for i, la in enumerate(layers) if isinstance(la, TrimmedLayer)}
 
 
+def compact(cache: Cache | None) -> int:
+    """Free the entries that annealing has released. Changes the cache.
+
+    Returns:
+        the bytes freed.
+
+    Raises:
+        TrimStateError: while a pass writes to it.
+    """
+    stores = [store for store in stores_of(cache).values() if isinstance(store, KVStore)]
+    if stores and stores[0].timeline.phase is not Phase.IDLE:
+        raise TrimStateError("a pass is under way: call compact() between passes")
+    before = sum(store.footprint()[1] for store in stores)
+    for store in stores:
+        store.compact()
+    return before - sum(store.footprint()[1] for store in stores)
+
+
 def new_cache(config: Any) -> DynamicCache:
     """An empty cache such as generate() makes for a text model."""
     return DynamicCache(config=config)

@@ -164,6 +164,22 @@ class VisualTokens:
         self._mask = flat if self._mask is None else self._mask | flat
 
 
+def check_visual_mask(mask: Any) -> Tensor | None:
+    """A caller's mask, or None.
+
+    Raises:
+        TypeError: unless it is a bool tensor [batch, tokens].
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.dtype != torch.bool:
+        given = type(mask).__name__
+        if isinstance(mask, Tensor):
+            given = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        raise TypeError(f"visual_mask is {given}: pass a bool tensor [batch, tokens]")
+    return mask
+
+
 def _tokens(features: Any) -> int:
     """Of features [..., D]."""
     return features.numel() // features.shape[-1] if isinstance(features, Tensor) else 0
