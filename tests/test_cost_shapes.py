@@ -127,7 +127,7 @@ def test_annealing_shrinks_live_kv_at_once_and_buffers_when_they_move() -> None:
         kv_allocated_bytes(DIMS_7B, 64, 100, schedule, step, rule=with_headroom(16)) / one
         for step in (0, 1, 10, 16, 17, 18)
     ]
-    # A prompt is filed, with room behind it, when the first further token comes.
+    # A prompt is written, with room behind it, when the first further token comes.
     assert held[:4] == [64 + 50, *[64 + 50 + 16] * 3]
     grown = 64 + round(50 * (1 - 17 / 20) + 1e-9) + 17 + 16  # full: what is live moves
     assert held[4:] == [grown] * 2

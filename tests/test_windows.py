@@ -1,4 +1,4 @@
-"""Layers with a sliding window give up what no later token sees, and nothing else."""
+"""Layers with a sliding window evict what no later token sees, and nothing else."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def slid(cache: Any) -> list[Store]:
 @ON_EACH
 @pytest.mark.parametrize("policy", ["st3", "fastv", "random", "none"])
 def test_long_answers_to_long_prompts_are_the_references(name: str, policy: str) -> None:
-    """Text is given up when the prompt is filed, and several times while the answer grows."""
+    """Text is evicted when the prompt is written, and several times while the answer grows."""
     case = Case.of(name, LONG)
     chosen = POLICIES[policy]
     out = case.generate(chosen, 70, own_cache=True)

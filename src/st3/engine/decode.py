@@ -82,7 +82,7 @@ def applies(query: Tensor, kwargs: dict[str, Any]) -> bool:
 def wants_size_first(states: Tensor) -> bool:
     """Whether keys such as these are to lie size first, however many queries share them. In fp32
     too bags are the fastest for short prompts, but keys as they come are near, for long ones with
-    shared keys ahead, and filed several times as fast."""
+    shared keys ahead, and written several times as fast."""
     return _has_bags(states) and states.dtype in HALVES
 
 

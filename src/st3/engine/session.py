@@ -160,7 +160,7 @@ class Session:
         timeline.start, timeline.tokens = past, rows.length
         timeline.dense_from = past + rows.length - rows.tail
         if past and stores is not None:
-            self._settle(stores)
+            self._write_and_evict(stores)
         else:
             timeline.prompt = rows.length - rows.tail
         self._timeline = timeline
@@ -205,7 +205,7 @@ class Session:
             raise TrimStateError(PADDED_CONTINUATION)
         timeline.phase, timeline.start, timeline.tokens = Phase.APPEND, first.length, tokens
         self._timeline, self._stores = timeline, dict(stores)
-        self._settle(stores)
+        self._write_and_evict(stores)
         plan, events = self.plan, self.events
         if joined:
             own = cast(dict[int, JoinedStore], stores)
@@ -221,7 +221,7 @@ class Session:
             kind = TextStep if plan.wiring.plain else MixedStep
             self.current = kind(plan, own_stores, timeline, events, self._known)
 
-    def _settle(self, stores: dict[int, KVStore] | dict[int, Store]) -> None:
+    def _write_and_evict(self, stores: dict[int, KVStore] | dict[int, Store]) -> None:
         """Before a pass behind a prompt makes its masks: write prompts that wait and, where a
         buffer is full, evict what no later token sees."""
         with self.events.span("write"):
