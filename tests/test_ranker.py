@@ -16,6 +16,7 @@ from st3.engine.plan import Plan
 from st3.engine.prefill import Prefill
 from st3.engine.prompt import Block, Rows, read_prompt
 from st3.engine.ranker import DeferredScore, Ranker
+from st3.engine.wiring import Wiring
 from st3.methods.schedule import Schedule
 from st3.methods.scores import LayerView, TokenView
 
@@ -36,8 +37,8 @@ class Spy:
 
 def plan_of(score: Any, *shares: float, anneal: st3.Anneal | None = None, **more: Any) -> Plan:
     schedule = Schedule.from_shares(shares, anneal or st3.Anneal("none"))
-    windows = (None,) * len(shares)
-    return Plan(schedule, score, None, "sdpa", windows, per_image=False, **more)
+    windows, wiring = (None,) * len(shares), Wiring.plain_of(len(shares))
+    return Plan(schedule, score, None, "sdpa", windows, wiring, per_image=False, **more)
 
 
 def prompt() -> tuple[Rows, Block]:
