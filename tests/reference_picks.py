@@ -124,22 +124,6 @@ def scope(seen: Seen, row: int, scorer: Any, weights: Tensor) -> Tensor:
     return ordered(seen, row, pick)
 
 
-def frame_quota(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
-    """Of images, which are videos of one frame."""
-    score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
-    for image in row_of(layout, seen, row):
-        tokens = seen.inputs[0][row][image]
-        steady = tokens.var(0, correction=0).argsort()[: tokens.shape[1] // 2]
-        unit = torch.nn.functional.normalize(tokens[:, steady].double(), dim=-1)
-        distance = (unit - unit.mean(0)).pow(2).sum(1)
-        alike = sum(2 * (-distance / (2 * a)).exp() for a in (0.125, 0.25, 0.5, 1, 2))
-        quota = max(1, round(scorer.keep * len(image)))
-        for place, i in enumerate(alike.argsort().tolist()):  # type: ignore[union-attr]
-            first = 16 if place < quota else 0
-            score[image[i]] = first - alike[i]  # type: ignore[index]
-    return score
-
-
 def tower_weights(model: Any, batch: Any, family: Family) -> Tensor:
     """[B, T]: what the tower's class token attends to, from attention maps of the whole tower."""
     inner, config = model.model, model.config

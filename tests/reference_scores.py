@@ -21,7 +21,6 @@ from tests.reference import Score, Seen
 from tests.reference_picks import (
     cdpruner,
     divprune,
-    frame_quota,
     groups,
     marginal_relevance,
     question,
@@ -238,15 +237,25 @@ class Layout(list[list[list[int]]]):
 
     Attributes:
         shapes: (rows, columns) by the number of tokens, for models that say it of each image.
+        clips: frames by the number of tokens, of videos.
     """
 
     shapes: dict[int, tuple[int, int]] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clips: dict[int, int] = {}
+
+
+def frames_of(image: list[int], layout: Layout) -> int:
+    """The frames of a video; 1 of an image."""
+    return layout.clips.get(len(image), 1)
 
 
 def shape_of(image: list[int], layout: Layout) -> tuple[int, int] | None:
     """The grid of an image's tokens: what the batch says, or a square; None if it has none."""
     if layout.shapes is not None:
-        return layout.shapes.get(len(image))
+        return layout.shapes.get(len(image) // frames_of(image, layout))
     side = math.isqrt(len(image))
     return (side, side) if side * side == len(image) else None
 
@@ -258,6 +267,13 @@ def image_rows(family: Family, model: Any, batch: Any) -> Layout:
     if "image_grid_thw" in batch:
         sides = batch["image_grid_thw"][:, 1:] // model.config.vision_config.spatial_merge_size
         rows.shapes = {high * wide: (high, wide) for high, wide in sides.tolist()}
+    elif "video_grid_thw" in batch:
+        merge = model.config.vision_config.spatial_merge_size
+        rows.shapes = {}
+        for frames, high, wide in batch["video_grid_thw"].tolist():
+            shape = (high // merge, wide // merge)
+            rows.shapes[math.prod(shape)] = shape
+            rows.clips[frames * math.prod(shape)] = frames
     elif family.name in SHAPES:
         rows.shapes = SHAPES[family.name]
     visual, spans = family.visual_mask(model, batch), family.visual_spans(model, batch)
@@ -276,18 +292,53 @@ def image_rows(family: Family, model: Any, batch: Any) -> Layout:
 def grid(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
     score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
     for image in row_of(layout, seen, row):
-        shape = shape_of(image, layout)
+        shape, frames = shape_of(image, layout), frames_of(image, layout)
         if shape is not None:
             bayer = torch.zeros(1, 1)
             while len(bayer) < max(shape):
                 top = torch.cat([4 * bayer, 4 * bayer + 2], 1)
                 bayer = torch.cat([top, torch.cat([4 * bayer + 3, 4 * bayer + 1], 1)], 0)
-            key = bayer[: shape[0], : shape[1]].flatten()
+            key = bayer[: shape[0], : shape[1]].flatten().repeat(frames)
         else:
             key = -(torch.arange(len(image)).double() * GOLDEN).frac().float()
         for place, i in enumerate(key.argsort(stable=True).tolist()):
             score[image[i]] = -(place + 0.5) / len(image)
     return score.float()
+
+
+def frame_change(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
+    """Of a row with one video, or with images alone, which are first frames."""
+    score = grid(seen, row, scorer, layout)
+    hidden = seen.inputs[0][row].double()
+    for video in row_of(layout, seen, row):
+        places = len(video) // frames_of(video, layout)
+        for earlier, token in zip(video, video[places:], strict=False):
+            score[token] = -4 - torch.cosine_similarity(hidden[earlier], hidden[token], 0)
+    return score
+
+
+def frame_quota(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
+    score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
+    for video in row_of(layout, seen, row):
+        tokens = seen.inputs[0][row][video]
+        steady = tokens.var(0, correction=0).argsort()[: tokens.shape[1] // 2]
+        unit = torch.nn.functional.normalize(tokens[:, steady].double(), dim=-1)
+        frames = unit.unflatten(0, (frames_of(video, layout), -1))
+        to_video = near(frames, frames.mean((0, 1)))
+        redundant = to_video + near(frames, frames.mean(1, keepdim=True))
+        unusual = (-to_video.mean(1) / 0.01).softmax(0)
+        for number, frame in enumerate(redundant):
+            part = min(1.0, scorer.keep * float(1 + unusual[number] - unusual.mean()))
+            quota = max(1, round(part * len(frame)))
+            for place, i in enumerate(frame.argsort().tolist()):
+                first = 16 if place < quota else 0
+                score[video[number * len(frame) + i]] = first - frame[i]
+    return score
+
+
+def near(frames: Tensor, centre: Tensor) -> Tensor:
+    squared = (frames - centre).pow(2).sum(-1)
+    return torch.stack([(-squared / (2 * a)).exp() for a in (0.125, 0.25, 0.5, 1, 2)]).sum(0)
 
 
 def mixed(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
@@ -346,6 +397,6 @@ LAID_OUT: dict[type, tuple[Formula, str]] = {
     scores.Feather: (feather, "attention"),
     scores.Grid: (grid, "embeds"),
     scores.Mixed: (mixed, "attention"),
-    scores.FrameChange: (grid, "embeds"),  # of an image, which is a video's first frame
+    scores.FrameChange: (frame_change, "embeds"),
     scores.FrameQuota: (frame_quota, "embeds"),
 }

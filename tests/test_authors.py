@@ -319,6 +319,18 @@ def test_a_video_in_a_ragged_batch_is_ordered_as_alone() -> None:
         torch.testing.assert_close(score[1, 30:42], alone)
 
 
+def test_frames_that_are_images_of_their_own_are_a_video() -> None:
+    """Where a model writes the time between frames."""
+    whole, parts = video(0, 4, 2, 3), video(0, 4, 2, 3)
+    parts.images, parts.grids = ((6,) * 4,), (((1, 2, 3),) * 4,)
+    for method in (st3.EVS(), st3.VidCom2()):
+        one, other = (method.scorer()(view)[0][view.visual[0]] for view in (whole, parts))
+        assert torch.equal(one.argsort(stable=True), other.argsort(stable=True))
+    parts.grids = (((2, 3),) * 4,)  # pictures of one size
+    score = st3.EVS().scorer()(parts)[0][parts.visual[0]]
+    assert torch.equal(score, 4 + score_named("grid")(parts)[0][parts.visual[0]])
+
+
 def test_an_image_is_the_first_frame_of_a_video() -> None:
     view = image_of(8, 8)
     view.hidden = torch.randn(1, 64, 16)

@@ -17,7 +17,7 @@ from st3.methods.scores import SCORES, Attention, score_named, stage_of
 from tests.helpers import ANNEAL, METHODS, SCORED, Case, images
 from tests.test_cover import image_of
 from tests.test_forward import gradients
-from tests.zoo import FAMILIES, I, T
+from tests.zoo import FAMILIES, I, T, V
 
 # A CLIP tower; InternViT and a pixel shuffle; DeepStack, 3D positions and normed queries; sliding
 # windows and images that attend both ways.
@@ -43,6 +43,15 @@ def test_methods(name: str, method: str) -> None:
     case = Case.of(name)
     case.check_prefill(METHODS[method])
     case.check_generate(METHODS[method], 8)
+
+
+@pytest.mark.parametrize("method", ["evs", "vidcom2", "grid"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_videos(name: str, method: str) -> None:
+    """Of several frames, of which the engine knows the grid."""
+    case = Case.of(name, [[T(3), V(), T(4)], [T(2), V(), T(2)], [T(5)]])
+    case.check_prefill(METHODS[method])
+    case.check_generate(METHODS[method], 4)
 
 
 @pytest.mark.parametrize("score", SCORED)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from st3.methods.scores.base import Shape, Stage, TokenView
-from st3.methods.scores.grid import Grid, of_tokens, shapes_of
+from st3.methods.scores.grid import Grid, clips_of, of_tokens
 from st3.methods.scores.registry import register
 
 
@@ -40,7 +40,7 @@ class FrameChange:
             steps[0] = 0.0
             return steps.flatten()
 
-        steps = of_tokens(view, shapes_of(view), back).long()
+        steps = of_tokens(view, clips_of(view), back).long()
         before = column_of(view).gather(1, (view.ordinal - steps).clamp_min(0))
         unit = torch.nn.functional.normalize(view.hidden.float(), dim=-1)
         earlier = unit.gather(1, before[..., None].expand_as(unit))

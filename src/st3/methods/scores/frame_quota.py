@@ -11,7 +11,7 @@ from torch import Tensor
 from st3.methods.schedule import check_share
 from st3.methods.scores.base import Shape, Stage, TokenView
 from st3.methods.scores.frame_change import column_of
-from st3.methods.scores.grid import shapes_of
+from st3.methods.scores.grid import clips_of
 from st3.methods.scores.registry import register
 
 WIDTHS = tuple(2.0**k for k in range(-3, 2))  # of the Gaussians
@@ -48,7 +48,7 @@ class FrameQuota:
         assert view.hidden is not None  # layer 0 always has embeddings
         columns = column_of(view)
         score = torch.zeros_like(view.visual, dtype=torch.float)
-        for row, shapes in enumerate(shapes_of(view)):
+        for row, shapes in enumerate(clips_of(view)):
             first = 0
             for shape in shapes:
                 count = math.prod(shape)

@@ -61,6 +61,22 @@ def shapes_of(view: TokenView) -> list[list[Shape]]:
     ]  # fmt: skip
 
 
+def clips_of(view: TokenView) -> list[list[Shape]]:
+    """The same, with the frames of a video in one clip where each is an image of its own, as in
+    models that write the time between them: neighbours of shape (1, rows, columns)."""
+    rows = []
+    for shapes in shapes_of(view):
+        clips: list[Shape] = []
+        for shape in shapes:
+            before = clips[-1] if clips else ()
+            if len(shape) == len(before) == 3 and shape[0] == 1 and shape[1:] == before[1:]:
+                clips[-1] = (before[0] + 1, *shape[1:])
+            else:
+                clips.append(shape)
+        rows.append(clips)
+    return rows
+
+
 def _shape(count: int, grid: Shape | None) -> Shape:
     return grid if grid is not None and math.prod(grid) == count else (count,)
 
