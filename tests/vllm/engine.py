@@ -12,6 +12,7 @@ import os
 import pickle
 import subprocess
 import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ class Result:
     Attributes:
         ids, logprobs: of each request, for each of its answers.
         prompts: token ids of each request's prompt.
+        cached: tokens of each that came from the prefix cache.
         steps: before each step: requests running, blocks in use, and each request's held blocks by
             KV cache group.
         in_use: blocks in use at the end.
@@ -88,6 +90,7 @@ class Result:
     ids: list[list[list[int]]] = field(default_factory=list)
     logprobs: list[list[list[float]]] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)
     steps: list[tuple[int, int, dict[str, list[int]]]] = field(default_factory=list)
     in_use: int = 0
     blocks: int = 0
@@ -98,8 +101,8 @@ class Result:
 
     @property
     def tokens(self) -> list[list[int]]:
-        """The first answer of each request."""
-        return [answers[0] for answers in self.ids]
+        """The first answer of each request; none of those that were aborted."""
+        return [answers[0] if answers else [] for answers in self.ids]
 
 
 def run(jobs: dict[str, Job], folder: Path, **environment: str) -> dict[str, Result]:
@@ -156,9 +159,10 @@ def prompt(ask: Ask) -> dict[str, Any]:
 
 def params(ask: Ask) -> Any:
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     given = {"temperature": 0, "max_tokens": 24, "logprobs": 0, "ignore_eos": True, **ask.params}
-    return SamplingParams(**given)
+    return SamplingParams(**given, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
 def drive(llm: Any, job: Job) -> Result:
@@ -211,6 +215,7 @@ def _take(result: Result, out: Any) -> None:
     answers = out.outputs if out is not None else []
     result.ids.append([list(answer.token_ids) for answer in answers])
     result.prompts.append(list(out.prompt_token_ids) if out is not None else [])
+    result.cached.append((out.num_cached_tokens or 0) if out is not None else 0)
     result.logprobs.append(
         [
             [step[token].logprob for step, token in zip(a.logprobs, a.token_ids, strict=True)]
@@ -269,9 +274,9 @@ def main() -> None:
         try:
             llm = engine(job)
             results[name] = globals()[job.script](llm, job)
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:  # the tests look at it
             results[name] = Result(error=f"{type(error).__name__}: {error}")
-            print(name, results[name].error, file=sys.stderr)
+            traceback.print_exc()
         if llm is not None:
             with contextlib.suppress(AttributeError):
                 llm.llm_engine.engine_core.shutdown()

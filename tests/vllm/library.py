@@ -17,6 +17,9 @@ from st3.methods.scores import Score
 from st3.vllm.plan import Plan
 from tests.vllm.engine import Ask
 
+#: Log-probabilities of what two engines compute alike, in fp32.
+EQUAL = 2e-3
+
 
 @dataclass(frozen=True)
 class InBlocks(Schedule):

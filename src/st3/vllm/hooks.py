@@ -77,7 +77,9 @@ def _config(inner: Method) -> Method:
 
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = inner(self, *args, **kwargs)
-        _asked(config)
+        if _asked(config) is not None:
+            for advice in settings.advice(config):
+                logger.warning("st3: %s", advice)
         return config
 
     return create_engine_config
@@ -98,6 +100,7 @@ def _scheduler(inner: Method) -> Method:
 def _hook_scheduler(scheduler: Any) -> None:
     from st3.vllm.ledger import Ledger
     from st3.vllm.spec import St3Manager
+    from st3.vllm.stats import line, stats_of
 
     manager = scheduler.kv_cache_manager
     managers = [
@@ -110,7 +113,7 @@ def _hook_scheduler(scheduler: Any) -> None:
         one.ledger = ledger
     scheduler.st3 = ledger
     add, free, allocate = scheduler.add_request, scheduler._free_blocks, manager.allocate_slots
-    stats = scheduler.make_stats
+    stats, stop = scheduler.make_stats, scheduler.shutdown
 
     def add_request(request: Any) -> None:
         if request.request_id not in scheduler.requests:
@@ -134,11 +137,14 @@ def _hook_scheduler(scheduler: Any) -> None:
         made = stats(*args, **kwargs)
         if made is not None:
             # A mapping of names to numbers that reaches vLLM's front end, which reads known names.
-            made.num_kv_fetch_reqs_by_stage.update(
-                {f"st3_{name}": count for name, count in ledger.counters.items()}
-            )
+            made.num_kv_fetch_reqs_by_stage.update(stats_of(ledger.counters))
         return made
 
+    def shutdown(*args: Any, **kwargs: Any) -> None:
+        logger.info("%s", line(ledger.counters))
+        stop(*args, **kwargs)
+
+    scheduler.shutdown = shutdown
     scheduler.add_request, scheduler._free_blocks = add_request, _free_blocks
     scheduler.make_stats, manager.allocate_slots = make_stats, allocate_slots
 
@@ -282,23 +288,22 @@ class _Follower:
         """
         from st3.vllm.attention import mean_over_ranks
         from st3.vllm.batch import CURRENT, Batch, Share
-        from st3.vllm.prompt import Prompt, in_one_piece
+        from st3.vllm.prompt import Prompt
 
         if self.plan is None:
             return
-        shares = []
+        shares, block = [], self.runner.cache_config.block_size
         for i, name in enumerate(names):
             start, done = int(starts[i]), int(computed[i])
             new = int(starts[i + 1]) - start
             share = self.known.get(name)
             if share is None or done == 0:
                 prompt = Prompt.of(int(lengths[i]), features(name, i), wants_all(name, i))
-                trims = in_one_piece(prompt, done, new)
+                trims = self.plan.trims(prompt, done, new, block)
                 share = Share(start, new, done, prompt, trims)
             share.start, share.length, share.computed = start, new, done
             shares.append(share)
             self.known[name] = share
         if len(self.known) > 2 * len(self.alive()) + 1024:
             self.known = {name: self.known[name] for name in self.alive() if name in self.known}
-        block = self.runner.cache_config.block_size
         CURRENT.batch = Batch(self.plan, shares, block, mean_over_ranks)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from st3.vllm.plan import Plan
-from st3.vllm.prompt import Prompt, in_one_piece
+from st3.vllm.prompt import Prompt
 
 #: Why a request passed untrimmed.
 TEXT, SMALL, WHOLE, CHUNKED = "text", "small", "prompt_logprobs", "chunked"
@@ -54,7 +54,7 @@ class Ledger:
         """A request that holds no slots asks for some: find out whether it is trimmed."""
         entry = self.entries.get(request_id)
         if entry is not None:
-            entry.trims = in_one_piece(entry.prompt, computed, new)
+            entry.trims = self.plan.trims(entry.prompt, computed, new, self.block)
 
     def got(self, request_id: str) -> None:
         """It got them."""
@@ -64,15 +64,20 @@ class Ledger:
         entry.counted = True
         prompt, n_visual = entry.prompt, sum(entry.prompt.images)
         self._count("visual_tokens", n_visual)
-        if entry.trims and self.plan.can_drop(n_visual, self.block):
+        if entry.trims:
             self._count("requests_trimmed")
             kept = round(self.plan.mean_kept(n_visual, self.block))
         else:
-            why = CHUNKED if not entry.trims else SMALL
-            why = WHOLE if prompt.whole else TEXT if not prompt.runs else why
-            self._count(f"requests_passed_{why}")
+            self._count(f"requests_passed_{self._why_not(prompt)}")
             kept = n_visual
         self._count("visual_tokens_kept", kept)
+
+    def _why_not(self, prompt: Prompt) -> str:
+        if not prompt.runs:
+            return TEXT
+        if prompt.whole:
+            return WHOLE
+        return CHUNKED if self.plan.can_drop(prompt.n_visual, self.block) else SMALL
 
     def trims(self, request_id: str) -> bool:
         entry = self.entries.get(request_id)

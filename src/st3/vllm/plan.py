@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from st3.methods.policies import parse
 from st3.methods.schedule import Schedule
 from st3.methods.scores import Score
+from st3.vllm.prompt import Prompt
 
 #: KV memory that larger groups may cost over one group per layer: fewer groups mean fewer block
 #: tables to fill in each step.
@@ -105,6 +106,17 @@ class Plan:
     def can_drop(self, n_visual: int, block: int) -> bool:
         """Whether so many visual tokens ever leave a whole block empty."""
         return self.skipped(self.num_layers - 1, n_visual, 1 << 40, block) > 0
+
+    def trims(self, prompt: Prompt, computed: int, new: int, block: int) -> bool:
+        """Whether a request is trimmed, asked when it gets its first slots: all of its prompt is
+        computed at once, and its visual tokens fill blocks. Scheduler and workers both ask this.
+
+        Args:
+            computed: its tokens that are in the cache.
+            new: its tokens that are computed next.
+        """
+        whole = computed == 0 and new >= prompt.length
+        return whole and self.can_drop(prompt.n_visual, block)
 
 
 @functools.cache

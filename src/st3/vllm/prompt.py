@@ -49,9 +49,3 @@ class Prompt:
     def positions(self) -> list[int]:
         """Places of the visual tokens."""
         return [place for start, end in self.runs for place in range(start, end)]
-
-
-def in_one_piece(prompt: Prompt, computed: int, new: int) -> bool:
-    """Whether a request is trimmed, asked when it gets its first slots: it has visual tokens, and
-    all of its prompt is computed at once. Scheduler and workers both ask this."""
-    return prompt.n_visual > 0 and computed == 0 and new >= prompt.length

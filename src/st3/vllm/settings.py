@@ -135,6 +135,26 @@ def obstacles(config: Any) -> Iterator[str]:
         )
 
 
+def advice(config: Any) -> Iterator[str]:
+    """What an engine could be told to trim more, or to trim at all."""
+    cache = config.cache_config
+    if config.scheduler_config.enable_chunked_prefill:
+        yield (
+            "prompts that are computed in chunks pass untrimmed: use --no-enable-chunked-prefill, "
+            "or a larger --max-num-batched-tokens"
+        )
+    if cache.enable_prefix_caching:
+        yield (
+            "requests with images neither read nor fill the prefix cache, text keeps it: use "
+            "--no-enable-prefix-caching if all have images"
+        )
+    if cache.block_size is not None and cache.block_size > 32:
+        yield (
+            f"visual tokens are dropped in whole blocks of {cache.block_size}: use --block-size 16 "
+            "or 32"
+        )
+
+
 def require(config: Any) -> Settings | None:
     """The settings of an engine, checked; None where st3 is not asked for.
 

@@ -24,6 +24,7 @@ from st3.tools.cli.models import models
 from st3.tools.cli.policies import policies
 from st3.tools.cli.report import report
 from st3.tools.cli.serve import serve
+from st3.tools.cli.vllm import app as vllm
 
 
 class OneLineErrors(TyperGroup):
@@ -92,5 +93,6 @@ app.command()(models)
 app.command()(policies)
 app.command()(report)
 app.command()(serve)
+app.add_typer(vllm, name="vllm")
 
 __all__ = ["app"]

