@@ -61,8 +61,10 @@ class Columns:
     Attributes:
         left: [N] of its rows (the prompt's, then what is computed again after a preemption).
         visual: [V], which of ``left`` are visual tokens.
+        others: [N - V], the rest of them.
         ordinal: [V], their places among the prompt's original visual tokens.
         score: [V], what the next drop, and the cache's order, go by; None before it is taken.
+        prepared: [1, prompt's columns], what the score has made of the embeddings.
     """
 
     def __init__(self, share: Share, device: torch.device) -> None:
@@ -70,31 +72,29 @@ class Columns:
         self.behind = share.length - share.prompt.length  # tokens computed again
         self.left = torch.arange(share.length, device=device)
         self.visual = to_device(share.prompt.positions, device)
+        self.others = to_device(share.prompt.other_places(share.length), device)
         self.ordinal = torch.arange(len(self.visual), device=device)
         self.score: Tensor | None = None
         self.prepared: Tensor | None = None
+        self._facts: dict[str, Any] | None = None
 
     def keep(self, count: int) -> Tensor:
         """Keep the best ``count`` visual tokens and all else; which of ``left`` these were."""
         chosen = self._ranked()[:count].sort().values
-        text = torch.ones(len(self.left), dtype=torch.bool, device=self.left.device)
-        text[self.visual] = False
-        # A stable sort in place of nonzero(), whose size the host would have to wait for.
-        order = torch.sort((~text).to(torch.uint8), stable=True).indices
-        others = order[: len(self.left) - len(self.visual)]
-        stay = torch.cat([others, self.visual[chosen]]).sort().values
-        self.visual = torch.searchsorted(stay, self.visual[chosen])
+        kept = self.visual[chosen]
+        stay = torch.cat([self.others, kept]).sort().values
+        if self.prepared is not None:
+            self.prepared = self.prepared[:, stay[: len(stay) - self.behind]]
+        self.visual = torch.searchsorted(stay, kept)
+        self.others = torch.searchsorted(stay, self.others)
         self.left, self.ordinal = self.left[stay], self.ordinal[chosen]
         self.score = None if self.score is None else self.score[chosen]
-        self.prepared = None if self.prepared is None else self.prepared[chosen]
+        self._facts = None
         return stay
 
     def importance(self) -> Tensor:
         """``left`` in the order of the cache: visual tokens by rising importance, then the rest."""
-        rest = torch.zeros(len(self.left), dtype=torch.uint8, device=self.left.device)
-        rest[self.visual] = 1
-        others = torch.sort(rest, stable=True).indices[: len(self.left) - len(self.visual)]
-        return torch.cat([self.visual[self._ranked().flip(0)], others])
+        return torch.cat([self.visual[self._ranked().flip(0)], self.others])
 
     def _ranked(self) -> Tensor:
         """Indices into ``visual``, the best first; the earlier of equals."""
@@ -104,26 +104,21 @@ class Columns:
 
     def facts(self, layer: int, wanted: int | None) -> dict[str, Any]:
         """What every view says of the prompt's columns, [1, N]; see :class:`TokenView`."""
-        count = len(self.left) - self.behind
-        visual = torch.zeros(1, count, dtype=torch.bool, device=self.left.device)
-        visual[0, self.visual] = True
-        ordinal = torch.zeros(1, count, dtype=torch.long, device=self.left.device)
-        ordinal[0, self.visual] = self.ordinal
-        prepared = None
-        if self.prepared is not None:
-            prepared = self.prepared.new_zeros(1, count)
-            prepared[0, self.visual] = self.prepared
-        return {
-            "layer": layer,
-            "visual": visual,
-            "ordinal": ordinal,
-            "last": torch.tensor([count - 1], device=self.left.device),
-            "images": (self.prompt.images,),
-            "complete": len(self.visual) == len(self.prompt.positions),
-            "at_end": True,
-            "wanted": wanted,
-            "prepared": prepared,
-        }
+        if self._facts is None:  # the same until the next drop
+            count, device = len(self.left) - self.behind, self.left.device
+            visual = torch.zeros(1, count, dtype=torch.bool, device=device)
+            visual[0, self.visual] = True
+            ordinal = torch.zeros(1, count, dtype=torch.long, device=device)
+            ordinal[0, self.visual] = self.ordinal
+            self._facts = {
+                "visual": visual,
+                "ordinal": ordinal,
+                "last": torch.full((1,), count - 1, device=device),
+                "images": (self.prompt.images,),
+                "complete": len(self.visual) == len(self.prompt.positions),
+                "at_end": True,
+            }
+        return {**self._facts, "layer": layer, "wanted": wanted, "prepared": self.prepared}
 
 
 def to_device(values: Sequence[int], device: torch.device) -> Tensor:
@@ -227,7 +222,7 @@ class Batch:
             rows = hidden[share.start : share.start + share.prompt.length]
             view = TokenView(hidden=rows[None], **self._facts(columns, 0))
             if prepare is not None:
-                columns.prepared = prepare(view)[0, columns.visual]
+                columns.prepared = prepare(view)
             if early:
                 columns.score = self.over_ranks(score(view))[0, columns.visual]
 

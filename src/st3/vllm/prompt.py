@@ -49,3 +49,8 @@ class Prompt:
     def positions(self) -> list[int]:
         """Places of the visual tokens."""
         return [place for start, end in self.runs for place in range(start, end)]
+
+    def other_places(self, length: int) -> list[int]:
+        """All places below ``length`` that hold no visual token."""
+        ends = [0, *(place for run in self.runs for place in run), length]
+        return [i for a, b in zip(ends[::2], ends[1::2], strict=True) for i in range(a, b)]
