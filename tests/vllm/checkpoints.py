@@ -78,7 +78,7 @@ class Kind:
     Attributes:
         config: makes its config.
         processor: makes its processor from a tokenizer.
-        image, video: what stands for one in a prompt.
+        image: what stands for one in a prompt.
         gain, seed: of the random weights, so that answers are not one word over and over, and no
             two words are equally likely.
     """
@@ -86,7 +86,6 @@ class Kind:
     config: Callable[[], PreTrainedConfig]
     processor: Callable[[Any], Any]
     image: str
-    video: str | None = None
     gain: float = 2.0
     seed: int = 0
 
@@ -294,7 +293,6 @@ def _internvl_processor(tokenizer: Any) -> Any:
 
 
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-_QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 KINDS = {
     "llava": Kind(_llava, _llava_processor, "<image>"),
     "llava_next": Kind(_llava_next, _llava_next_processor, "<image>", seed=1),
@@ -302,19 +300,16 @@ KINDS = {
         _qwen2_vl,
         _qwen_processor(Qwen2VLProcessor, Qwen2VLVideoProcessor),
         _QWEN_IMAGE,
-        _QWEN_VIDEO,
     ),
     "qwen2_5_vl": Kind(
         _qwen2_5_vl,
         _qwen_processor(Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
         _QWEN_IMAGE,
-        _QWEN_VIDEO,
     ),
     "qwen3_vl": Kind(
         _qwen3_vl,
         _qwen_processor(Qwen3VLProcessor, Qwen3VLVideoProcessor),
         _QWEN_IMAGE,
-        _QWEN_VIDEO,
         gain=3.0,
     ),
     "internvl": Kind(_internvl, _internvl_processor, "<IMG_CONTEXT>"),

@@ -36,7 +36,7 @@ class Ask:
 
     Attributes:
         text: its prompt.
-        images, videos: its pictures, as PIL images or arrays.
+        images: its pictures.
         params: of vLLM's ``SamplingParams``; greedy, 24 tokens and log-probabilities by default.
         at: the step before which it is sent.
         abort: the step before which it is aborted.
@@ -44,7 +44,6 @@ class Ask:
 
     text: str
     images: list[Any] = field(default_factory=list)
-    videos: list[Any] = field(default_factory=list)
     params: dict[str, Any] = field(default_factory=dict)
     at: int = 0
     abort: int | None = None
@@ -152,8 +151,6 @@ def prompt(ask: Ask) -> dict[str, Any]:
     data: dict[str, Any] = {}
     if ask.images:
         data["image"] = ask.images
-    if ask.videos:
-        data["video"] = ask.videos
     return {"prompt": ask.text, "multi_modal_data": data} if data else {"prompt": ask.text}
 
 

@@ -75,8 +75,6 @@ class Library:
 
     def inputs(self, ask: Ask) -> Any:
         given: dict[str, Any] = {"images": ask.images} if ask.images else {}
-        if ask.videos:
-            given["videos"] = ask.videos
         return self.processor(text=ask.text, return_tensors="pt", **given)
 
     @torch.no_grad()

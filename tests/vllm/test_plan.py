@@ -88,7 +88,7 @@ def test_annealing_frees_more_with_each_step_and_never_less() -> None:
 # Prompt and ledger ------------------------------------------------------------------------------
 
 
-def test_visual_tokens_are_those_of_images_and_videos() -> None:
+def test_visual_tokens_are_those_of_images() -> None:
     prompt = Prompt.of(40, [feature((3, 5), (8, 9)), feature((20, 22), modality="audio")])
     assert prompt.runs == ((3, 6), (8, 10))
     assert prompt.positions == [3, 4, 5, 8, 9]
@@ -127,6 +127,7 @@ def test_a_request_computed_in_one_piece_is_trimmed(ledger: Ledger) -> None:
         (request("a", 120, feature((4, 103))), 64, "chunked"),
         (request("a", 120, feature((4, 20))), 120, "small"),
         (request("a", 120, feature((4, 103)), prompt_logprobs=0), 120, "prompt_logprobs"),
+        (request("a", 120, feature((4, 103), modality="video")), 120, "video"),
     ],
 )
 def test_a_request_that_passes_is_counted_once_with_the_reason(

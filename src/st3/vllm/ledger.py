@@ -9,7 +9,7 @@ from st3.vllm.plan import Plan
 from st3.vllm.prompt import Prompt
 
 #: Why a request passed untrimmed.
-TEXT, SMALL, WHOLE, CHUNKED = "text", "small", "prompt_logprobs", "chunked"
+TEXT, SMALL, CHUNKED = "text", "small", "chunked"  # and st3.vllm.prompt.WHOLE, VIDEO
 
 
 @dataclass
@@ -75,8 +75,8 @@ class Ledger:
     def _why_not(self, prompt: Prompt) -> str:
         if not prompt.runs:
             return TEXT
-        if prompt.whole:
-            return WHOLE
+        if prompt.never:
+            return prompt.never
         return CHUNKED if self.plan.can_drop(prompt.n_visual, self.block) else SMALL
 
     def trims(self, request_id: str) -> bool:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-VISUAL = ("image", "video")
+#: Why a request is never trimmed: it wants every row of its prompt, or has a video (not tested).
+WHOLE, VIDEO = "prompt_logprobs", "video"
 
 
 @dataclass(frozen=True)
@@ -17,24 +18,30 @@ class Prompt:
     Attributes:
         length: tokens of the prompt.
         runs: (start, end) of each unbroken run of visual tokens, in order.
-        whole: whether its every row is wanted (log-probabilities of the prompt): never trimmed.
+        never: why it is never trimmed; None if it may be.
     """
 
     length: int
     runs: tuple[tuple[int, int], ...]
-    whole: bool = False
+    never: str | None = None
 
     @classmethod
     def of(cls, length: int, features: Iterable[Any] | None, whole: bool = False) -> Prompt:
         """From vLLM's multimodal features. The prompt's very last token never counts as visual:
-        its row ranks the others, so it must stay."""
+        its row ranks the others, so it must stay.
+
+        Args:
+            whole: whether every row of the prompt is wanted.
+        """
+        visual = [feature for feature in features or () if feature.modality in ("image", VIDEO)]
+        with_video = any(feature.modality == VIDEO for feature in visual)
         runs = [
             (int(first), min(int(last) + 1, length - 1))
-            for feature in features or ()
-            if feature.modality in VISUAL
+            for feature in visual
             for first, last in feature.mm_position.extract_embeds_range()
         ]
-        return cls(length, tuple(sorted(run for run in runs if run[0] < run[1])), whole)
+        never = WHOLE if whole else VIDEO if with_video else None
+        return cls(length, tuple(sorted(run for run in runs if run[0] < run[1])), never)
 
     @cached_property
     def images(self) -> tuple[int, ...]:
@@ -43,7 +50,7 @@ class Prompt:
 
     @cached_property
     def n_visual(self) -> int:
-        return 0 if self.whole else sum(self.images)
+        return 0 if self.never else sum(self.images)
 
     @cached_property
     def positions(self) -> list[int]:

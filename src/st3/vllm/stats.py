@@ -11,7 +11,8 @@ from prometheus_client import Counter
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from st3.vllm import settings
-from st3.vllm.ledger import CHUNKED, SMALL, TEXT, WHOLE
+from st3.vllm.ledger import CHUNKED, SMALL, TEXT
+from st3.vllm.prompt import VIDEO, WHOLE
 
 #: Entry of vLLM's scheduler statistics under which the counters travel to the front end.
 PREFIX = "st3_"
@@ -22,6 +23,7 @@ COUNTERS = {
     f"requests_passed_{SMALL}": "Requests whose visual tokens fill no block that could be freed",
     f"requests_passed_{CHUNKED}": "Requests that passed untrimmed: computed in chunks",
     f"requests_passed_{WHOLE}": "Requests that passed untrimmed: log-probabilities of the prompt",
+    f"requests_passed_{VIDEO}": "Requests that passed untrimmed: videos",
     "visual_tokens": "Visual tokens of prompts",
     "visual_tokens_kept": "Visual tokens held after prefill, mean over the layers",
     "blocks_spared": "KV cache blocks that prompts did not take",
@@ -41,7 +43,7 @@ def line(counters: Mapping[str, int]) -> str:
     visual, kept = counters.get("visual_tokens", 0), counters.get("visual_tokens_kept", 0)
     passed = {
         why: count
-        for why in (TEXT, SMALL, CHUNKED, WHOLE)
+        for why in (TEXT, SMALL, CHUNKED, WHOLE, VIDEO)
         if (count := counters.get(f"requests_passed_{why}", 0))
     }
     share = f"{kept / visual:.1%}" if visual else "none"
