@@ -28,7 +28,7 @@ torch = $(1)/bin/python -c "import torch" 2>/dev/null || $(1)/bin/python -m pip 
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-latest test-oldest test-vllm lint format bench bench-gpu docs lock clean
+.PHONY: help demo test test-quick test-latest test-oldest test-vllm lint format bench bench-vllm bench-gpu docs lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -118,6 +118,10 @@ BENCH_ARGS ?=
 
 bench: $(STAMP) ## the CPU table: prefill, decode, captions against the untrimmed model (hours)
 	$(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
+
+bench-vllm: $(VLLM)/.installed ## vLLM with st3 and without, and beside st3 serve
+	$(VLLM)/bin/python benchmarks/vllm_capacity.py $(BENCH_ARGS)
+	$(VLLM)/bin/python benchmarks/vllm_vs_serve.py $(BENCH_ARGS)
 
 # Needs no .venv: any Python with torch, transformers, typer and rich on a machine with a GPU.
 PART ?=

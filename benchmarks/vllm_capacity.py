@@ -29,7 +29,7 @@ RESULTS = Path(__file__).with_name("results") / "vllm-capacity"
 MODES: dict[str, str | None] = {
     "off": None,
     "idle": "fastv:drop=0.05",
-    "st3": "st3",
+    "balanced": "balanced",
     "st3-7b": "st3-7b",
     "fastv": "fastv",
 }
@@ -165,7 +165,7 @@ def goals(found: dict[str, dict[str, Any]]) -> list[Any]:
         idle = found["idle"]
         bars.append(Bar("idle: tokens as off", float(idle["same_tokens"]), 1))
         bars.append(Bar("idle: time / off", 1 / idle["throughput_ratio"], 1.02, at_most=True))
-    for mode, at_once in (("st3", 1.5), ("st3-7b", 2.0)):
+    for mode, at_once in (("balanced", 1.5), ("st3-7b", 2.0)):
         if mode in found:
             of = found[mode]
             bars.append(Bar(f"{mode}: requests at once / off", of["at_once_ratio"], at_once))
@@ -182,7 +182,7 @@ def goals(found: dict[str, dict[str, Any]]) -> list[Any]:
 
 def page(found: dict[str, Any], bars: list[Any]) -> str:
     from st3.tools.bench.bars import as_markdown
-    from st3.tools.bench.conditions import in_words
+    from st3.tools.common.conditions import in_words
 
     size, lines = found["size"], []
     for mode, of in found["modes"].items():
@@ -268,7 +268,7 @@ def report(args: argparse.Namespace, runs: dict[str, Any], kv_bytes: int) -> int
     import torch
 
     from st3.tools.bench.bars import as_markdown
-    from st3.tools.bench.conditions import conditions
+    from st3.tools.common.conditions import conditions
 
     modes = {mode: summary(of, runs["off"]) for mode, of in runs.items()}
     bars = goals(modes)

@@ -130,7 +130,7 @@ def measure(url: str, images: list[Any], tokens: int) -> dict[str, float]:
 
 
 def page(found: dict[str, Any]) -> str:
-    from st3.tools.bench.conditions import in_words
+    from st3.tools.common.conditions import in_words
 
     size, lines = found["size"], []
     for name, runs in found["arms"].items():
@@ -187,7 +187,7 @@ def report(args: argparse.Namespace, arms: dict[str, Any]) -> None:
 
     import torch
 
-    from st3.tools.bench.conditions import conditions
+    from st3.tools.common.conditions import conditions
 
     found = {
         "conditions": conditions(torch.device("cpu"), torch.bfloat16, "each server's own"),

@@ -133,7 +133,7 @@ def test_engines_give_the_same(
     environment: dict[str, str],
     options: dict[str, object],
 ) -> None:
-    policy = "st3:tau=16"
+    policy = "balanced:tau=16"
     jobs = {"it": Job(folder, policy, asks("llava"), options)}
     result, library = run(jobs, tmp_path, **environment)["it"], Library(folder)
     assert result.error is None

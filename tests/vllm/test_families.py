@@ -16,7 +16,7 @@ from tests.vllm.pictures import asks
 POLICIES = {
     "off": None,  # the plug-in is installed and not configured
     "fastv": "fastv:layer=2,drop=0.75",  # in Qwen3-VL one layer before DeepStack's last
-    "st3": "st3:tau=16",
+    "balanced": "balanced:tau=16",
 }
 
 
@@ -56,7 +56,7 @@ def test_nothing_is_left_in_use(results: dict[str, Result]) -> None:
 def test_policies_differ(results: dict[str, Result]) -> None:
     """Else the comparisons above would show nothing."""
     pictures = (0, 2, 3)
-    for name in ("fastv", "st3"):
+    for name in ("fastv", "balanced"):
         pairs = [(results[name].logprobs[i], results["off"].logprobs[i]) for i in pictures]
         assert any(a != pytest.approx(b, abs=1e-2) for (a,), (b,) in pairs)
         assert results[name].counters["requests_trimmed"] == len(pictures)

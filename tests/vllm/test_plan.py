@@ -69,7 +69,7 @@ def test_parts_are_runs_of_layers_that_hold_the_same() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "layers", "size"),
-    [("vtw", 32, 16), ("st3-7b", 32, 4), ("st3", 32, 2), ("fastv", 32, 4), ("grid", 32, 32)],
+    [("vtw", 32, 16), ("st3-7b", 32, 4), ("balanced", 32, 2), ("fastv", 32, 4), ("grid", 32, 32)],
 )
 def test_groups_are_as_large_as_memory_allows(policy: str, layers: int, size: int) -> None:
     plan = Plan.choose(policy, layers)
@@ -79,7 +79,7 @@ def test_groups_are_as_large_as_memory_allows(policy: str, layers: int, size: in
 
 
 def test_annealing_frees_more_with_each_step_and_never_less() -> None:
-    plan = Plan("st3:tau=64", 12, 1)
+    plan = Plan("balanced:tau=64", 12, 1)
     by_step = [plan.skipped(5, 576, step, 16) for step in range(100)]
     assert by_step == sorted(by_step)
     assert by_step[0] < by_step[-1]

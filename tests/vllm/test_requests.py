@@ -15,8 +15,8 @@ from tests.vllm.engine import Ask, Job, Result, run
 from tests.vllm.library import EQUAL, Library, held
 from tests.vllm.pictures import asks, picture
 
-ST3 = "st3:tau=16"
-PVTP = "st3:curve=none,score=attention"
+ST3 = "balanced:tau=16"
+PVTP = "balanced:curve=none,score=attention"
 TWO = {"n": 2, "temperature": 1, "top_k": 1}  # greedy by another name, which allows two answers
 SHARED = "w60 " * 70  # text of more than two blocks
 
@@ -31,7 +31,7 @@ def jobs(folder: Path) -> dict[str, Job]:
         "st3": Job(folder, ST3, base),
         "pvtp": Job(folder, PVTP, long),
         "preempted": Job(folder, PVTP, long, small),
-        "annealed and preempted": Job(folder, "st3:tau=400", long, small),
+        "annealed and preempted": Job(folder, "balanced:tau=400", long, small),
         "later": Job(folder, ST3, [replace(ask, at=3 * i) for i, ask in enumerate(base)]),
         "aborted": Job(
             folder,

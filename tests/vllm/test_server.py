@@ -27,7 +27,7 @@ from tests.vllm.checkpoints import KINDS
 from tests.vllm.engine import ENVIRONMENT, ROOT, Ask
 from tests.vllm.library import Library
 
-POLICY = "st3:tau=64"
+POLICY = "balanced:tau=64"
 QUESTIONS = ["describe the image in detail.", "what is at the centre?"]
 ENV = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 

@@ -115,6 +115,7 @@ class Columns:
                 "ordinal": ordinal,
                 "last": torch.full((1,), count - 1, device=device),
                 "images": (self.prompt.images,),
+                "grids": self.prompt.grids,
                 "complete": len(self.visual) == len(self.prompt.positions),
                 "at_end": True,
             }

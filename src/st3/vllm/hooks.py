@@ -11,10 +11,12 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
+from st3.methods.scores import needs_of
 from st3.vllm import settings
 
 #: Versions of vLLM whose private methods are as below.
@@ -298,7 +300,10 @@ class _Follower:
             new = int(starts[i + 1]) - start
             share = self.known.get(name)
             if share is None or done == 0:
-                prompt = Prompt.of(int(lengths[i]), features(name, i), wants_all(name, i))
+                found = features(name, i)
+                prompt = Prompt.of(int(lengths[i]), found, wants_all(name, i))
+                if "grids" in needs_of(self.plan.score):
+                    prompt = replace(prompt, grids=prompt.grids_from(found))
                 trims = self.plan.trims(prompt, done, new, block)
                 share = Share(start, new, done, prompt, trims)
             share.start, share.length, share.computed = start, new, done

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+from st3.models.grids import Grids, grids_of
 
 #: Why a request is never trimmed: it wants every row of its prompt, or has a video (not tested).
 WHOLE, VIDEO = "prompt_logprobs", "video"
@@ -19,11 +22,13 @@ class Prompt:
         length: tokens of the prompt.
         runs: (start, end) of each unbroken run of visual tokens, in order.
         never: why it is never trimmed; None if it may be.
+        grids: shapes of its images' grids of tokens, for scores that ask; empty where not known.
     """
 
     length: int
     runs: tuple[tuple[int, int], ...]
     never: str | None = None
+    grids: Grids = ()
 
     @classmethod
     def of(cls, length: int, features: Iterable[Any] | None, whole: bool = False) -> Prompt:
@@ -61,3 +66,32 @@ class Prompt:
         """All places below ``length`` that hold no visual token."""
         ends = [0, *(place for run in self.runs for place in run), length]
         return [i for a, b in zip(ends[::2], ends[1::2], strict=True) for i in range(a, b)]
+
+    def grids_from(self, features: Iterable[Any] | None) -> Grids:
+        """The grids of its images, read off what vLLM's features hold for the encoder."""
+        try:
+            return grids_of([self.images], [r for f in features or () for r in _rasters(f)])
+        except (KeyError, TypeError, ValueError):
+            return ()
+
+
+def _rasters(feature: Any) -> Iterator[tuple[int, int]]:
+    """Rows and columns of tokens: of each frame of flat patches, or of each square tile.
+
+    Raises:
+        KeyError, TypeError: what the encoder reads is not known, or not here.
+        ValueError: tokens that are no rasters.
+    """
+    data, number = feature.data, feature.mm_position.get_num_embeds()
+    if "image_grid_thw" in data:
+        frames, high, wide = map(int, data["image_grid_thw"].data.flatten().tolist())
+        merge = math.isqrt(frames * high * wide // number)
+        yield from [(high // merge, wide // merge)] * frames
+        return
+    if "image_sizes" in data:
+        raise ValueError("tiles that the model packs, with newline tokens")
+    tiles = math.prod(data["pixel_values"].data.shape[:-3])
+    side = math.isqrt(number // tiles)
+    if side * side * tiles != number:
+        raise ValueError(f"{number} tokens are no squares on {tiles} tiles")
+    yield from [(side, side)] * tiles

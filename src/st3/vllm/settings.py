@@ -84,8 +84,9 @@ def unsupported(policy: Policy) -> str | None:
     score: Any = policy.scorer()
     if policy.rerank:
         return "ranking anew while decoding reads attention weights that its kernels do not keep"
-    if needs_of(score):
-        return f"its score needs {', '.join(sorted(needs_of(score)))}, which vLLM does not hand out"
+    missing = needs_of(score) - {"grids"}
+    if missing:
+        return f"its score needs {', '.join(sorted(missing))}, which vLLM does not hand out"
     if stage_of(score) == "embeds":
         return None
     if getattr(score, "lazy", 0):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from st3.tools.cli._common import CliError, stderr, stdout
-from st3.tools.common.reasons import first_line
+from st3.tools.common.errors import first_line
 
 app = typer.Typer(
     help="Trimming inside of vLLM.",
