@@ -48,6 +48,7 @@ def test_a_scheduler_that_is_not_configured_is_left_alone() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    hooks.install_engine()
     hooks.install()
     wrapped = {
         f"{cls.__name__}.{name}"
@@ -65,9 +66,9 @@ def test_a_scheduler_that_is_not_configured_is_left_alone() -> None:
 def test_installing_twice_wraps_once() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    hooks.install()
+    hooks.install_engine()
     before = Scheduler.__init__
-    hooks.install()
+    hooks.install_engine()
     assert Scheduler.__init__ is before
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import multiprocessing
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
@@ -43,8 +45,16 @@ def version_problem() -> str | None:
 
 
 def install() -> None:
-    """Wrap what makes an engine; once, however often vLLM loads its plug-ins."""
+    """Wrap what makes an engine's config; once, however often vLLM loads its plug-ins. The rest
+    follows when a config asks for st3, or at once in the processes that vLLM starts, which get a
+    ready-made config."""
     _wrap("vllm.engine.arg_utils", "EngineArgs", "create_engine_config", _config)
+    if multiprocessing.parent_process() is not None or "ray" in sys.modules:
+        install_engine()
+
+
+def install_engine() -> None:
+    """Wrap the constructors of what makes an engine."""
     _wrap("vllm.v1.core.sched.scheduler", "Scheduler", "__init__", _scheduler)
     _wrap("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "__init__", _runner_v1)
     _wrap("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "__init__", _runner_v2)
@@ -80,6 +90,7 @@ def _config(inner: Method) -> Method:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = inner(self, *args, **kwargs)
         if _asked(config) is not None:
+            install_engine()
             for advice in settings.advice(config):
                 logger.warning("st3: %s", advice)
         return config
