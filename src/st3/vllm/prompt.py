@@ -71,7 +71,7 @@ class Prompt:
         """The grids of its images, read off what vLLM's features hold for the encoder."""
         try:
             return grids_of([self.images], [r for f in features or () for r in _rasters(f)])
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             return ()
 
 
@@ -79,7 +79,7 @@ def _rasters(feature: Any) -> Iterator[tuple[int, int]]:
     """Rows and columns of tokens: of each frame of flat patches, or of each square tile.
 
     Raises:
-        KeyError, TypeError: what the encoder reads is not known, or not here.
+        AttributeError, KeyError, TypeError: what the encoder reads is not known, or not here.
         ValueError: tokens that are no rasters.
     """
     data, number = feature.data, feature.mm_position.get_num_embeds()
