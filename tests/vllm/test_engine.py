@@ -32,6 +32,7 @@ REFUSED = {
     "visionzip": ("policy 'visionzip'", "tower"),
     "sparsevlm": ("policy 'sparsevlm'", "text-raters"),
     "v2drop": ("policy 'v2drop'", "hidden-change"),
+    "evs": ("policy 'evs'", "not tested"),
     "dycoke": ("policy 'dycoke'", "ranking anew"),
     "st3:rerank_every=4": ("policy 'st3'", "ranking anew"),
     "fastv:score=text-rows": ("policy 'fastv'", "last query row"),

@@ -13,6 +13,9 @@ from st3.vllm.plan import Plan
 KEY = "st3"
 OPTIONS = ("policy", "layers_per_group")
 
+#: Scores of embeddings and places that are tested.
+EARLY = ("grid", "uniform", "random", "divprune", "cdpruner")
+
 #: Architectures (``architectures`` in config.json) that are tested, and how people call them.
 FAMILIES = {
     "LlavaForConditionalGeneration": "LLaVA 1.5",
@@ -88,7 +91,7 @@ def unsupported(policy: Policy) -> str | None:
     if missing:
         return f"its score needs {', '.join(sorted(missing))}, which vLLM does not hand out"
     if stage_of(score) == "embeds":
-        return None
+        return None if score.name in EARLY else f"the score {score.name!r} is not tested there"
     if getattr(score, "lazy", 0):
         return "scores that layers share are not carried over"
     if isinstance(score, Mixed):
