@@ -48,6 +48,8 @@ class Hooks:
             own[name] = value
 
             def undo() -> None:
+                if own.get(name) is not value:
+                    return  # somebody has put something else on top since: that is theirs
                 if before is _ABSENT:
                     own.pop(name, None)
                 else:

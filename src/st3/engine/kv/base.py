@@ -250,7 +250,8 @@ class Store(ABC):
     @property
     def allocated_tokens(self) -> int:
         """Columns held in memory, times rows."""
-        return 0 if self.buffer is None else self.buffer.rows * self.buffer.capacity
+        buffer = self.buffer  # read once: a server asks while another thread changes its batch
+        return 0 if buffer is None else buffer.rows * buffer.capacity
 
     def footprint(self) -> tuple[int, int]:
         """Live and allocated bytes."""

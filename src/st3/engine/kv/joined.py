@@ -207,7 +207,8 @@ class JoinedStore(Store):
     @property
     def capacity(self) -> int:
         """Columns allocated for each row."""
-        return 0 if self.buffer is None else self.buffer.capacity
+        buffer = self.buffer
+        return 0 if buffer is None else buffer.capacity
 
     @property
     def allocated_bytes(self) -> int:
