@@ -6,7 +6,7 @@
 A random LLaVA of 24 layers (311 M parameters, bf16); --requests chat completions of 576 visual and
 --tokens new tokens, sent at once over HTTP, KV memory for all of them. Each server is a process of
 its own, and all take turns --repeats times. What a reader shall see is which to use when: one
-request alone is timed as well.
+request alone is timed as well. Runs that one may take hours apart: --repeats 1 --add.
 """
 
 from __future__ import annotations
@@ -111,8 +111,9 @@ async def send(url: str, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return await asyncio.gather(*(one(http, asked) for asked in bodies))
 
 
-def measure(url: str, images: list[Any], tokens: int) -> dict[str, float]:
-    """Seconds of one request alone, to its first token and to its end; tokens/s of all at once."""
+def measure(url: str, images: list[Any], tokens: int, rounds: int) -> list[dict[str, float]]:
+    """Of each round seconds of one request alone, to its first token and to its end, and tokens/s
+    of all at once."""
     asyncio.run(send(url, [body(images[0], 4)]))  # warm up
 
     def timed(bodies: list[dict[str, Any]]) -> tuple[float, int]:
@@ -121,12 +122,18 @@ def measure(url: str, images: list[Any], tokens: int) -> dict[str, float]:
         took = time.perf_counter() - start
         return took, sum(answer["usage"]["completion_tokens"] for answer in answers)
 
-    first = min(timed([body(images[i], 1)])[0] for i in range(1, 4))
-    alone, _ = timed([body(images[0], tokens)])
-    took, made = timed([body(image, tokens) for image in images])
-    if made != len(images) * tokens:
-        raise RuntimeError(f"{made} tokens came, {len(images) * tokens} were asked for")
-    return {"first_token_s": first, "alone_s": alone, "seconds": took, "tokens_per_s": made / took}
+    found = []
+    for _ in range(rounds):
+        first = min(timed([body(images[i], 1)])[0] for i in range(1, 4))
+        alone, _ = timed([body(images[0], tokens)])
+        took, made = timed([body(image, tokens) for image in images])
+        if made != len(images) * tokens:
+            raise RuntimeError(f"{made} tokens came, {len(images) * tokens} were asked for")
+        speed = made / took
+        found.append(
+            {"first_token_s": first, "alone_s": alone, "seconds": took, "tokens_per_s": speed}
+        )
+    return found
 
 
 def page(found: dict[str, Any]) -> str:
@@ -143,7 +150,7 @@ def page(found: dict[str, Any]) -> str:
         "# vLLM and st3 serve on the same requests\n\n"
         f"{size['requests']} chat completions of {size['visual']} visual tokens, {size['tokens']} "
         f"new tokens each, sent at once over HTTP, KV memory for all; {size['layers']} layers of "
-        f"width {size['width']}, bf16; medians of {len(runs)} turns.\n\n"
+        f"width {size['width']}, bf16; medians of {len(runs)} rounds.\n\n"
         f"{in_words(found['conditions'])}; vLLM {found['vllm']}.\n\n"
         "| server | first token alone, s | one request alone, s | all at once, s | tokens/s |\n"
         "|---|--:|--:|--:|--:|\n" + "\n".join(lines) + "\n"
@@ -160,6 +167,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2, help="of a server, in each of its turns")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=None, help="of the model; made if empty")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -177,8 +185,10 @@ def main() -> int:
     for _ in range(args.repeats):
         for arm, (kind, policy) in ARMS.items():
             with served(kind, policy, folder) as url:
-                arms[arm].append(measure(url, images, args.tokens))
-            print(f"{arm}: {arms[arm][-1]['tokens_per_s']:.1f} tokens/s", flush=True)
+                found = measure(url, images, args.tokens, args.rounds)
+            arms[arm].extend(found)
+            speeds = ", ".join(f"{of['tokens_per_s']:.1f}" for of in found)
+            print(f"{arm}: {speeds} tokens/s", flush=True)
     report(args, arms)
     return 0
 
@@ -210,7 +220,7 @@ def report(args: argparse.Namespace, arms: dict[str, Any]) -> None:
 
 
 def plot(arms: dict[str, Any], path: Path) -> None:
-    """Tokens a second of each server: all turns as dots, their median as a bar."""
+    """Tokens a second of each server: all rounds as dots, their median as a bar."""
     try:
         import matplotlib
     except ImportError:
