@@ -1,5 +1,5 @@
 """Attention of one decode step on a CPU: each way to compute it, on multi-head and grouped-query
-shapes, and what filing and appending cost in each layout.
+shapes, and what writing and appending cost in each layout.
 
     python benchmarks/decode_attention.py                       # about half an hour
     python benchmarks/decode_attention.py --dtypes bfloat16 --columns 576 --batches 1
@@ -200,7 +200,7 @@ def as_markdown(found: dict[str, Any], given: dict[str, Any]) -> str:
     lines += ["", "| " + " | ".join(head) + " |", "|---" * 3 + "|---:" * (len(head) - 3) + "|"]
     lines += [_line(row) for row in found["attention"]]
     names = ["file, plain", "file, size first", "append, plain", "append, size first"]
-    lines += ["", "What keys cost on the way in, batch 1, one layer, in microseconds: filing a",
+    lines += ["", "What keys cost on the way in, batch 1, one layer, in microseconds: writing a",
               "prompt in another order, and appending a column.", ""]  # fmt: skip
     lines += ["| shape | dtype | columns | " + " | ".join(names) + " |"]
     lines += ["|---|---|---:|" + "---:|" * len(names)]

@@ -674,7 +674,7 @@ def test_other_families_are_measured(name: str) -> None:
     assert found.rows[2].label == "fastv:layer=1"
     live = [row.footprint.kv_live[0] for row in found.rows if row.footprint]
     assert live[0] == live[3]
-    assert live[0] <= live[1]  # DynamicCache gives up what lies behind a sliding window
+    assert live[0] <= live[1]  # DynamicCache evicts what lies behind a sliding window
     assert live[2] < live[1]
 
 

@@ -134,10 +134,10 @@ def with_headroom(columns: int | Callable[[int], int]) -> AllocationRule:
 
     def rule(live: Sequence[int]) -> int:
         if len(live) == 1:
-            return live[0]  # a prompt is filed when the first further token comes
+            return live[0]  # a prompt is written when the first further token comes
         used, room = live[0], capacity(live[0])
         for now in live[1:]:
-            used += 1  # entries are appended; what annealing hides stays in the buffer
+            used += 1  # entries are appended; what annealing hides is kept in the buffer
             if used > room:
                 used, room = now, capacity(now)
         return room

@@ -1,4 +1,4 @@
-"""Rank visual tokens, choose who stays, and put what stays in the order of the KV cache."""
+"""Rank visual tokens, choose which are kept, and put those in the order of the KV cache."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ def _select_equally(
 
 
 def cache_order(
-    block: Block, score: Tensor | None, stays: Sequence[Sequence[int]]
+    block: Block, score: Tensor | None, floors: Sequence[Sequence[int]]
 ) -> Tensor | None:
     """The columns in the order of the KV cache, [B, M], right-aligned: padding, then visual tokens
-    by rising importance, then text. Without a score visual tokens stay where they are. None means
-    that the columns already stand so. ``stays[row][group]`` tokens are never annealed."""
+    by rising importance, then text. Without a score visual tokens are left in their places. None
+    means that the columns already stand so. ``floors[row][group]`` tokens are never annealed."""
     if score is None and block.valid is None:
         return None
     columns = block.visual.shape[1]
@@ -114,7 +114,7 @@ def cache_order(
         # Of equal scores the later token is annealed first, as it is dropped first.
         key = torch.where(block.visual, _as_integers(score) * columns - place, behind)
     else:
-        key = torch.where(block.visual, -_drop_rank(block, score, stays), behind)
+        key = torch.where(block.visual, -_drop_rank(block, block.group, score, floors), behind)
     if block.valid is not None:
         key = key.masked_fill(~block.valid, -_HIGHEST)
     return torch.argsort(key, dim=1, stable=True)[:, columns - max(block.counts) :]
@@ -130,16 +130,16 @@ def _as_integers(score: Tensor) -> Tensor:
     return torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
 
 
-def _drop_rank(block: Block, score: Tensor, stays: Sequence[Sequence[int]]) -> Tensor:
+def _drop_rank(
+    block: Block, group: Tensor, score: Tensor, floors: Sequence[Sequence[int]]
+) -> Tensor:
     """Rank over a whole row with a budget per image: the highest is annealed first. All images lose
     the same share at the same time: that is what their own curves, rounded half up, do."""
-    if block.group is None:
-        raise ValueError("rows with one budget need no ranks: sort by the score")
     rank = rank_visual(block, score)
     width = max(len(row) for row in block.kept)
-    size = table(block.kept, width, rank.device).clamp_min(1).gather(1, block.group)
+    size = table(block.kept, width, rank.device).clamp_min(1).gather(1, group)
     share = (rank + 0.5) / size
-    share = share.masked_fill(rank < table(stays, width, rank.device).gather(1, block.group), 0.0)
+    share = share.masked_fill(rank < table(floors, width, rank.device).gather(1, group), 0.0)
     order = torch.argsort(share.masked_fill(~block.visual, 2.0), dim=1, stable=True)
     place = torch.arange(rank.shape[1], device=rank.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, place)

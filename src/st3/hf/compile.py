@@ -35,7 +35,7 @@ def compiled_forward(
     def run(**kwargs: Any) -> Any:
         return forward(**kwargs)
 
-    # torch counts graphs per code object and gives up at eight: each trimmer gets one of its own,
+    # torch counts graphs per code object and stops at eight: each trimmer gets one of its own,
     # so that attaching again, or to another model, starts from zero.
     run.__code__ = run.__code__.replace(co_name=f"decode_step_{next(_number)}")
     compiled = torch.compile(run, dynamic=False, fullgraph=True, **options)

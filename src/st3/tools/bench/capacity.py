@@ -111,18 +111,18 @@ def largest_batch(
 
 
 def row_bytes(subject: Subject, workload: Workload, method: Method) -> int:
-    """A row's bytes at the worst moment: some layer's activations and the KV cache filed until
+    """A row's bytes at the worst moment: some layer's activations and the KV cache written until
     then, in the prefill, or the whole cache at the end of the generation."""
     dims = TextDims.from_config(subject.model.config)
     schedule = None if method.policy is None else method.policy.schedule(dims.num_layers)
     size = bytes_per_value(subject.dtype)
     text = subject.text_config
     wide = 8 * dims.hidden + 3 * getattr(text, "intermediate_size", 4 * dims.hidden)
-    worst, filed = 0, 0
+    worst, stored = 0, 0
     for index, layer in enumerate(dims.layers):
         tokens = workload.text + _kept(schedule, index, workload.visual)
-        filed += 2 * layer.kv_heads * layer.head_dim * tokens
-        worst = max(worst, filed + tokens * wide)
+        stored += 2 * layer.kv_heads * layer.head_dim * tokens
+        worst = max(worst, stored + tokens * wide)
     end = kv_allocated_bytes(
         dims,
         workload.text,

@@ -139,7 +139,7 @@ alone, on a prompt without pixels. TTFT and end to end: generate() with the visi
 added, which is measured apart and the same in all rows. TPOT: median time of a further token. peak:
 memory above that before the call. KV: bytes over the untouched model's, both averaged over the
 prefill and the steps. selection: st3's own part of the trimmed prefill (choosing, gathering,
-scoring, filing keys and values), timed in runs of its own. The last table gives speed-ups over the
+scoring, writing keys and values), timed in runs of its own. The last table gives speed-ups over the
 first row, the untouched model on transformers' DynamicCache: the median of the ratios within each
 round (in files also the ratio of the smallest times, and the largest minus the smallest ratio over
 the median). FLOPs ratio: untrimmed over trimmed, of the decoder's prefill, counted. / FLOPs: the
