@@ -3,14 +3,16 @@ tensors alone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import st3
-from st3.engine.calls import LayerInputs
+from st3.engine.calls import AttentionCall, LayerInputs
 from st3.engine.events import Events
+from st3.engine.kv.store import KVStore
 from st3.engine.kv.timeline import Timeline
 from st3.engine.plan import Plan
 from st3.engine.prefill import Prefill
@@ -37,7 +39,7 @@ class Spy:
 
 def plan_of(score: Any, *shares: float, anneal: st3.Anneal | None = None, **more: Any) -> Plan:
     schedule = Schedule.from_shares(shares, anneal or st3.Anneal("none"))
-    windows, wiring = (None,) * len(shares), Wiring.plain_of(len(shares))
+    windows, wiring = (None,) * len(shares), Wiring(tuple(range(len(shares))))
     return Plan(schedule, score, None, "sdpa", windows, wiring, per_image=False, **more)
 
 
@@ -160,3 +162,32 @@ def test_only_a_first_prompt_on_a_cache_is_ordered_for_annealing() -> None:
         for stores, extends in (({}, False), ({}, True), (None, False))
     ]
     assert ordered == [(True, True), (False, False), (False, False)]
+
+
+def test_a_layer_that_has_less_than_the_floor_is_not_ordered() -> None:
+    plan = plan_of(Spy("attention"), 1.0, 0.25, anneal=st3.Anneal(tau=4, floor=0.5))
+    assert plan.anneals(((4,),)) == (True, False)
+    assert plan_of(Spy("attention"), 1.0, 0.25).anneals(((4,),)) == (False, False)
+
+
+def test_flash_attention_is_given_no_mask_for_candidates() -> None:
+    """It takes none per query: there candidates see what the prompt sees."""
+    found: list[Any] = []
+
+    def base(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Any:
+        found.append(mask)
+        return query.transpose(1, 2), None
+
+    rows, block = read_prompt(VISUAL, None, 1, per_image=False)
+    score = st3.ST3(score="attention").scorer()
+    for kind in ("sdpa", "flash"):
+        plan = replace(plan_of(score, 1.0, anneal=st3.Anneal(tau=1, floor=0)), kind=kind)
+        timeline = Timeline(tokens=6, prompt=5)
+        store = KVStore(0, plan.schedule, timeline)
+        run = Prefill(plan, rows, block, None, {0: store}, timeline, False, None, Events())
+        query, key, value = torch.randn(3, 1, 2, 6, 4).unbind()
+        store.receive(key, value)
+        run.enter(0, LayerInputs(torch.zeros(1, 6, 8)))
+        run.attend(0, AttentionCall(base, None, query, key, value, None, {}))
+    assert found[1] is None
+    assert found[0][0, 0, -1].tolist() == [True, False, False, False, True, True]

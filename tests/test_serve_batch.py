@@ -48,7 +48,7 @@ class Company:
     def prefilled(self, name: int, inputs: Any, policy: st3.Policy) -> Prefilled:
         trimmer = st3.trim(self.model, policy)
         with torch.no_grad(), self.decoder:
-            if not trimmer.touches:
+            if not trimmer.active:
                 prompt = prefill(self.model, inputs, self.decoder)
             else:
                 with trimmer:

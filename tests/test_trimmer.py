@@ -87,7 +87,7 @@ def test_schedules_that_drop_nothing_change_no_bit(name: str, policy: str) -> No
     assert torch.equal(sampled.sequences, again.sequences)
 
 
-def test_a_trimmer_that_touches_nothing_leaves_layers_alone() -> None:
+def test_a_trimmer_that_only_watches_leaves_layers_alone() -> None:
     case = Case.of("llava")
     _, layers = parts(case.model)
     with st3.trim(case.model, st3.NoTrim()):

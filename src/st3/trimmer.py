@@ -59,7 +59,7 @@ class Trimmer:
     Attributes:
         schedule: what the policy keeps on this model.
         family, parts: what it is dropped from.
-        touches: whether anything of a pass is changed; a policy that drops nothing only watches.
+        active: whether anything of a pass is changed; a policy that drops nothing only watches.
 
     Raises:
         ValueError: unknown policy or argument, or one that does not fit the model's layers.
@@ -95,7 +95,7 @@ class Trimmer:
             )
         self.wiring = Wiring(self.parts.sources)
         self.schedule = lay_out(self.policy, self.wiring)
-        self.touches = self.schedule.drops or own_cache
+        self.active = self.schedule.drops or own_cache
         self._reporter = Reporter(str(self.policy), self.schedule, self.model.config)
         self._events = Events()
         self._events.add(self._reporter)
@@ -133,7 +133,7 @@ class Trimmer:
         if outer is not None:
             outer._unhook()
         try:
-            if self.touches:
+            if self.active:
                 self._check_settings()
             self._hook()
         except Exception:
@@ -183,10 +183,10 @@ class Trimmer:
     def _hook(self) -> None:
         plan = self._plan()
         bucket = None
-        if self.compile_decode is not None and self.touches:
+        if self.compile_decode is not None and self.active:
             compiled.check(plan)
             bucket = self.decode_bucket
-        session = Session(plan, self.touches, bucket, self._events)
+        session = Session(plan, self.active, bucket, self._events)
         self._attachment = Attachment(
             self.model, self.family, self.parts, session, self.visual_mask, self.compile_decode
         )
@@ -197,7 +197,7 @@ class Trimmer:
 
     def _plan(self) -> Plan:
         score = self.policy.scorer()
-        rotary = self.touches and "rotary" in needs_of(score)
+        rotary = self.active and "rotary" in needs_of(score)
         return Plan(
             schedule=self.schedule,
             score=score,
@@ -215,7 +215,7 @@ class Trimmer:
         self._hooks.restore()
         if self._attachment is not None:
             self._latest_cache = self._attachment.latest_cache or self._latest_cache
-            self._attachment.release()
+            self._attachment.session.abandon()
             self._attachment = None
 
     def _check_settings(self) -> None:
@@ -265,7 +265,7 @@ class Trimmer:
 
     def _hook_again(self, before: bool) -> None:
         """Put attention hooks on, or take them off, where nothing but an observer wants them."""
-        if not self.touches and before != self._events.attends:
+        if not self.active and before != self._events.attends:
             self._unhook()
             self._hook()
 

@@ -22,11 +22,6 @@ class Cache(Protocol):
     """The KV cache of a call."""
 
     @property
-    def length(self) -> int:
-        """Logical length of what it holds."""
-        ...
-
-    @property
     def stores(self) -> dict[int, Store]:
         """The engine's stores in it, by decoder layer; none in an untrimmed cache."""
         ...

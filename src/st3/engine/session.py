@@ -49,15 +49,15 @@ class Session:
     """The passes of one trimmed model, one at a time.
 
     Args:
-        touches: whether anything of a pass is changed; otherwise it is only observed.
+        active: whether anything of a pass is changed; otherwise it is only observed.
         bucket: columns by which buffers of compiled steps grow; None to decode uncompiled.
 
     Attributes:
         current: the pass under way, or None.
     """
 
-    def __init__(self, plan: Plan, touches: bool, bucket: int | None, events: Events) -> None:
-        self.plan, self.touches, self.bucket, self.events = plan, touches, bucket, events
+    def __init__(self, plan: Plan, active: bool, bucket: int | None, events: Events) -> None:
+        self.plan, self.active, self.bucket, self.events = plan, active, bucket, events
         self.current: Pass | None = None
         self._chunk: Chunk | None = None
         self._stores: dict[int, Store] = {}
@@ -73,7 +73,7 @@ class Session:
         self._chunk = chunk
         prompt = self._read(chunk)
         stores = chunk.cache.stores if chunk.cache is not None else {}
-        if not self.touches:
+        if not self.active:
             self._begin_untouched(chunk, prompt)
         elif prompt is not None:
             self._begin_prefill(chunk, *prompt)
@@ -181,7 +181,7 @@ class Session:
             return cast(dict[int, KVStore], stores)
         plan, timeline = self.plan, Timeline()
         if past:
-            timeline.phase, timeline.tokens, timeline.prompt = Phase.PREFILL, past, past
+            timeline.phase, timeline.tokens = Phase.PREFILL, past
 
         def make(layer: int) -> KVStore:
             return KVStore(

@@ -22,11 +22,6 @@ class Wiring:
 
     sources: tuple[int | None, ...]
 
-    @classmethod
-    def plain_of(cls, layers: int) -> Wiring:
-        """Every layer has entries of its own."""
-        return cls(tuple(range(layers)))
-
     @cached_property
     def plain(self) -> bool:
         """Whether every layer has entries of its own."""

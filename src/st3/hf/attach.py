@@ -60,15 +60,15 @@ class Attachment:
     def install(self, hooks: Hooks) -> None:
         """Put everything on the model; ``hooks`` takes it off again."""
         session, parts = self.session, self.parts
-        if session.touches or session.events.attends:
+        if session.active or session.events.attends:
             self._install_layers(hooks)
-        if session.touches:
+        if session.active:
             self._install_generation(hooks)
         if hasattr(self.model, "_get_candidate_generator"):
             make = noticed_candidates(self.model._get_candidate_generator, self._expect_candidates)
             hooks.replace(self.model, "_get_candidate_generator", make)
         self.visual.listen(hooks)
-        if session.touches and "tower" in session.plan.needs:
+        if session.active and "tower" in session.plan.needs:
             self._tower = self.family.class_attention(self.model, parts)
             self._tower.listen(hooks)
         for module, before in (
@@ -81,12 +81,6 @@ class Attachment:
         hooks.after(parts.text, self._guarded(self._after_text))
         for module in (self.model, parts.inner, parts.text):
             hooks.always_after(module, self._unlock)
-
-    def release(self) -> None:
-        """Let go of what was heard."""
-        self._tower = None
-        self.session.abandon()
-        self.visual.end()
 
     # One thread at a time -----------------------------------------------------------------------
 
@@ -160,14 +154,14 @@ class Attachment:
     def _begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.session.abandon()
         embeds = kwargs.get("inputs_embeds")
-        if embeds is None:
-            return None  # a text model called by itself, on token ids
+        if embeds is None:  # a text model called by itself, on token ids
+            self.session.abandon()
+            return None
         cache = call.cache_in(kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
         visual = self._visual_tokens(embeds, past)
-        if visual is not None and self.session.touches:
+        if visual is not None and self.session.active:
             if call.is_checkpointing(module) and not past:
                 cache = None
             elif cache is None and call.wants_cache(module, kwargs):
@@ -182,15 +176,12 @@ class Attachment:
             seam = CacheSeam(cache, self.session.plan.wiring.own, self._pads)
             if visual is not None:
                 self.latest_cache = weakref.ref(cache)
-                if self.session.touches and not seam.stores:
+                if self.session.active and not seam.stores:
                     seam.check()  # before the mask, which other caches bring along ready-made
-        mask = self._attention_mask
-        if visual is not None and self.session.touches:
-            mask = self._mask_2d()
         tower = self._tower.take if self._tower is not None else None
         return Chunk(
             embeds,
-            attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
+            attention_mask=self._mask_2d(visual is not None and self.session.active),
             visual=visual,
             sizes=self.visual.take_sizes() if visual is not None else (),
             grids=functools.partial(self._grids, self.visual.encoded),
@@ -203,20 +194,22 @@ class Attachment:
     def _grids(self, encoded: Any, images: Any) -> Any:
         return self.family.image_grids(self.model, encoded, images)
 
-    def _mask_2d(self) -> Tensor | None:
-        try:
-            return call.mask_2d({"attention_mask": self._attention_mask})
-        except TypeError:
+    def _mask_2d(self, needed: bool = False) -> Tensor | None:
+        """The 2D attention mask that the caller gave, or None; ``needed``: a ready-made 4D one, or
+        several, cannot be trimmed."""
+        mask = self._attention_mask
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask
+        if needed and mask is not None:
             raise UnsupportedModelError(
                 "a ready-made 4D attention mask is not supported: pass the 2D attention_mask"
-            ) from None
+            )
+        return None
 
     def _pads(self, past: int, rows: int) -> list[int]:
         """The padding of each row of an earlier turn."""
-        mask = self._attention_mask
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            return [0] * rows
-        return (mask[:, :past] == 0).sum(1).tolist()
+        mask = self._mask_2d()
+        return [0] * rows if mask is None else (mask[:, :past] == 0).sum(1).tolist()
 
     def _expect_candidates(self) -> None:
         self._checks_candidates = True
@@ -274,7 +267,7 @@ class Attachment:
                 f"{self.family.model_type}: the prompt has an image, but which of its tokens are "
                 "visual was not found: pass visual_mask to st3.trim()"
             )
-        if self.visual.unknown and self.session.touches:
+        if self.visual.unknown and self.session.active:
             warnings.warn(
                 "st3 trims nothing: the prompt came as inputs_embeds without pixel_values, so that "
                 "its visual tokens are unknown. Pass visual_mask to st3.trim()",

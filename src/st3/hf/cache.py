@@ -85,7 +85,7 @@ class TrimmedLayer(CacheLayerMixin):
     # What changes it ----------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Buffers are made when a prompt is written, when it is known what stays."""
+        """Buffers are made when a prompt is written, when it is known what is kept."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -156,10 +156,6 @@ class CacheSeam:
         self._pads = pads
 
     @property
-    def length(self) -> int:
-        return int(self.cache.get_seq_length())
-
-    @property
     def stores(self) -> dict[int, Store]:
         return stores_of(self.cache)
 
@@ -187,7 +183,7 @@ class CacheSeam:
 
     def install(self, make: Callable[[int], KVStore]) -> dict[int, KVStore]:
         self.check()
-        past = self.length
+        past = int(self.cache.get_seq_length())
         fresh = {layer: make(layer) for layer in self._own}
         if past:
             for layer, old in zip(self._own, self._layers(), strict=True):

@@ -39,8 +39,7 @@ def cache_in(kwargs: Mapping[str, Any]) -> Any:
 
 def with_cache(kwargs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     """The same keyword arguments with this KV cache."""
-    others = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
-    return {**others, CACHE: cache}
+    return {**kwargs, CACHE: cache}
 
 
 def cache_of(output: Any) -> Any:
@@ -62,18 +61,6 @@ def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 # The text model -----------------------------------------------------------------------------------
-
-
-def mask_2d(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The 2D attention mask of a call, or None.
-
-    Raises:
-        TypeError: if it is a ready-made 4D mask, or several.
-    """
-    mask = kwargs.get(_MASK)
-    if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
-        raise TypeError("not a 2D mask")
-    return mask
 
 
 def wants_cache(text: nn.Module, kwargs: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from st3.engine.kv.buffer import KVBuffer
+from st3.engine.kv.buffer import KVBuffer, Room
 from st3.engine.kv.layout import capacity_for
 from st3.engine.kv.timeline import Timeline
 from st3.engine.kv.visible import RowEntries
@@ -46,8 +46,7 @@ class Store(ABC):
         self.length = 0
         self.entry_bytes = 0
         self.buffer: KVBuffer | None = None
-        # Where a pass writes its keys and values, and what it then reads.
-        self._room: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._room: Room | None = None
         self._starts: dict[int, tuple[int, ...]] = {}
         self._evicted_before = 0  # the first later token that still sees all it must see
 
@@ -109,17 +108,16 @@ class Store(ABC):
 
     # Appending --------------------------------------------------------------------------------
 
-    def make_room(self, new: int) -> None:
+    def make_room(self, new: int) -> Room:
         """Ready the buffer for ``new`` columns: let it grow. Done for all layers in a row at the
         begin of a pass, which is much faster than between two layers. Changes state."""
-        if self.buffer is None:
-            return
-        buffer, step = self.buffer, self.timeline.step(self.timeline.start)
+        buffer, step = self.filled, self.timeline.step(self.timeline.start)
         buffer.make_writable()
         if buffer.width + new > buffer.capacity:
             keep = self._needed_from(step)  # what stands before it is evicted on the way
             buffer.move(keep, capacity_for(buffer.end + new - keep, buffer.size_first))
         self._room = buffer.room(min(self.row_starts(step)), new)
+        return self._room
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write a pass's new entries [B, KV heads, new, head size].
@@ -128,9 +126,8 @@ class Store(ABC):
             the keys and values that attention reads: the visible ones and the new.
         """
         new = keys.shape[2]
-        if self._room is None:
-            self.make_room(new)
-        (to_keys, to_values, live_keys, live_values), self._room = self._taken_room(), None
+        to_keys, to_values, live_keys, live_values = self._room or self.make_room(new)
+        self._room = None
         to_keys.copy_(keys)
         to_values.copy_(values)
         self.filled.end += new
@@ -138,11 +135,6 @@ class Store(ABC):
         # Kernels for several queries want the head size last.
         dense = self.filled.size_first and new > 1
         return (live_keys.contiguous() if dense else live_keys), live_values
-
-    def _taken_room(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if self._room is None:
-            raise TrimStateError(f"layer {self.layer} of the cache is empty: no prompt was stored")
-        return self._room
 
     def note_positions(self, positions: Tensor) -> None:
         """Original columns of the tokens just appended, [B, new]; sliding layers only."""
@@ -223,7 +215,8 @@ class Store(ABC):
         Changes state.
 
         Args:
-            scores: [B, columns] for the columns that :meth:`ranked` tells, higher is better.
+            scores: [B, columns] for the columns that :meth:`ranked` tells, from 0 to 1, the higher
+                the better.
         """
         if self.buffer is None:
             return

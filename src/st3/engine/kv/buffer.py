@@ -15,6 +15,9 @@ from st3.engine.kv.layout import (
     select_rows,
 )
 
+# Where a pass writes its keys and values, and the keys and values that attention then reads.
+Room = tuple[Tensor, Tensor, Tensor, Tensor]
+
 
 @dataclass
 class KVBuffer:
@@ -84,9 +87,8 @@ class KVBuffer:
         """Original columns of the entries from ``first`` on, [B, columns]."""
         return None if self.positions is None else self.positions[:, first - self.base : self.width]
 
-    def room(self, first: int, new: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Where ``new`` columns go (keys, values), and what attention then reads from ``first``
-        on (keys, values). The columns must fit."""
+    def room(self, first: int, new: int) -> Room:
+        """For ``new`` columns, which must fit, and attention that reads from ``first`` on."""
         fresh = (2, self.width, new)
         live = (2, first - self.base, self.end + new - first)
         return (

@@ -56,7 +56,7 @@ class KVStore(Store):
 
     Args:
         schedule: the counts.
-        keeps_text: whether text stays that has left the window: a new ranking asks for attention
+        keeps_text: whether text that has left the window is kept: a new ranking asks for attention
             over all of a row's text.
     """
 
@@ -146,7 +146,6 @@ class KVStore(Store):
         self._take(prompt, [RowEntries(max(0, pad - left), 0, 0, ()) for pad in pads])
 
     def _take(self, prompt: Pending, rows: Sequence[RowEntries]) -> None:
-        self.buffer = None
         self.rows, self._starts = tuple(rows), {}
         self.length = self.timeline.start + self.timeline.tokens
         self.entry_bytes = entry_bytes(prompt.key, prompt.value)
@@ -198,11 +197,11 @@ class KVStore(Store):
         score = prompt.score
         if isinstance(score, DeferredScore):
             score = score.compute(prompt.key)
-        stays = [
+        floors = [
             [self.schedule.visible(self.layer, n, FOREVER) for n in row.budgets]
             for row in self.rows
         ]
-        return cache_order(prompt.block, score, stays)
+        return cache_order(prompt.block, score, floors)
 
     @property
     def visible_tokens(self) -> int:

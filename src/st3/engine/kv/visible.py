@@ -48,9 +48,6 @@ def row_starts(
     rows: Sequence[RowEntries], schedule: Schedule, layer: int, step: int
 ) -> tuple[int, ...]:
     """First column of each row that decode step ``step`` sees in ``layer``."""
-    shown = {budgets: visible(schedule, layer, budgets, step) for budgets in _budgets(rows)}
+    different = {row.budgets for row in rows}  # rows of a batch are often alike
+    shown = {budgets: visible(schedule, layer, budgets, step) for budgets in different}
     return tuple(row.text - shown[row.budgets] for row in rows)
-
-
-def _budgets(rows: Sequence[RowEntries]) -> set[tuple[int, ...]]:
-    return {row.budgets for row in rows}  # rows of a batch are often alike

@@ -160,7 +160,7 @@ class Runner(Asker):
         seconds, past = 0.0, None
         untouched: AbstractContextManager[Any] = nullcontext()
         trimmer = st3.trim(self.model, policy)
-        with trimmer if trimmer.touches else untouched:
+        with trimmer if trimmer.active else untouched:
             for number, turn in enumerate(item.turns):
                 if number:
                     said = [{"type": "text", "text": answers[-1]}]
@@ -180,7 +180,7 @@ class Runner(Asker):
                 seconds += took
                 tokens.append(self.cut(new[0]))
                 answers += self.texts(new)
-            kept = _kept(trimmer) if trimmer.touches else Kept(1.0, 1.0, 1.0)
+            kept = _kept(trimmer) if trimmer.active else Kept(1.0, 1.0, 1.0)
         return Talk(answers, tokens, seconds, kept)
 
 

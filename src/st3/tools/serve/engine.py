@@ -109,10 +109,10 @@ class Engine:
                 found = Trimmer(self.model, name)
                 if found.policy.recalls:
                     raise ValueError(
-                        "it shows hidden tokens again, which a server gives up: use a policy that "
+                        "it shows hidden tokens again, which a server evicts: use a policy that "
                         "recalls nothing, such as st3 with rerank_every"
                     )
-                found = found if found.touches else self._decoder
+                found = found if found.active else self._decoder
             self._trimmers[name] = found
             while len(self._trimmers) > 32:
                 self._trimmers.popitem(last=False)
