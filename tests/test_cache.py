@@ -173,6 +173,17 @@ def test_crop_into_a_trimmed_prompt_is_refused() -> None:
         run.cache.crop(-2)
 
 
+def test_crop_into_a_later_prompt_is_refused() -> None:
+    run = Run(Case.of("llava", SOLO))
+    later = run.case.family.inputs(run.case.model, [[T(2), I(), T(3)]], seed=1)
+    run.mask = torch.cat([run.mask, later["attention_mask"]], 1)
+    run._run(later)
+    run.feed(words(1, 1, 1)["input_ids"])
+    run.cache.crop(-1)
+    with pytest.raises(st3.TrimStateError, match="Start again from the whole prompt"):
+        run.cache.crop(-1)
+
+
 def test_crop_past_a_compaction_is_refused() -> None:
     run = Run(Case.of("llava", RAGGED))
     for step in range(8):

@@ -227,3 +227,10 @@ def test_flash_attention_gets_a_row_of_keys() -> None:
     mask = decode_mask([(3, 5)], 3, 8, "flash")
     assert mask is not None
     assert mask.tolist() == [[True] * 5, [False, False, True, True, True]]
+
+
+def test_flash_attention_is_told_what_the_last_of_several_queries_sees() -> None:
+    """It hides later keys from earlier queries itself."""
+    mask = decode_mask([(3, 5), (3, 5)], 3, 8, "flash")
+    assert mask is not None
+    assert mask.tolist() == [[True] * 5, [False, False, True, True, True]]

@@ -98,6 +98,11 @@ def test_candidates_behind_a_prompt_see_what_their_own_steps_would() -> None:
         cache = DynamicCache(config=case.model.config)
         checked = case.model(**batch, **{CACHE: cache}, logits_to_keep=4).logits
     assert_same(checked[:, 1:], steps)
+    # All but the first are refused: what follows is as many steps behind the prompt as ever.
+    cache.crop(-2)
+    run.cache, run.mask = cache, batch["attention_mask"][:, :-2]
+    for i in (1, 2):
+        assert_same(run.feed(ids[:, i : i + 1]), steps[:, i])
 
 
 def test_images_that_touch_are_cut_in_their_order() -> None:
@@ -125,6 +130,13 @@ def test_padding_is_never_visual() -> None:
     assert not block.visual[0, 0]
 
 
+def test_a_mask_that_hides_nothing_is_none() -> None:
+    """Kernels are faster without; and no padding means that a turn can be continued."""
+    visual = torch.tensor([[0, 1, 1, 0]], dtype=torch.bool)
+    _, block = read_prompt(visual, torch.ones(1, 4), 0, per_image=False)
+    assert block.valid is None
+
+
 def test_a_score_that_is_not_a_number_drops_no_text() -> None:
     """Half precision may give one."""
     visual = torch.tensor([[0, 1, 1, 1, 0, 0]], dtype=torch.bool)
@@ -143,15 +155,15 @@ def test_of_equal_scores_the_later_token_is_annealed_first() -> None:
     assert order.tolist() == [[3, 2, 1, 0, 4]]
 
 
+@pytest.mark.parametrize("images", [[9, 1, 12, 4], [10, 3]])
 @pytest.mark.parametrize("curve", ["cosine", "half_cosine", "linear", "exponential"])
-def test_each_image_is_annealed_by_its_own_curve(curve: Curve) -> None:
+def test_each_image_is_annealed_by_its_own_curve(curve: Curve, images: list[int]) -> None:
     """One start pointer for a row shows of each image as many tokens as the image's own budget
-    says, the best of it."""
+    says, the best of it; a floor may be none of a small image."""
     torch.manual_seed(0)
-    images = [9, 1, 12, 4]
     visual = torch.tensor([[t for n in images for t in (0, *[1] * n)] + [0]], dtype=torch.bool)
     anneal = st3.Anneal(curve, tau=6, floor=0.15)
-    schedule = st3.ST3(first_layer=1, first_drop=0.3, stride=2, anneal=anneal).schedule(8)
+    schedule = st3.ST3(first_layer=1, first_drop=0.5, stride=2, anneal=anneal).schedule(8)
     for layer in range(8):
         _, block = read_prompt(visual, None, 0, per_image=True)
         score = torch.rand(visual.shape)

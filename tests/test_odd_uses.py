@@ -15,6 +15,8 @@ import st3
 from st3.engine.events import Observer, StepEvent
 from st3.hf.call import CACHE, cache_of
 from tests.helpers import ST3, Case, parts
+from tests.test_cache import Run
+from tests.test_turns import words
 from tests.zoo import I, T
 
 ON_EACH = pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "smolvlm"])
@@ -72,6 +74,33 @@ def test_a_pass_that_is_interrupted_locks_out_nobody(
             handle.remove()
         assert torch.equal(in_another_thread(case), alone)
         assert torch.equal(logits(case.generate(None, 4)), alone)
+
+
+def broken_off(*given: Any) -> None:
+    raise ValueError("broken off")
+
+
+def test_a_cache_whose_pass_was_broken_off_is_refused_outside_of_the_block() -> None:
+    run = Run(Case.of("llava", [[T(5), I(), T(4)]]))
+    handle = parts(run.case.model)[1][4].register_forward_pre_hook(broken_off)
+    with pytest.raises(ValueError, match="broken off"):
+        run.feed(words(1, 1, 1)["input_ids"])
+    handle.remove()
+    with pytest.raises(st3.TrimStateError, match="while it is trimmed"), torch.no_grad():
+        run.case.model(**run.inputs(words(1, 1, 1)["input_ids"]), **{CACHE: run.cache})
+
+
+def test_a_text_model_called_by_itself_meets_no_pass_that_was_broken_off() -> None:
+    case, ids = Case.of("llava"), words(1, 7, 1)["input_ids"]
+    text, layers = parts(case.model)
+    with torch.no_grad():
+        alone = text(input_ids=ids).last_hidden_state
+        with st3.trim(case.model, ST3):
+            handle = layers[4].register_forward_pre_hook(broken_off)
+            with pytest.raises(ValueError, match="broken off"):
+                case.model(**case.batch)
+            handle.remove()
+            assert torch.equal(text(input_ids=ids).last_hidden_state, alone)
 
 
 @ON_EACH

@@ -158,7 +158,7 @@ def test_padding_in_a_further_turn_of_text() -> None:
     ids = words(2, 3, 1)["input_ids"]
     more = torch.tensor([[1, 1, 1], [0, 1, 1]])
     with (
-        pytest.raises(st3.TrimStateError, match="continue the rows one by one"),
+        pytest.raises(st3.TrimStateError, match="a padded batch cannot be continued"),
         st3.trim(run.case.model, ST3),
         torch.no_grad(),
     ):
@@ -174,7 +174,7 @@ def test_padding_in_a_further_turn_with_an_image() -> None:
     new = run.case.family.inputs(run.case.model, RAGGED, seed=1)
     mask = torch.cat([run.mask, new.pop("attention_mask")], 1)
     with (
-        pytest.raises(st3.TrimStateError, match="continue the rows one by one"),
+        pytest.raises(st3.TrimStateError, match="a padded batch cannot be continued"),
         st3.trim(run.case.model, ST3),
         torch.no_grad(),
     ):
@@ -186,7 +186,7 @@ def test_a_further_turn_whose_rows_would_differ_in_length() -> None:
     new = run.case.family.inputs(run.case.model, [[T(2), I(4, 4), T(3)], [T(7), I(3, 4), T(3)]])
     assert new.pop("attention_mask").all()
     with (
-        pytest.raises(st3.TrimStateError, match="continue the rows one by one"),
+        pytest.raises(st3.TrimStateError, match="rows of equal length: continue the rows one by one"),
         st3.trim(run.case.model, ST3),
         torch.no_grad(),
     ):

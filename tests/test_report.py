@@ -220,6 +220,19 @@ def test_a_second_turn_with_an_image_counts_the_first_in_memory() -> None:
     assert report.kv_live_bytes == TOKEN * (8 * (length - 32) + visual)
 
 
+def test_padding_of_an_earlier_turn_is_no_past() -> None:
+    case = Case.of("llava", [[T(4)], [T(6)]])
+    new = case.family.inputs(case.model, [[T(2), I(), T(3)]] * 2, seed=1)
+    mask = torch.cat([case.batch["attention_mask"], new["attention_mask"]], 1)
+    cache = DynamicCache(config=case.model.config)
+    with torch.no_grad(), st3.trim(case.model, ST3) as trimmer:
+        case.model(**case.batch, **{CACHE: cache})
+        case.model(**{**new, "attention_mask": mask}, **{CACHE: cache})
+    lengths = case.batch["attention_mask"].sum(1).tolist()
+    assert lengths[0] < lengths[1]
+    assert trimmer.report.n_past == tuple(lengths)
+
+
 # -- for people and programs --------------------------------------------------------------------
 
 
