@@ -30,7 +30,7 @@ SHAPES = {
     "mha": (24, 1024, 2816, 16, 16, 64),  # cpu-308m of `st3 bench`
     "gqa-16-4": (24, 1024, 2816, 16, 4, 64),
     "gqa-32-8": (12, 1024, 2816, 32, 8, 128),
-    "gqa-28-4": (12, 1024, 2816, 28, 4, 128),
+    "gqa-28-4": (12, 1792, 2816, 28, 4, 128),
 }
 # Written out, so that a change of defaults or presets is no change of what is compared.
 POLICY = (
@@ -38,6 +38,8 @@ POLICY = (
     "score=attention"
 )
 UNTRIMMED = ("untouched", "own-cache")
+# what, same token on both sides, the old side's turns of seconds, the new side's
+Row = tuple[str, bool, list[list[float]], list[list[float]]]
 
 
 # -- in the worker -------------------------------------------------------------------------------
@@ -233,14 +235,14 @@ def compare(old: list[list[float]], new: list[list[float]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(sides: list[Side], given: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows; each is told on stderr when it is there."""
-    rows: list[dict[str, Any]] = []
+def measure(sides: list[Side], given: argparse.Namespace) -> list[Row]:
+    """All rows of one pair of processes; each is told on stderr when it is there."""
+    rows: list[Row] = []
 
     def note(what: str, answers: list[list[dict[str, Any]]], same: bool = True) -> None:
         old, new = ([answer["seconds"] for answer in side] for side in answers)
-        rows.append({"what": what, "same": same, **compare(old, new)})
-        told = rows[-1]
+        rows.append((what, same, old, new))
+        told = compare(old, new)
         print(f"{what}: {told['ratio']:.3f} [{told['low']:.3f}, {told['high']:.3f}]",
               file=sys.stderr, flush=True)  # fmt: skip
 
@@ -268,6 +270,17 @@ def measure(sides: list[Side], given: argparse.Namespace) -> list[dict[str, Any]
     return rows
 
 
+def merge(found: list[list[Row]]) -> list[dict[str, Any]]:
+    """Rows of several pairs of processes -> one row each over all turns."""
+    rows = []
+    for same in zip(*found, strict=True):
+        old, new = ([turn for row in same for turn in row[side]] for side in (2, 3))
+        rows.append({"what": same[0][0], "same": all(row[1] for row in same), **compare(old, new)})
+        each = [compare(row[2], row[3])["ratio"] for row in same]
+        rows[-1]["processes"] = each
+    return rows
+
+
 def _short(method: str) -> str:
     return method if method in UNTRIMMED else "trimmed"
 
@@ -278,12 +291,22 @@ def page(rows: list[dict[str, Any]], sides: list[Side], given: argparse.Namespac
     cells = [
         [
             row["what"], f"{1e3 * row['old_s']:.1f}", f"{1e3 * row['new_s']:.1f}",
-            f"{row['ratio']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", row["turns"],
+            f"{row['ratio']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}",
+            f"{min(row['processes']):.3f} to {max(row['processes']):.3f}", row["turns"],
             ("yes" if row["ratio"] >= GOAL else "no") + ("" if row["same"] else ", other token"),
         ]
         for row in rows
     ]  # fmt: skip
-    head = ("", "old, ms", "new, ms", "old / new", "quartiles of turns", "turns", f"from {GOAL} on")
+    head = (
+        "",
+        "old, ms",
+        "new, ms",
+        "old / new",
+        "quartiles of turns",
+        "pairs of processes",
+        "turns",
+        f"from {GOAL} on",
+    )
     told = [
         f"{side.name}: {checkout}, torch {side.versions['torch']}, "
         f"transformers {side.versions['transformers']}"
@@ -292,7 +315,7 @@ def page(rows: list[dict[str, Any]], sides: list[Side], given: argparse.Namespac
     clock = "time of the processor" if given.clock == "cpu" else "wall time"
     load = f"{given.threads} thread, load average {os.getloadavg()[0]:.1f}"
     around = f"{clock}, {load}, policy {given.policy}"
-    return "\n\n".join([markdown(head, cells, left=(0, 6)), *told, around]) + "\n"
+    return "\n\n".join([markdown(head, cells, left=(0, 7)), *told, around]) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -312,6 +335,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--untrimmed", nargs="*", choices=UNTRIMMED, default=list(UNTRIMMED))
     parser.add_argument("--policy", default=POLICY)
     parser.add_argument("--rounds", type=int, default=9, help="turns of each side")
+    parser.add_argument(
+        "--processes", type=int, default=1,
+        help="times that both sides start anew: where a process's memory lies stays as it is while "
+        "it lives, and makes its decode steps some percent faster or slower",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=6, help="decode steps in a turn")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
@@ -320,16 +348,21 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="file for the rows as JSON")
     given = parser.parse_args(arguments)
+    found: list[list[Row]] = []
     sides: list[Side] = []
     try:
-        sides.append(Side("old", given.old, given.old_python))
-        sides.append(Side("new", given.new, given.new_python))
-        rows = measure(sides, given)
+        for _ in range(given.processes):
+            sides = []
+            try:
+                sides.append(Side("old", given.old, given.old_python))
+                sides.append(Side("new", given.new, given.new_python))
+                found.append(measure(sides, given))
+            finally:
+                for side in sides:
+                    side.close()
     except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    finally:
-        for side in sides:
-            side.close()
+    rows = merge(found)
     if given.out is not None:
         given.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(page(rows, sides, given))

@@ -919,6 +919,16 @@ def test_the_ratio_is_of_medians_and_the_spread_of_turns() -> None:
     assert (found["low"], found["high"]) == (1.0, 3.0)
 
 
+def test_pairs_of_processes_are_one_row_that_says_how_they_differ() -> None:
+    from benchmarks import old_new
+
+    first = [("step", True, [[2.0], [2.0]], [[1.0], [1.0]])]
+    second = [("step", False, [[3.0], [3.0]], [[3.0], [3.0]])]
+    (row,) = old_new.merge([first, second])
+    assert row["processes"] == [2.0, 1.0]
+    assert (row["ratio"], row["turns"], row["same"]) == (2.5 / 2.0, 4, False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "kind", "content"),
