@@ -161,7 +161,8 @@ def prefill(session: Session) -> None:
                 continue
             brief = quick and (visual == MANY or dtype != session.given.dtypes[0])
             rounds = session.given.repeats or (4 if quick else 9)
-            workload = session.workload(visual, new_tokens=0, repeats=rounds)
+            layers = session.given.layer_rounds if not (quick and visual == MANY) else 5
+            workload = session.workload(visual, new_tokens=0, repeats=rounds, layer_rounds=layers)
             result = session.run(dtype, workload, some if brief else every)
             _prefill_bars(session, result, dtype, visual)
 
@@ -300,6 +301,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--visual", type=int, help="visual tokens of one image, in place of 576")
     parser.add_argument("--caption-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, help="rounds of everything")
+    parser.add_argument(
+        "--layer-rounds", type=int, default=20, help="rounds of the prefill beside bare layers"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)

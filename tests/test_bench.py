@@ -582,6 +582,20 @@ def test_summaries_follow_from_the_samples(result: Any) -> None:
     assert report.summary(result, base)["kv_live_ratio"] == 1
 
 
+def test_what_trimming_gains_is_told_from_what_the_cache_gains(result: Any) -> None:
+    base, cache, trimmed = result.rows[:3]
+    assert result.own_cache is cache
+    alone = report.summary(result, trimmed)["by_trimming"]["total"]["paired"]
+    tower = statistics.median(result.tower)
+    pairs = [
+        (tower + a.total) / (tower + b.total)
+        for a, b in zip(cache.generations, trimmed.generations, strict=True)
+    ]
+    assert alone == pytest.approx(statistics.median(pairs))
+    for other in (base, cache, result.rows[-1]):  # nothing is trimmed there
+        assert set(report.summary(result, other)["by_trimming"].values()) == {None}
+
+
 def test_flops_ratios_are_the_reports(subject: Subject, result: Any) -> None:
     made = prompt(batch=2)
     for row, method in zip(result.rows, compare(["balanced"]), strict=False):
@@ -598,7 +612,7 @@ def test_results_become_json_and_markdown(result: Any) -> None:
     assert len(data["workloads"][0]["rows"][2]["generations"][0]["steps"]) == 3
     page = report.as_markdown([result], where, "a title")
     for row in result.rows:
-        assert page.count(f"| {row.label} |") == 2
+        assert page.count(f"| {row.label} |") == (2 if row.policy == "none" else 3)
     for column in ("prefill, ms", "TTFT, ms", "TPOT, ms", "tokens/s", "KV allocated", "/ FLOPs"):
         assert column in page
     assert torch.__version__ in page

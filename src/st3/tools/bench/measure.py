@@ -51,12 +51,19 @@ class Footprint:
     weights: tuple[float, ...] = ()
 
 
-@torch.no_grad()
 def prefill(model: Any, prompt: Prompt) -> float:
-    """Seconds of one forward pass of the prompt that fills a new cache and computes the logits of
-    the last position, as generate() does."""
+    """Seconds of :func:`forward`."""
     marks = Marks(prompt.device)
     marks.mark()
+    forward(model, prompt)
+    marks.mark()
+    return marks.seconds()[0]
+
+
+@torch.no_grad()
+def forward(model: Any, prompt: Prompt) -> None:
+    """One forward pass of the prompt that fills a new cache and computes the logits of the last
+    position, as generate() does."""
     model(
         input_ids=prompt.ids,
         attention_mask=prompt.mask,
@@ -64,8 +71,6 @@ def prefill(model: Any, prompt: Prompt) -> float:
         use_cache=True,
         logits_to_keep=1,
     )
-    marks.mark()
-    return marks.seconds()[0]
 
 
 def _new_cache(model: Any) -> DynamicCache:

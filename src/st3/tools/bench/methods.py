@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import st3
@@ -30,6 +30,7 @@ class Method:
         policy: whose counts it has; None for all visual tokens.
         own_engine: whether st3's engine trims.
         equal_rows: whether it needs rows of equal layout.
+        asked: whether it is a policy that was asked for, and no reference or peer.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Method:
     policy: Policy | None = None
     own_engine: bool = False
     equal_rows: bool = False
+    asked: bool = False
 
 
 def untouched() -> Method:
@@ -89,6 +91,7 @@ def compare(policies: Sequence[str | Policy], peers: bool = True) -> list[Method
         ValueError: no policy, or one that :func:`st3.methods.policies.parse` refuses.
     """
     chosen = [parse(policy) for policy in policies]
+    asked = {str(policy) for policy in chosen}
     if not chosen:
         raise ValueError("no policy to measure: give at least one, such as st3")
     methods = [untouched(), own_cache()]
@@ -98,7 +101,7 @@ def compare(policies: Sequence[str | Policy], peers: bool = True) -> list[Method
     for policy in chosen:
         if str(policy) not in seen:
             seen.add(str(policy))
-            methods.append(trimmed(policy))
+            methods.append(replace(trimmed(policy), asked=str(policy) in asked))
         if isinstance(policy, FastV) and peers:
             methods.append(fastv_by_its_authors(policy))
     return list({method.label: method for method in methods}.values())

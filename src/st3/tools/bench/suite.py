@@ -20,9 +20,11 @@ from st3.tools.bench.measure import (
     generation,
     prefill,
 )
-from st3.tools.bench.methods import Method
+from st3.tools.bench.methods import OWN_CACHE, Method
 from st3.tools.bench.models import Subject
 from st3.tools.bench.overhead import Overhead, selection_overhead
+from st3.tools.bench.possible import Possible, possible
+from st3.tools.bench.possible import steps_of as steps_of_possible
 from st3.tools.bench.tower import tower
 
 
@@ -35,6 +37,9 @@ class Workload:
         new_tokens: length of the generation; 0 measures the prefill alone.
         ragged: rows of different lengths, padded to the same columns.
         repeats: rounds of each measurement.
+        layer_rounds: rounds in which the prefill of each policy asked for is compared with the bare
+            layers on as many columns, see :mod:`st3.tools.bench.possible`; 0: not at all. Ragged
+            batches go without.
     """
 
     batch: int = 1
@@ -44,6 +49,7 @@ class Workload:
     new_tokens: int = 64
     ragged: bool = False
     repeats: int = 5
+    layer_rounds: int = 0
 
     def __post_init__(self) -> None:
         if self.new_tokens < 0 or self.new_tokens == 1:
@@ -52,6 +58,8 @@ class Workload:
             )
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+        if self.layer_rounds < 0:
+            raise ValueError(f"layer rounds cannot be negative, got {self.layer_rounds}")
 
     @property
     def title(self) -> str:
@@ -77,6 +85,7 @@ class Row:
     generations: list[Generation] = field(default_factory=list)
     footprint: Footprint | None = None
     overhead: Overhead | None = None
+    possible: Possible | None = None
 
     @property
     def first(self) -> list[float]:
@@ -111,10 +120,16 @@ class Result:
         extra = median(self.tower) or 0.0
         return [extra + seconds for seconds in times]
 
-    def ratio(self, row: Row, what: str) -> Ratio | None:
-        """Speed-up of ``row`` over the reference: of "prefill", "ttft", "tpot" or "total"."""
+    @property
+    def own_cache(self) -> Row | None:
+        """The row of the untrimmed model on st3's cache, if it was measured."""
+        return next((row for row in self.rows if row.label == OWN_CACHE), None)
+
+    def ratio(self, row: Row, what: str, over: Row | None = None) -> Ratio | None:
+        """Speed-up of ``row`` over another one, by default over the reference: of "prefill",
+        "ttft", "tpot" or "total"."""
         times = {"ttft": "first"}.get(what, what)
-        pair = [list(getattr(r, times)) for r in (self.reference, row)]
+        pair = [list(getattr(r, times)) for r in (over or self.reference, row)]
         if what in ("ttft", "total"):
             pair = [self.with_tower(seconds) for seconds in pair]
         return speed_up(pair[0], pair[1])
@@ -135,7 +150,9 @@ class Result:
 def steps_of(workload: Workload, methods: Sequence[Method], prefills: bool = True) -> int:
     """How often :func:`run` reports progress, at most."""
     kinds = bool(workload.new_tokens) + prefills
-    return (kinds * (workload.repeats + 1) + prefills) * len(methods)
+    layers = steps_of_possible(workload.layer_rounds) if prefills and not workload.ragged else 0
+    steps = (kinds * (workload.repeats + 1) + prefills) * len(methods)
+    return steps + layers * sum(method.asked and method.own_engine for method in methods)
 
 
 def run(
@@ -192,6 +209,16 @@ def run(
         for method in methods:
             table[method.label].overhead = selection_overhead(model, prompt, method)
             on_step("selection")
+        for method in methods if workload.layer_rounds and not workload.ragged else []:
+            if method.asked and method.own_engine:
+                table[method.label].possible = possible(
+                    model,
+                    prompt,
+                    method,
+                    workload.layer_rounds,
+                    partial(on_step, "layers"),
+                    deadline,
+                )
     if tokens:
         several = partial(generation, model, prompt, tokens)
         watched = partial(footprint, model, prompt, tokens, WeightsOnly(model, workload.batch))

@@ -56,6 +56,14 @@ def bench(
         bool, typer.Option("--ragged", help="Rows of different lengths and image counts.")
     ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; methods take turns in each.")] = 5,
+    layer_rounds: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Rounds that compare the prefill with the bare layers on as many columns: what is "
+            "possible on this machine. 0: leave it out.",
+        ),
+    ] = 10,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     attention: Annotated[
@@ -108,6 +116,7 @@ def bench(
                 new_tokens=new_tokens,
                 ragged=ragged,
                 repeats=repeats,
+                layer_rounds=layer_rounds,
             )
             for size in sizes
         ]
@@ -162,14 +171,22 @@ def _measured(subject: Subject, workloads: list[Workload], methods: Any) -> list
 
 
 def _show(results: list[Result], given: dict[str, Any]) -> None:
-    from st3.tools.bench.report import BRIEF_GAINS, MEMORY, NOTES, TIMES, cells, footnote
+    from st3.tools.bench.report import (
+        BRIEF_ALONE,
+        BRIEF_GAINS,
+        MEMORY,
+        NOTES,
+        TIMES,
+        cells,
+        footnote,
+    )
     from st3.tools.common import tables
     from st3.tools.common.conditions import in_words
 
     console = stdout()
     for result in results:
         console.print(f"[bold]{result.subject}: {result.workload.title}[/bold]\n")
-        for columns in (TIMES, MEMORY, BRIEF_GAINS):
+        for columns in (TIMES, MEMORY, BRIEF_GAINS, BRIEF_ALONE):
             names, lines = cells(result, columns)
             if len(names) == 1:
                 continue
