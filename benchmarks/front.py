@@ -33,10 +33,10 @@ OTHERS = ("balanced:budget=50%", "grid:budget=35%", "fastv:budget=35%")
 SHORT = Workload(visual=576, text=64, new_tokens=32)
 PREFILL = dataclasses.replace(SHORT, new_tokens=0, repeats=1)
 PARTS: dict[str, tuple[tuple[str, ...], list[Workload]]] = {
-    "policies": ((SETTING, *OTHERS), [dataclasses.replace(SHORT, repeats=7)]),
+    "policies": ((SETTING, *OTHERS), [dataclasses.replace(SHORT, repeats=5)]),
     "batch": ((SETTING,), [dataclasses.replace(SHORT, batch=8, repeats=3)]),
     "long": ((SETTING,), [dataclasses.replace(SHORT, visual=2880, images=5, repeats=3)]),
-    "possible": ((SETTING,), [dataclasses.replace(PREFILL, layer_rounds=20)] * 4),
+    "possible": ((SETTING,), [dataclasses.replace(PREFILL, layer_rounds=12)] * 4),
 }
 
 
