@@ -11,7 +11,7 @@ ROLE = re.compile(r":(?:func|class|meth|mod|attr|data|exc):`(~?)([^`]+)`")
 
 
 def plain(text: str) -> str:
-    """Sphinx roles become code, with the last part alone after a ``~``; ``[L, 4][2]`` is no link."""
+    """Sphinx roles become code, with the last part alone after a ``~``; ``][`` links nothing."""
     named = ROLE.sub(lambda role: f"`{role[2].split('.')[-1] if role[1] else role[2]}`", text)
     return named.replace("][", "] [")
 

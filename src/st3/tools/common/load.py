@@ -167,12 +167,10 @@ def _source(name: str | None) -> tuple[str, str]:
     """What transformers is given, and what messages call it."""
     if name is not None:
         return str(_folder_or_id(name)), name
-    folder = bundled_model()
-    if not (folder / "config.json").is_file():
-        raise LoadError(
-            "the bundled model is not part of this installation: name a model with --model"
-        )
-    return str(folder), BUNDLED_MODEL
+    try:
+        return str(bundled_model()), BUNDLED_MODEL
+    except FileNotFoundError as error:
+        raise LoadError(f"{error} with --model") from error
 
 
 def _folder_or_id(name: str) -> Path | str:

@@ -1,0 +1,232 @@
+"""Write the measured tables of README.md and docs/benchmarks.md: python docs/make_numbers.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Each is made of files in
+benchmarks/results, which hold every sample, the machine and the command; tests/test_docs_numbers.py
+fails where a page and the files differ.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from st3.tools.common.tables import markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+OWN_CACHE = "untrimmed, st3's cache"
+SETTING = "balanced:budget=35%"
+
+
+def held(name: str) -> list[dict[str, Any]]:
+    """The workloads of a result, each with its rows' summaries by label."""
+    data = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return [
+        {**one, "by": {row["label"]: row["summary"] for row in one["rows"]}}
+        for one in data["workloads"]
+    ]
+
+
+def trimmed(by: dict[str, Any], policy: str) -> dict[str, Any]:
+    """The summary of a policy that was given with a budget, "balanced:budget=35%"."""
+    name, budget = policy.split(":budget=")
+    share = float(budget.strip("%")) / 100
+    return next(
+        summary
+        for label, summary in by.items()
+        if label.split(":")[0] == name and label.endswith(f"budget={share}")
+    )
+
+
+def gain(ratio: dict[str, float]) -> str:
+    """A speed-up and the spread of its rounds: "2.48 x (12 %)"."""
+    return f"{ratio['paired']:.2f} x ({ratio['spread']:.0%})".replace("%", " %")
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def quality() -> dict[tuple[str, float | None], tuple[str, str]]:
+    """(policy, budget) -> questions answered right, objects named."""
+    data = json.loads((RESULTS / "quality-st3-tiny.json").read_text(encoding="utf-8"))["kinds"]
+
+    def of(kind: str, value: str) -> dict[tuple[str, float | None], str]:
+        rows = [row for row in data[kind]["rows"] if row["random_beside"] is None]
+        return {
+            (row["policy"].split(":")[0], row["budget"]): percent(row["values"][value][0])
+            for row in rows
+        }
+
+    right, named = of("questions", "accuracy"), of("descriptions", "recall")
+    return {key: (right[key], named[key]) for key in right if key in named}
+
+
+def setting() -> str:
+    """Saving, speed and answers of the same policies at the same budgets."""
+    (work,) = held("front-policies")
+    answers = quality()
+    head = (
+        "policy and budget", "FLOPs left", "KV left", "first token", "answer of 32 tokens",
+        "answers right", "objects named",
+    )  # fmt: skip
+    rows = [["untrimmed", "100 %", "100 %", "1", "1", *answers["none", None]]]
+    policies = (SETTING, "balanced:budget=50%", "grid:budget=35%", "fastv:budget=35%")
+    for policy in policies:
+        found = trimmed(work["by"], policy)
+        name, budget = policy.split(":budget=")
+        speed = found["by_trimming"]
+        rows.append(
+            [
+                f"`{policy}`",
+                percent(1 / found["flops_ratio"]),
+                percent(found["kv_live_ratio"]),
+                gain(speed["ttft"]),
+                gain(speed["total"]),
+                *answers[name, float(budget.strip("%")) / 100],
+            ]
+        )
+    return markdown(head, rows)
+
+
+def lengths() -> str:
+    """The same setting on other prompts: what trimming gains alone, and what it gains in all."""
+    head = (
+        "prompt, batch", "FLOPs left", "KV left", "first token", "further token",
+        "answer of 32 tokens", "cache alone", "in all",
+    )  # fmt: skip
+    rows = []
+    for name in ("front-policies", "front-batch", "front-long"):
+        (work,) = held(name)
+        found, cache = trimmed(work["by"], SETTING), work["by"][OWN_CACHE]
+        alone, load = found["by_trimming"], work["workload"]
+        rows.append(
+            [
+                f"{load['visual']:,} visual tokens, batch {load['batch']}",
+                percent(1 / found["flops_ratio"]),
+                percent(found["kv_live_ratio"]),
+                *(gain(alone[key]) for key in ("ttft", "tpot", "total")),
+                gain(cache["speed_up"]["total"]),
+                gain(found["speed_up"]["total"]),
+            ]
+        )
+    return markdown(head, rows)
+
+
+def possible() -> str:
+    """Four runs of the same measurement, one after the other."""
+    head = ("run", "FLOPs ratio", "possible", "of possible", "outside of the layers")
+    rows = []
+    for number, work in enumerate(held("front-possible"), 1):
+        found = trimmed(work["by"], SETTING)
+        what = found["possible"]
+        rows.append(
+            [
+                str(number),
+                f"{found['flops_ratio']:.2f}",
+                *(
+                    f"{one['median']:.3f} ({one['low']:.3f} to {one['high']:.3f})"
+                    for one in (what["gain"], what["reached"])
+                ),
+                percent(what["outside"]),
+            ]
+        )
+    return markdown(head, rows)
+
+
+def layers() -> str:
+    """One layer's time by its columns, of the first of those runs."""
+    work = held("front-possible")[0]
+    found = trimmed(work["by"], SETTING)["possible"]["layers"]
+    head = (
+        "columns", "layers", "untouched, ms", "bare, ms", "trimmed, ms", "untouched / bare",
+        "ratio of columns",
+    )  # fmt: skip
+    rows = [
+        [
+            str(one["columns"]),
+            str(one["layers"]),
+            *(f"{1e3 * one[key]:.1f}" for key in ("untouched_s", "bare_s", "trimmed_s")),
+            f"{one['untouched_s'] / one['bare_s']:.2f}",
+            f"{found[0]['columns'] / one['columns']:.2f}",
+        ]
+        for one in found
+    ]
+    return markdown(head, rows, left=())
+
+
+def prefills() -> str:
+    """Prefill speed-ups over the FLOPs ratio: st3's policies and other ways."""
+    head = ("method", "visual tokens", "precision", "FLOPs ratio", "prefill (spread)", "/ FLOPs")
+    rows = []
+    for name in ("cpu-quick", "cpu-quick-prefill-2880"):
+        for work in held(name):
+            load, dtype = work["workload"], work["model"].split(", ")[1]
+            if load["new_tokens"] or load["repeats"] > 9:
+                continue
+            for label, found in work["by"].items():
+                if found["flops_ratio"] > 1:
+                    rows.append(
+                        [
+                            label,
+                            f"{load['visual']:,}",
+                            dtype,
+                            f"{found['flops_ratio']:.2f}",
+                            gain(found["speed_up"]["prefill"]),
+                            f"{found['prefill_speed_up_over_flops_ratio']:.2f}",
+                        ]
+                    )
+    return markdown(head, rows, left=(0, 2))
+
+
+def steps() -> str:
+    """Decode steps over the time in which memory can deliver what they read."""
+    head = ("method", "batch", "visual tokens", "TPOT, ms", "step / bound")
+    rows = []
+    for name in ("front-policies", "front-batch", "front-long"):
+        (work,) = held(name)
+        chosen = {
+            "untouched": work["by"]["untouched"],
+            OWN_CACHE: work["by"][OWN_CACHE],
+            f"`{SETTING}`": trimmed(work["by"], SETTING),
+        }
+        for label, found in chosen.items():
+            load = work["workload"]
+            rows.append(
+                [
+                    label,
+                    str(load["batch"]),
+                    f"{load['visual']:,}",
+                    f"{1e3 * found['tpot_s']:.0f}",
+                    f"{found['step_over_bound']:.2f}",
+                ]
+            )
+    return markdown(head, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (setting, lengths, possible, layers, prefills, steps)
+}
+BLOCK = re.compile(r"(<!-- table: (\w+) -->).*?(<!-- end -->)", re.S)
+
+
+def render(page: str) -> str:
+    """The page with its tables made anew."""
+    return BLOCK.sub(lambda found: f"{found[1]}\n\n{TABLES[found[2]]()}\n\n{found[3]}", page)
+
+
+def pages() -> Iterator[tuple[Path, str, str]]:
+    """Each page: its path, its text, and its text with the tables made anew."""
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        yield path, text, render(text)
+
+
+if __name__ == "__main__":
+    for where, old, new in pages():
+        where.write_text(new, encoding="utf-8")
+        print(f"{where}: {'unchanged' if new == old else 'rewritten'}")

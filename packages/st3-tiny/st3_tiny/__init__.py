@@ -1,0 +1,1 @@
+"""The files of st3-tiny, in the folder ``model``: see ``st3.bundled_model()``."""
