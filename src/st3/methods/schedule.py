@@ -124,7 +124,15 @@ class Schedule:
     def from_shares(
         cls, shares: Sequence[float | Fraction], anneal: Anneal = NO_ANNEAL
     ) -> Schedule:
-        """A schedule from one share per decoder layer."""
+        """A schedule from one share per decoder layer.
+
+        Args:
+            shares: in 0..1, of the original visual tokens; never rising.
+            anneal: how decode steps shrink what a layer shows.
+
+        Raises:
+            ValueError: as the class.
+        """
         return cls(tuple(exact(share) for share in shares), anneal)
 
     @property

@@ -53,7 +53,11 @@ def parse(text: str | Policy, **options: Any) -> Policy:
     counts are scaled once the model's layers are known.
 
     Args:
+        text: a policy's string, or a policy, which is returned with other arguments.
         options: further arguments of the method, already as Python values.
+
+    Returns:
+        the policy; one with a budget is laid out when the model's layers are known.
 
     Raises:
         ValueError: unknown method or argument, or a value out of its range.

@@ -116,6 +116,12 @@ def from_shape(
 ) -> Subject:
     """A model of a named shape with random weights, made directly on ``device`` in ``dtype``.
 
+    Args:
+        name: one of ``SHAPES``.
+        device: where it is made.
+        dtype: of its weights.
+        attention: transformers' ``attn_implementation``.
+
     Raises:
         ValueError: an unknown shape, or one that does not fit into the free memory.
     """
@@ -144,6 +150,10 @@ def from_folder(
 ) -> Subject:
     """A saved model. Its prompts are random tokens like those of a shape: nothing that is timed
     depends on them.
+
+    Args:
+        path: a folder with a ``config.json``.
+        device, dtype, attention: as for :func:`from_shape`.
 
     Raises:
         ValueError: no model there, or not an image-text-to-text model.

@@ -127,6 +127,8 @@ def possible(
         method: a policy on st3's engine.
         rounds: at least 1. Many are better than few: on a shared machine a single round is off by
             several per cent, and their median is not.
+        on_run: called after each prefill, :func:`steps_of` times at most.
+        deadline: behind it no further round is begun.
 
     Raises:
         ValueError: rows of different lengths, or a policy that does not fit the model.

@@ -167,10 +167,16 @@ def run(
     """Measure ``methods`` on one workload: an untimed run of each, then rounds in turn.
 
     Args:
+        subject: the model that is measured.
+        workload: the prompts, and the number of rounds.
+        methods: rows of the tables, the reference first (:func:`compare` makes them).
         on_step: called with a word on what was done, :func:`steps_of` times at most.
         deadline: behind it no further round is begun (one round is always done).
         bandwidth: bytes per second, if it was measured before.
         prefills: time the prefill alone and st3's part of it, too.
+
+    Returns:
+        every sample, in seconds and bytes.
 
     Raises:
         ValueError: prompts or policies that do not fit the model, or each other.
