@@ -1,13 +1,13 @@
 """The speeds of README.md: one setting, what trimming gains alone and what it gains in all.
 
-    python benchmarks/front.py                 # all parts; a quarter of an hour
+    python benchmarks/front.py                 # all parts; ten minutes
     python benchmarks/front.py --part policies
 
 Random weights (shape cpu-308m: 24 layers, d 1024), bf16, one thread, 64 text tokens. Each part is
 written to benchmarks/results as JSON and Markdown. Let nothing else run.
 
     policies    batch 1, 576 visual tokens, 32 new: several policies and budgets
-    batch       batch 8, 576 visual tokens, 32 new
+    batch       batch 4, 576 visual tokens, 32 new
     long        batch 1, 2,880 visual tokens, 32 new
     possible    the prefill beside bare layers, in rounds of its own, four times over
 """
@@ -33,10 +33,10 @@ OTHERS = ("balanced:budget=50%", "grid:budget=35%", "fastv:budget=35%")
 SHORT = Workload(visual=576, text=64, new_tokens=32)
 PREFILL = dataclasses.replace(SHORT, new_tokens=0, repeats=1)
 PARTS: dict[str, tuple[tuple[str, ...], list[Workload]]] = {
-    "policies": ((SETTING, *OTHERS), [dataclasses.replace(SHORT, repeats=5)]),
-    "batch": ((SETTING,), [dataclasses.replace(SHORT, batch=8, repeats=3)]),
-    "long": ((SETTING,), [dataclasses.replace(SHORT, visual=2880, images=5, repeats=3)]),
-    "possible": ((SETTING,), [dataclasses.replace(PREFILL, layer_rounds=12)] * 4),
+    "policies": ((SETTING, *OTHERS), [dataclasses.replace(SHORT, repeats=4)]),
+    "batch": ((SETTING,), [dataclasses.replace(SHORT, batch=4, repeats=2)]),
+    "long": ((SETTING,), [dataclasses.replace(SHORT, visual=2880, images=5, repeats=2)]),
+    "possible": ((SETTING,), [dataclasses.replace(PREFILL, layer_rounds=10)] * 4),
 }
 
 
