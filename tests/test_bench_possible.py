@@ -12,7 +12,17 @@ import torch
 
 import st3
 from st3.models import family_of
-from st3.tools.bench import Subject, Workload, compare, from_shape, prompts, report, run, steps_of
+from st3.tools.bench import (
+    Subject,
+    Workload,
+    compare,
+    from_shape,
+    prompts,
+    report,
+    run,
+    steps_of,
+    untouched,
+)
 from st3.tools.bench.measure import forward
 from st3.tools.bench.possible import Middle, Pass, Possible, narrowed, possible
 from tests.zoo import build as build_family
@@ -93,6 +103,8 @@ def test_what_cannot_be_compared_is_refused(subject: Subject) -> None:
     method = compare(["balanced"], peers=False)[2]
     with pytest.raises(ValueError, match="equal length"):
         possible(subject.model, prompt(2, ragged=True), method, 1)
+    with pytest.raises(ValueError, match="untouched drops nothing"):
+        possible(subject.model, prompt(), untouched(), 1)
     with pytest.raises(ValueError, match="layer rounds"):
         Workload(layer_rounds=-1)
 

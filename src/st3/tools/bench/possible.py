@@ -135,6 +135,8 @@ def possible(
     """
     if prompt.mask is not None or len(set(prompt.rows)) > 1:
         raise ValueError("what is possible is measured on rows of equal length")
+    if method.policy is None:
+        raise ValueError(f"{method.label} drops nothing: give a policy")
     trimmer = st3.trim(model, method.policy, visual_mask=prompt.visual)
     row, layers = prompt.rows[0], trimmer.parts.layers
     columns = tuple(row.text + trimmer.schedule.kept(la, row.visual) for la in range(len(layers)))
