@@ -434,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sections", nargs="+", choices=("capacity", "overload"),
                         default=["capacity", "overload"])  # fmt: skip
     parser.add_argument("--untrimmed", type=int, default=4, help="requests the KV budget holds")
-    parser.add_argument("--requests", type=int, help="of the overload part; default 1000")
+    parser.add_argument("--requests", type=int, help="of the overload part; default 2000")
     parser.add_argument("--policy", help="of the capacity part; default st3-7b")
     parser.add_argument("--model", type=Path, help="of the overload part; default st3-tiny")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -442,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = QUICK if given.quick else Size()
     if given.policy:
         size = dataclasses.replace(size, policy=given.policy)
-    number = given.requests or (40 if given.quick else 1000)
+    number = given.requests or (40 if given.quick else 2000)
     console = Console(stderr=True)
     where = conditions(torch.device("cpu"), torch.float32)
     found: dict[str, Any] = {"conditions": where}
@@ -459,7 +459,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found["bars"] = [dataclasses.asdict(bar) for bar in bars]
     text = f"# The server under load\n\n{in_words(where)}.\n\n{table(found)}\n{as_markdown(bars)}"
     given.out.mkdir(parents=True, exist_ok=True)
-    name = "serving-quick" if given.quick else "serving"
+    parts = "" if len(given.sections) == 2 else f"-{given.sections[0]}"
+    name = f"serving{parts}-quick" if given.quick else f"serving{parts}"
     (given.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (given.out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -108,13 +108,22 @@ class Browser:
 
     # What a reader does -----------------------------------------------------------------------
 
-    def open(self, page: Path, dark: bool = False) -> None:
-        """Open a file and wait until its script is done."""
+    def open(self, page: Path | str, dark: bool = False, wide: int | None = None) -> None:
+        """Open a file or an address and wait until its script is done. wide: of the window, in
+        CSS pixels; below 500 it is a phone's."""
         self.complaints.clear()
         self.requests.clear()
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=page.as_uri())
+        if wide is None:
+            self.call("Emulation.clearDeviceMetricsOverride")
+        else:
+            phone = wide < 500
+            self.call(
+                "Emulation.setDeviceMetricsOverride",
+                width=wide, height=844 if phone else 1000, deviceScaleFactor=1, mobile=phone,
+            )  # fmt: skip
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         self.wait("document.documentElement?.dataset.ready === 'true'")
         self.wait("document.readyState === 'complete'")
 
@@ -151,11 +160,22 @@ class Browser:
 
     def press(self, key: str) -> None:
         codes = {"ArrowRight": 39, "ArrowLeft": 37, "Enter": 13, "Tab": 9, "Escape": 27}
-        for kind in ("rawKeyDown", "keyUp"):
+        text = {"text": "\r"} if key == "Enter" else {}  # only with it a form is sent
+        for kind in ("keyDown" if text else "rawKeyDown", "keyUp"):
             self.call(
                 "Input.dispatchKeyEvent", type=kind, key=key, code=key,
-                windowsVirtualKeyCode=codes[key],
+                windowsVirtualKeyCode=codes[key], **(text if kind == "keyDown" else {}),
             )  # fmt: skip
+
+    def type(self, text: str) -> None:
+        """Into what has the focus."""
+        self.call("Input.insertText", text=text)
+
+    def choose(self, selector: str, *files: Path) -> None:
+        """Give files to an input that takes some."""
+        document = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=document, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
 
     def screenshot(self, path: Path) -> None:
         got = self.call("Page.captureScreenshot", captureBeyondViewport=True, format="png")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import st3
 from st3.models.places import Place
 from st3.tools.see import heatmap
+from tests.serving import load
 from tests.test_pages import sample_run
 
 
@@ -115,3 +118,47 @@ def test_the_animation_dims_what_fewer_layers_see(tmp_path: Path) -> None:
         heatmap.animate(sample_run(placed=False))
     with pytest.raises(ValueError, match="there are 1 images"):
         heatmap.animate(run, picture=1)
+
+
+# In one call --------------------------------------------------------------------------------------
+
+
+def prompt(processor: Any, *images: Image.Image) -> Any:
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    content.append({"type": "text", "text": "what is at the top left?"})
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+
+
+def test_one_call_draws_what_the_latest_prompt_kept(tiny_model: Path) -> None:
+    model, processor = load(tiny_model)
+    images = [Image.new("RGB", (64, 64), "white"), Image.new("RGB", (90, 60), "white")]
+    for shown in (images[:1], images):
+        inputs = prompt(processor, *shown)
+        with st3.trim(model, "fastv:layer=2,drop=0.75") as trimmer:
+            model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        given = shown[0] if len(shown) == 1 else shown
+        one = st3.heatmap(trimmer, processor, inputs, given, layers=[2], title="")
+        places = grid(4)
+        if len(shown) == 2:
+            places += grid(4, 1)
+        kept = {2: trimmer.report.kept_positions(2).tolist()}
+        assert one.tobytes() == heatmap.draw(shown, places, kept).tobytes()
+    assert st3.heatmap(trimmer, processor, inputs, images).width > one.width / 2
+
+
+def test_one_call_refuses_what_does_not_belong_together(tiny_model: Path) -> None:
+    model, processor = load(tiny_model)
+    image = Image.new("RGB", (64, 64), "white")
+    inputs, two = prompt(processor, image), prompt(processor, image, image)
+    trimmer = st3.trim(model)
+    with pytest.raises(st3.TrimStateError, match="prompt with an image"):
+        st3.heatmap(trimmer, processor, inputs, image)
+    with trimmer:
+        model.generate(**inputs, max_new_tokens=1)
+    with pytest.raises(ValueError, match="32 visual tokens"):
+        st3.heatmap(trimmer, processor, two, [image, image])
+    with pytest.raises(ValueError, match="layer 8 does not exist"):
+        st3.heatmap(trimmer, processor, inputs, image, layers=[8])

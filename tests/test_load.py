@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from st3.tools.common import load as loading
 from st3.tools.common.errors import LoadError, first_line
 from st3.tools.common.load import device_of, dtype_of, end_tokens, load, load_model, pad_left
 
@@ -115,3 +123,49 @@ def test_padding_is_on_the_left_and_has_a_token() -> None:
 def test_reasons_are_one_line() -> None:
     assert first_line(ValueError("first\nsecond")) == "first"
     assert first_line(ValueError()) == "ValueError"
+
+
+# The model hub ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A hub that takes connections and never answers."""
+    silent = socket.create_server(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(loading, "PATIENCE", 0.5)
+    yield silent
+    silent.close()
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_hub_that_is_away_is_asked_once_and_not_for_long(
+    hub: socket.socket, listens: bool
+) -> None:
+    if not listens:
+        hub.close()
+    start = time.monotonic()
+    with pytest.raises(LoadError, match=r"'nobody/no-such-model'.*offline"):
+        load("nobody/no-such-model", "cpu")
+    assert time.monotonic() - start < 5
+
+
+def test_what_is_in_the_cache_is_loaded_without_the_hub(
+    hub: socket.socket, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers finds it there: told not to ask the hub for each of its files."""
+    asked: list[bool] = []
+    for kind in (AutoProcessor, AutoModelForImageTextToText):
+        real = kind.from_pretrained
+        here = functools.partial(_then, real, tiny_model, asked)
+        monkeypatch.setattr(kind, "from_pretrained", here)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "config.json")
+    assert load("somebody/a-model", "cpu").name == "somebody/a-model"
+    assert asked == [True, True]
+
+
+def _then(real: Any, folder: Path, asked: list[bool], source: str, **options: Any) -> Any:
+    asked.append(options.pop("local_files_only"))
+    return real(str(folder), **options)

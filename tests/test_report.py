@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -272,3 +274,46 @@ def test_it_goes_through_json() -> None:
     assert read["steps"] == 5
     assert read["kv_live_bytes"] == report.kv_live_bytes
     assert read["prefill_flops_ratio"] == report.prefill_flops_ratio
+
+
+def test_a_notebook_shows_a_table_and_a_chart() -> None:
+    report = report_of(Case.of("llava"), st3.parse("random:like=(fastv:drop=0.5,layer=2),seed=1"))
+    shown = report._repr_html_()
+    for name, value in [line.split("  ", 1) for line in str(report).splitlines()]:
+        assert f">{name}</th>" in shown
+        assert f">{value.strip()}</td>" in shown
+    assert shown.count("<rect") == shown.count("<title>layer ") == 8
+    root = ElementTree.fromstring(f"<div>{shown}</div>")  # well-formed: nothing is left unescaped
+    heights = [float(bar.attrib["height"]) for bar in root.iter("rect")]
+    assert heights[:2] == [60, 60]
+    assert heights[2:] == [30] * 6
+    assert "script" not in shown
+    line = repr(report)
+    assert line.startswith("<Report: random:")
+    assert "16 visual tokens" in line
+    assert len(line) < 200
+
+
+def test_it_is_written_as_json() -> None:
+    report = report_of(Case.of("llava"), ST3)
+    assert json.loads(report.to_json()) == json.loads(json.dumps(report.to_dict()))
+    assert report.to_json(indent=1).startswith("{\n")
+
+
+def test_it_draws_itself() -> None:
+    pytest.importorskip("matplotlib").use("agg")
+    from matplotlib import pyplot
+
+    report = report_of(Case.of("llava"), ST3)
+    axes = report.plot()
+    drawn = [patch for patch in axes.patches if hasattr(patch, "get_data")]
+    assert [patch.get_data().values.tolist() for patch in drawn] == [list(k) for k in report.kept]
+    own = pyplot.subplots()[1]
+    assert report.plot(own) is own
+    pyplot.close("all")
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"st3\[plot\]"):
+        report_of(Case.of("llava"), ST3).plot()

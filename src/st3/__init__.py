@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from st3.report import Report as Report
     from st3.tools.common.bundled import bundled_model as bundled_model
     from st3.tools.common.bundled import sample_images as sample_images
+    from st3.tools.see.kept import heatmap as heatmap
     from st3.tools.tune.vtw import calibrate_vtw as calibrate_vtw
     from st3.trimmer import Trimmer as Trimmer
     from st3.trimmer import trim as trim
@@ -35,6 +36,7 @@ _HOMES = {
     "st3.methods.schedule": ("Anneal", "Schedule"),
     "st3.report": ("Report",),
     "st3.tools.common.bundled": ("bundled_model", "sample_images"),
+    "st3.tools.see.kept": ("heatmap",),
     "st3.trimmer": ("Trimmer", "trim"),
     "st3.tools.tune.vtw": ("calibrate_vtw",),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,7 @@ from st3.engine.kv.timeline import Timeline
 from st3.engine.prompt import Block
 from st3.methods.laid import Laid
 from st3.methods.schedule import Schedule
-
-MIB = 1 << 20
+from st3.report import show
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class KVSample:
     allocated: int
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """The latest prompt with an image that a trimmed model ran, and the generation after it.
 
@@ -228,34 +227,33 @@ class Report:
         )
         return {name: getattr(self, name) for name in names.split()}
 
-    def __str__(self) -> str:
-        lines = [
-            ("policy", self.policy),
-            ("visual tokens", _counts(self.n_visual) + _images(self.visual_per_image)),
-            ("text tokens", _counts(self.n_text)),
-            ("kept per layer", _runs(self.kept[0]) + (" (row 0)" if len(self.kept) > 1 else "")),
-            ("mean share", f"{self.mean_share:.1%} of the visual tokens over the layers"),
-        ]
-        if self.put_off:
-            layers = ", ".join(map(str, self.put_off))
-            lines.append(("put off", f"drops before layer {layers}, to layer {self.first_drop}"))
-        flops, ratio = self.prefill_flops, self.prefill_flops_ratio
-        if flops is not None and ratio is not None:
-            lines.append(("prefill FLOPs", f"{flops:.3g} ({ratio:.1%} of untrimmed)"))
-        lines += [
-            ("decode steps", str(self.steps)),
-            ("KV live", self._kv(self.kv_live_bytes)),
-            ("KV allocated", self._kv(self.kv_allocated_bytes)),
-            ("KV mean", f"live {self.kv_mean_ratio:.1%}, allocated "
-                        f"{self.kv_mean_allocated_ratio:.1%} of untrimmed"),
-        ]  # fmt: skip
-        width = max(len(name) for name, _ in lines)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+    def to_json(self, indent: int | None = None) -> str:
+        """The same as a JSON object."""
+        return json.dumps(self.to_dict(), indent=indent)
 
-    def _kv(self, size: int) -> str:
-        untrimmed = self.kv_untrimmed_bytes
-        share = f" ({size / untrimmed:.1%} of untrimmed {untrimmed / MIB:.2f})" if untrimmed else ""
-        return f"{size / MIB:.2f} MiB{share}"
+    def __str__(self) -> str:
+        return show.text(self)
+
+    def __repr__(self) -> str:
+        return show.one_line(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the figures, and visual tokens by layer as a small chart."""
+        return show.html(self)
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the visual tokens that each layer saw, one line for each row of the batch.
+
+        Args:
+            axes: of matplotlib, to draw into; None: new ones.
+
+        Returns:
+            the axes.
+
+        Raises:
+            ImportError: matplotlib is not installed (``pip install 'st3[plot]'``).
+        """
+        return show.plot(self, axes)
 
 
 @dataclass(frozen=True)
@@ -273,23 +271,3 @@ class _Counts:
 
     def visible(self, layer: int, n_visual: int, step: int) -> int:
         return self.counts[layer]
-
-
-def _counts(values: Sequence[int]) -> str:
-    return str(values[0]) if len(set(values)) == 1 else ", ".join(map(str, values))
-
-
-def _images(rows: tuple[tuple[int, ...], ...]) -> str:
-    most = max(map(len, rows))
-    return f" in up to {most} images a row" if most > 1 else ""
-
-
-def _runs(values: Sequence[int]) -> str:
-    """``3 x 576, 4 x 288, ...``: equal neighbours put together."""
-    parts: list[list[int]] = []
-    for value in values:
-        if parts and parts[-1][1] == value:
-            parts[-1][0] += 1
-        else:
-            parts.append([1, value])
-    return ", ".join(f"{count} x {value}" for count, value in parts)

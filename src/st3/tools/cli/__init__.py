@@ -18,6 +18,7 @@ from st3.tools.cli.analyze import analyze
 from st3.tools.cli.batch import batch
 from st3.tools.cli.bench import bench
 from st3.tools.cli.cost import cost
+from st3.tools.cli.demo import demo
 from st3.tools.cli.eval import evaluate
 from st3.tools.cli.generate import generate
 from st3.tools.cli.models import models
@@ -87,6 +88,7 @@ app.command()(analyze)
 app.command()(batch)
 app.command()(bench)
 app.command()(cost)
+app.command()(demo)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(models)

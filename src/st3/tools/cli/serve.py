@@ -78,6 +78,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="Web pages of this origin may ask, `*`: all. Repeat."),
     ] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="A page for people at /.")] = True,
     access_log: Annotated[
         bool, typer.Option("--access-log/--no-access-log", help="A line for each request.")
     ] = True,
@@ -103,12 +104,13 @@ def serve(
 
     st3 serve -m ./llava-1.5-7b-hf --ray auto --replicas 2 --max-replicas 8 --gpus-per-replica 1
     """
-    _check_installed()
+    check_installed()
     budget = None if kv_budget is None else _size("--kv-budget", kv_budget)
     console = stderr()
     with console.status("importing torch and transformers"):
         from st3.tools.cli import _loading
         from st3.tools.serve import Engine, Settings, create_app
+        from st3.tools.serve.run import serve as run
     load = functools.partial(_loading.load, model, device, dtype.value, trust_remote_code)
     try:
         settings = Settings(
@@ -127,6 +129,7 @@ def serve(
             max_tokens=max_tokens,
             request_timeout=timeout,
             shutdown_timeout=grace,
+            page=page,
         )
     except (ValueError, TypeError) as error:
         raise CliError(first_line(error), 2) from error
@@ -150,21 +153,24 @@ def serve(
     with console.status(f"loading {settings.model_name}"):
         loaded = load()
     try:
-        listener = _listen(host, port)
+        listener = listen(host, port)
         engine = Engine(loaded.model, loaded.processor, **limits)
     except (ValueError, TypeError) as error:
         raise CliError(first_line(error), 2) from error
-    url = _url(listener)
+    url = address(listener)
     console.print(
         f"{settings.model_name} ({loaded.conditions()}), policy {engine.policy}, KV budget "
         f"{engine.budget.total / (1 << 30):.2f} GiB: {url}/v1",
         soft_wrap=True,
     )
+    if page:
+        console.print(f"a page to ask on: {url}/    (Ctrl-C stops)", soft_wrap=True)
     _log(access_log)
-    _run(create_app(engine, settings), listener, grace)
+    run(create_app(engine, settings), engine, listener, grace)
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Raises CliError without the extra ``server``."""
     try:
         import fastapi  # noqa: F401
         import httpx  # noqa: F401
@@ -181,20 +187,6 @@ def _log(requests: bool) -> None:
     """Warnings and, if asked for, a line for each request, on stderr."""
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("st3.access").setLevel(logging.INFO if requests else logging.WARNING)
-
-
-def _run(app: Any, listener: socket.socket, grace: float) -> None:
-    import uvicorn
-
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(grace)),
-        limit_concurrency=1024,  # connections; the queue's limit answers far earlier
-        h11_max_incomplete_event_size=64 << 10,
-    )
-    uvicorn.Server(config).run(sockets=[listener])
 
 
 def _run_on_ray(
@@ -228,7 +220,8 @@ def _run_on_ray(
     wait_and_stop()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises CliError where it cannot."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
@@ -236,7 +229,8 @@ def _listen(host: str, port: int) -> socket.socket:
         raise CliError(f"cannot listen on {host} port {port}: {first_line(error)}") from error
 
 
-def _url(listener: socket.socket) -> str:
+def address(listener: socket.socket) -> str:
+    """``http://host:port``."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -69,11 +71,14 @@ def load(
             weights of the model, a device that cannot be used here.
     """
     source, shown = _source(name)
+    hub = hub_options(source, shown)
     with _explained(shown, source), quiet():
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        processor = AutoProcessor.from_pretrained(
+            source, trust_remote_code=trust_remote_code, **hub
+        )
     if not hasattr(processor, "image_processor"):
         raise LoadError(f"cannot use model {shown!r}: its processor takes no images")
-    model = load_model(name, device, dtype, trust_remote_code, attention, **where)
+    model = _model(source, shown, hub, device, dtype, trust_remote_code, attention, where)
     return Loaded(shown, model, processor)
 
 
@@ -87,9 +92,23 @@ def load_model(
 ) -> Any:
     """The model of :func:`load` alone, for what needs no processor."""
     source, shown = _source(name)
+    hub = hub_options(source, shown)
+    return _model(source, shown, hub, device, dtype, trust_remote_code, attention, where)
+
+
+def _model(
+    source: str,
+    shown: str,
+    hub: dict[str, Any],
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    trust_remote_code: bool,
+    attention: str | None,
+    where: dict[str, Any],
+) -> Any:
     target = None if where else device_of(device)
     if attention is not None:
-        where["attn_implementation"] = attention
+        where = {**where, "attn_implementation": attention}
     weights = dtype_of(dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     with _explained(shown, source), quiet():
         model, found = AutoModelForImageTextToText.from_pretrained(
@@ -98,6 +117,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **where,
+            **hub,
         )
     _check_complete(shown, model, found)
     return (model if target is None else model.to(target)).eval()
@@ -183,6 +203,42 @@ def _folder_or_id(name: str) -> Path | str:
     if not name.strip() or looks_like_path:
         raise LoadError(f"no such model folder: {name!r}")
     return name
+
+
+PATIENCE = 8.0
+"""Seconds for a first sign of life of the model hub."""
+
+
+def hub_options(source: str, shown: str) -> dict[str, Any]:
+    """What from_pretrained is told of a hub id: where the hub cannot be reached, to look into the
+    local cache alone. It would try each of a dozen files six times, for minutes.
+
+    Raises:
+        LoadError: the hub cannot be reached, and the model is not in the cache.
+    """
+    if Path(source).is_dir() or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return {}
+    if _answers(f"{huggingface_hub.constants.ENDPOINT}/{source}/resolve/main/config.json"):
+        return {}
+    if not isinstance(huggingface_hub.try_to_load_from_cache(source, "config.json"), str):
+        raise LoadError(_explain(shown, source, OSError("the hub cannot be reached")))
+    return {"local_files_only": True}
+
+
+def _answers(url: str) -> bool:
+    """Whether a server answers at all, whatever it says. A look-up of a name has no limit of its
+    own: hence the thread."""
+    heard: list[bool] = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # any trouble of network, proxy or certificates
+            huggingface_hub.get_session().head(url, timeout=PATIENCE)
+            heard.append(True)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(PATIENCE)
+    return bool(heard)
 
 
 _LAYER = re.compile(r"(.*\blayers?)\.\d+\b")

@@ -11,7 +11,7 @@ from typing import Any
 
 from st3.tools.serve.engine import Engine
 from st3.tools.serve.errors import ServeError
-from st3.tools.serve.ticket import Delta, Event, Failed, Finished, Request, Ticket
+from st3.tools.serve.ticket import Delta, Event, Failed, Finished, Kept, Request, Ticket
 
 
 class Answer:
@@ -48,7 +48,7 @@ class Answer:
         try:
             while True:
                 event = await self._events.get()
-                if not isinstance(event, Delta):
+                if isinstance(event, Finished | Failed):
                     self._on_end(event)
                     yield event
                     return
@@ -58,9 +58,12 @@ class Answer:
 
     async def whole(self) -> dict[str, Any]:
         """The response object. Raises ServeError if there is no answer."""
+        kept: dict[str, Any] = {}
         async for event in self.events():
             if isinstance(event, Failed):
                 raise event.error
+            if isinstance(event, Kept):
+                kept = {"kept": event.what}
             if isinstance(event, Finished):
                 message = {"role": "assistant", "content": event.text, "refusal": None}
                 choice = {
@@ -69,8 +72,12 @@ class Answer:
                     "finish_reason": event.reason,
                     "logprobs": None,
                 }
-                head = self._head("chat.completion")
-                return {**head, "choices": [choice], "usage": usage(event), "st3": facts(event)}
+                return {
+                    **self._head("chat.completion"),
+                    "choices": [choice],
+                    "usage": usage(event),
+                    "st3": {**facts(event), **kept},
+                }
         raise ServeError(500, "internal_error", "the answer ended without an end")
 
     async def chunks(self, include_usage: bool) -> AsyncGenerator[bytes, None]:
@@ -89,6 +96,8 @@ class Answer:
         async for event in events:
             if isinstance(event, Delta):
                 yield self._chunk({"content": event.text})
+            elif isinstance(event, Kept):
+                yield self._chunk({}, st3={"kept": event.what})
             elif isinstance(event, Failed):
                 yield _sse(event.error.body())
                 return

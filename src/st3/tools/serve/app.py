@@ -19,6 +19,7 @@ from st3.tools.serve.engine import Engine
 from st3.tools.serve.errors import ServeError, overloaded, unavailable
 from st3.tools.serve.guard import REQUEST_ID, Guard
 from st3.tools.serve.metrics import CONTENT_TYPE, Metrics
+from st3.tools.serve.page import add_page
 from st3.tools.serve.prepare import Preparer, check_model
 from st3.tools.serve.settings import Settings
 from st3.tools.serve.stream import ClientGone, EventStream, unless_gone
@@ -37,7 +38,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
         await asyncio.to_thread(engine.close, settings.shutdown_timeout)
         server.preparer.close()
 
-    # No pages of its own: they would load scripts from elsewhere.
+    # None of FastAPI's own pages: they would load scripts from elsewhere.
     app = FastAPI(title="st3", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     server = Server(engine, settings)
     app.state.server = server
@@ -46,6 +47,8 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     app.add_api_route("/v1/models/{name:path}", server.model, methods=["GET"], response_model=None)
     app.add_api_route("/health", server.health, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", server.metrics_page, methods=["GET"], response_model=None)
+    if settings.page:
+        add_page(app, engine, settings)
     app.add_middleware(Guard, settings=settings, responded=server.responded)
     if settings.cors_origins:  # outermost: a browser asks for leave without a key
         app.add_middleware(

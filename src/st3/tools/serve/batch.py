@@ -21,6 +21,7 @@ from st3.engine.kv.store import KVStore
 from st3.engine.kv.timeline import Timeline
 from st3.hf.cache import JoinedCache, stores_of
 from st3.hf.call import CACHE, cache_of
+from st3.tools.serve.kept import Spots, kept_of, nothing
 from st3.trimmer import Trimmer
 
 
@@ -33,19 +34,24 @@ class Prefilled:
         entries: its KV entries, by layer; taken out one by one when it joins a batch.
         logits: of its first token, [V] float32.
         visual: its visual tokens.
+        kept: what each layer saw of them, if that was asked for.
     """
 
     sequence: JoinedSequence
     entries: list[SequenceEntries | None]
     logits: Tensor
     visual: int
+    kept: dict[str, Any] | None = None
 
 
-def prefill(model: Any, inputs: Mapping[str, Any], trimmer: Trimmer) -> Prefilled:
+def prefill(
+    model: Any, inputs: Mapping[str, Any], trimmer: Trimmer, spots: Spots | None = None
+) -> Prefilled:
     """Run one prompt under an attached trimmer, exactly as generate() does.
 
     Args:
         inputs: what the processor made of one conversation, batch size 1, on the model's device.
+        spots: where its visual tokens lie, if what is kept of them shall be told.
     """
     positions: list[Any] = []
 
@@ -84,7 +90,11 @@ def prefill(model: Any, inputs: Mapping[str, Any], trimmer: Trimmer) -> Prefille
             entries.append(entries_of(store))
         else:
             entries.append(plain_entries(layer.keys, layer.values, prompt, window))
-    return Prefilled(sequence, entries, out.logits[0][0].float(), sum(budgets))
+    kept = None
+    if spots is not None:
+        layers = trimmer.schedule.num_layers
+        kept = kept_of(spots, trimmer.report) if budgets else nothing(layers)
+    return Prefilled(sequence, entries, out.logits[0][0].float(), sum(budgets), kept)
 
 
 def _next_position(prompt_positions: Tensor | None, prompt: int) -> tuple[int, ...]:

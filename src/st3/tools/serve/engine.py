@@ -14,6 +14,7 @@ from st3.methods.policies import parse
 from st3.tools.common.memory import available_bytes
 from st3.tools.serve.budget import Budget, columns_at_peak, entry_bytes
 from st3.tools.serve.errors import overloaded, refused, unavailable
+from st3.tools.serve.kept import spots_of
 from st3.tools.serve.lane import Stats
 from st3.tools.serve.prompt import Prompts
 from st3.tools.serve.sampling import Sampling, check_generation_config
@@ -128,6 +129,7 @@ class Engine:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         timeout: float | None = None,
+        kept: bool = False,
     ) -> Request:
         """Make a conversation ready: chat template, tokens, pixels, and what it will need.
 
@@ -135,6 +137,7 @@ class Engine:
             messages: turns with ``role`` and ``content``, a list of ``{"type": "text", "text"}``
                 and ``{"type": "image", "image": PIL image}``.
             shorten: whether ``max_tokens`` may be less, so that it fits the model's positions.
+            kept: whether the listener shall be told what each layer saw of the images.
 
         Raises:
             ServeError: for a conversation that this model or this budget can never answer.
@@ -159,9 +162,14 @@ class Engine:
                 "choose a policy that drops more",
                 code="kv_budget_exceeded",
             )
+        spots = None
+        if kept:
+            spots = spots_of(
+                self.model, inputs, visual, messages, lambda m: self.prompts.tokenise(m)[0]
+            )
         return Request(
             inputs, name, tokens, visual, max_tokens, sampling or Sampling(), tuple(stop), timeout,
-            columns,
+            columns, spots,
         )  # fmt: skip
 
     def submit(self, request: Request, listener: Listener) -> Ticket:
@@ -210,6 +218,17 @@ class Engine:
     def stats(self) -> Stats:
         return self._scheduler.stats()
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or runs. Takes no lock."""
+        return bool(self._scheduler.waiting or self._scheduler.lanes)
+
+    def hurry(self) -> None:
+        """Give up what is not answered yet, with status 503, and take no more. Does not wait."""
+        with self._scheduler.wake:
+            self._scheduler.accepts, self._scheduler.stopping = False, True
+            self._scheduler.wake.notify()
+
     def close(self, timeout: float | None = None) -> bool:
         """Refuse new requests, finish the accepted ones, and stop. Behind ``timeout`` seconds
         those still there are failed.
@@ -223,9 +242,7 @@ class Engine:
         self._thread.join(timeout)
         if not self._thread.is_alive():
             return True
-        with self._scheduler.wake:
-            self._scheduler.stopping = True
-            self._scheduler.wake.notify()
+        self.hurry()
         self._thread.join()
         return False
 

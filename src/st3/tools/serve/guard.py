@@ -17,7 +17,8 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from st3.tools.serve.errors import ServeError
+from st3.tools.serve.errors import ServeError, unavailable
+from st3.tools.serve.page import is_open
 from st3.tools.serve.settings import Settings
 
 log = logging.getLogger("st3.tools.serve")
@@ -63,6 +64,13 @@ class Guard:
     async def _answer(self, scope: Scope, request: _Exchange) -> None:
         try:
             await self.app(scope, request.receive, request.send)
+        except asyncio.CancelledError:  # the server's time to stop is up
+            if request.status:
+                raise
+            error = unavailable("the server was shut down before this answer was complete")
+            await JSONResponse(error.body(), 503, headers=error.headers)(
+                scope, request.receive, request.send
+            )
         except Exception:  # a fault of the server's; uvicorn would log it and cut the connection
             log.exception("request %s failed", request.id)
             if request.status:
@@ -81,7 +89,7 @@ class Guard:
 
     def _check_key(self, headers: Headers, path: str) -> None:
         key = self.settings.api_key
-        if key is None or path == "/health":
+        if key is None or path == "/health" or (self.settings.page and is_open(path)):
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
         same = hmac.compare_digest(given.strip().encode(), key.encode())

@@ -16,6 +16,7 @@ from st3.tools.serve import images, schema
 from st3.tools.serve.engine import Engine
 from st3.tools.serve.errors import ServeError, overloaded, refused
 from st3.tools.serve.fetch import fetch_async
+from st3.tools.serve.kept import MEMORY
 from st3.tools.serve.memory import Memory
 from st3.tools.serve.sampling import Sampling
 from st3.tools.serve.settings import Settings
@@ -156,7 +157,9 @@ class Preparer:
             sizes.append(images.size(data, settings, pixels))
             encoded.append(data)
         wanted = self._max_tokens(asked)
-        with memory.hold(image_bytes(self._image_processor, sizes), ends):
+        kept = asked.st3 is not None and bool(asked.st3.kept)
+        needed = image_bytes(self._image_processor, sizes) * (MEMORY if kept else 1)
+        with memory.hold(needed, ends):
             return self.engine.prepare(
                 self._messages(asked, encoded),
                 policy=asked.st3.policy if asked.st3 else None,
@@ -165,6 +168,7 @@ class Preparer:
                 sampling=Sampling(asked.temperature, asked.top_p, asked.seed),
                 stop=asked.stop or (),
                 timeout=max(0.001, ends - time.monotonic()),
+                kept=kept,
             )
 
     def _messages(self, asked: schema.ChatRequest, encoded: list[bytes]) -> list[dict[str, Any]]:

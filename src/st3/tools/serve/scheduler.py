@@ -20,7 +20,7 @@ from st3.tools.serve.errors import ServeError, refused, unavailable
 from st3.tools.serve.lane import Lane, Stats
 from st3.tools.serve.sampling import Sampler
 from st3.tools.serve.text import TextStream
-from st3.tools.serve.ticket import Request, Ticket
+from st3.tools.serve.ticket import Kept, Request, Ticket
 from st3.trimmer import Trimmer
 
 log = logging.getLogger("st3.tools.serve")
@@ -53,12 +53,12 @@ class Scheduler:
         self._decoder, self._trimmer = decoder, trimmer
         self._tokenizer = copy.deepcopy(tokenizer)  # tokenizers are not for two threads at once
         self._ends = _end_tokens(model.generation_config)
-        self._lanes: list[Lane] = []
+        self.lanes: list[Lane] = []
         self._most_running = self._steps = self._tokens = 0
 
     def stats(self) -> Stats:
         with self.wake:
-            lanes = list(self._lanes)
+            lanes = list(self.lanes)
             return Stats(
                 running=sum(len(lane.columns()) for lane in lanes),
                 waiting=len(self.waiting),
@@ -87,7 +87,7 @@ class Scheduler:
                 if not self.waiting:
                     return
             with torch.no_grad(), self._decoder:
-                while self.waiting or self._lanes:
+                while self.waiting or self.lanes:
                     try:
                         self._turn()
                     except Exception:
@@ -102,18 +102,18 @@ class Scheduler:
         newcomers = self._admit()
         for ticket, lane in newcomers:
             self._start(ticket, lane)
-        for lane in list(self._lanes):
+        for lane in list(self.lanes):
             self._step(lane)
         with self.wake:
-            self._lanes = [lane for lane in self._lanes if lane.columns()]
+            self.lanes = [lane for lane in self.lanes if lane.columns()]
 
     def _give_up(self, error: ServeError) -> None:
         with self.wake:
             tickets = list(self.waiting)
             self.waiting.clear()
-            for lane in self._lanes:
+            for lane in self.lanes:
                 tickets += [*lane.tickets, *(ticket for ticket, _ in lane.new)]
-            self._lanes = []
+            self.lanes = []
         for ticket in tickets:
             ticket.fail(error)
 
@@ -124,7 +124,7 @@ class Scheduler:
             gone = [t for t in self.waiting if t.cancelled or t.late(now)]
             for ticket in gone:
                 self.waiting.remove(ticket)
-            for lane in self._lanes:
+            for lane in self.lanes:
                 for place, ticket in enumerate(lane.tickets):
                     if (ticket.cancelled or ticket.late(now)) and place not in lane.leaving:
                         lane.leaving.add(place)
@@ -138,7 +138,7 @@ class Scheduler:
         """Take from the queue what the budget holds, first come, first served."""
         admitted: list[tuple[Ticket, Lane]] = []
         with self.wake:
-            lanes = [lane.columns() for lane in self._lanes]
+            lanes = [lane.columns() for lane in self.lanes]
             while self.waiting and len(admitted) < self.max_prefills:
                 ticket = self.waiting[0]
                 place = self.budget.place(lanes, ticket.columns, self.max_rows)
@@ -147,10 +147,10 @@ class Scheduler:
                 self.waiting.popleft()
                 if place == len(lanes):
                     batch = JoinedBatch(self.model, self._decoder.parts.windows)
-                    self._lanes.append(Lane(batch))
+                    self.lanes.append(Lane(batch))
                     lanes.append([])
                 lanes[place].append(ticket.columns)
-                admitted.append((ticket, self._lanes[place]))
+                admitted.append((ticket, self.lanes[place]))
         return admitted
 
     def _start(self, ticket: Ticket, lane: Lane) -> None:
@@ -160,6 +160,8 @@ class Scheduler:
         try:
             prompt = self._prefill(request)
             self._open(ticket, prompt)
+            if prompt.kept is not None:
+                ticket.tell(Kept(prompt.kept))
             token = self._choose(ticket, prompt.logits)
         except torch.OutOfMemoryError as error:
             log.warning("out of memory in a prefill: %s", error)
@@ -181,7 +183,7 @@ class Scheduler:
         ticket.row, ticket.visual = row, prompt.visual
         ids = request.inputs["input_ids"][0].tolist()
         ticket.sampler = Sampler(request.sampling, self.model.generation_config, ids)
-        ticket.request = dataclasses.replace(request, inputs={})  # its pixels are seen
+        ticket.request = dataclasses.replace(request, inputs={}, spots=None)  # its pixels are seen
         ticket.text = TextStream(self._tokenizer, request.stop)
         text = row.prompt - prompt.visual
         ticket.columns = columns_at_peak(row.counts, text, request.max_tokens)
@@ -205,9 +207,9 @@ class Scheduler:
         trimmer = self._trimmer(request.policy)
         try:
             if trimmer is self._decoder:
-                return prefill(self.model, inputs, trimmer)
+                return prefill(self.model, inputs, trimmer, request.spots)
             with trimmer:
-                return prefill(self.model, inputs, trimmer)
+                return prefill(self.model, inputs, trimmer, request.spots)
         except Exception:
             self._decoder.detach()  # forget what the hooks noted of this prompt
             self._decoder.attach()
@@ -227,7 +229,7 @@ class Scheduler:
             if not lane.tickets:
                 return
             with self.wake:
-                running = sum(len(other.columns()) for other in self._lanes)
+                running = sum(len(other.columns()) for other in self.lanes)
                 self._most_running = max(self._most_running, running)
             logits = lane.batch.step([ticket.tokens[-1] for ticket in lane.tickets])
             best = logits.argmax(dim=-1).tolist()

@@ -112,9 +112,11 @@ class StreamOptions(_Model):
 
 
 class Extension(_Model):
-    """Under ``st3`` in the request."""
+    """Under ``st3`` in the request. kept: whether the response shall say what each layer saw of the
+    images; see :func:`st3.tools.serve.kept.kept_of`."""
 
     policy: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    kept: bool | None = None
 
 
 class ChatRequest(_Model):

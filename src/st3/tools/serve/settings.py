@@ -40,6 +40,7 @@ class Settings:
             its images must have been fetched.
         send_timeout: seconds in which a client must take each piece of a stream.
         shutdown_timeout: seconds that running requests are given when the server is told to stop.
+        page: whether there is a page for people at ``/``.
     """
 
     model_name: str = "st3"
@@ -63,6 +64,7 @@ class Settings:
     body_timeout: float = 30.0
     send_timeout: float = 30.0
     shutdown_timeout: float = 30.0
+    page: bool = True
 
     def __post_init__(self) -> None:
         if not self.model_name.strip():

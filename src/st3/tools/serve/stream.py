@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from st3.tools.serve.errors import unavailable
 
 T = TypeVar("T")
 
@@ -61,8 +64,12 @@ class EventStream(Response):
         self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
         async def stream() -> None:
+            nonlocal begun
             head = {"status": self.status_code, "headers": self.raw_headers}
+            begun = True
             await self._send(send, {"type": "http.response.start", **head})
             async for event in self._events:
                 body = {"type": "http.response.body", "body": event, "more_body": True}
@@ -72,6 +79,12 @@ class EventStream(Response):
 
         try:
             await unless_gone(receive, stream())
+        except asyncio.CancelledError:  # the server's time to stop is up
+            if not begun:
+                raise
+            error = unavailable("the server was shut down before this answer was complete")
+            last = b"data: " + json.dumps(error.body()).encode() + b"\n\n"
+            await send({"type": "http.response.body", "body": last, "more_body": False})
         except (ClientGone, TimeoutError):
             pass  # left unfinished, which is all that such a client can be told
         finally:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from st3.engine.kv.joined import JoinedSequence
 from st3.tools.serve.budget import Columns
 from st3.tools.serve.errors import ServeError
+from st3.tools.serve.kept import Spots
 from st3.tools.serve.sampling import Sampler, Sampling
 from st3.tools.serve.text import TextStream
 
@@ -26,6 +27,7 @@ class Request:
         stop: strings that end it.
         timeout: seconds from its submission to its end, or None.
         columns: the KV columns that it needs in each layer, at most.
+        spots: where its visual tokens lie, if its client wants to know what was kept.
     """
 
     inputs: Mapping[str, Any]
@@ -37,6 +39,7 @@ class Request:
     stop: tuple[str, ...]
     timeout: float | None
     columns: Columns
+    spots: Spots | None = None
 
     @property
     def nbytes(self) -> int:
@@ -49,6 +52,14 @@ class Delta:
     """A piece of the answer's text."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The prompt has run, and its client wants to know what was kept; see
+    :func:`~st3.tools.serve.kept.kept_of`."""
+
+    what: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ class Failed:
     error: ServeError
 
 
-Event = Delta | Finished | Failed
+Event = Delta | Kept | Finished | Failed
 Listener = Callable[[Event], None]
 
 
@@ -118,7 +129,7 @@ class Ticket:
         """Pass an event on; who does not listen any more cancels."""
         if self.ended:
             return
-        if not isinstance(event, Delta):
+        if isinstance(event, Finished | Failed):
             self.ended = True
         try:
             self._listener(event)
