@@ -148,25 +148,39 @@ def test_models_lists_every_family() -> None:
     assert result.exit_code == 0
     for family in families():
         assert family.model_type in result.stdout
+    told = json.loads(st3("models", "--json").stdout)["models"]
+    assert {one["model_type"]: one["heatmap"] for one in told} == {
+        family.model_type: family.layout.placed for family in families()
+    }
 
 
-def test_policies_lists_arguments_defaults_and_papers() -> None:
+def test_policies_are_listed_the_default_first() -> None:
     import st3 as package
 
     result = st3("policies")
     assert result.exit_code == 0
-    words = " ".join(result.stdout.split())
-    for name, policy in package.available().items():
-        assert f"{name}: {policy.paper}" in words
+    names = [line.split()[0] for line in result.stdout.splitlines() if line[:1].strip()]
+    assert names[:3] == ["policy", "balanced", "st3"]
+    assert set(package.available()) | set(package.presets()) <= set(names)
+    told = json.loads(st3("policies", "--json").stdout)
+    assert {one["name"]: one["paper"] for one in told["policies"]} == {
+        name: policy.paper for name, policy in package.available().items()
+    }
+    assert told["presets"] == {name: str(value) for name, value in package.presets().items()}
+
+
+def test_a_policy_is_told_with_its_arguments_and_defaults() -> None:
+    import st3 as package
+
     defaults = package.ST3()
-    own = words.partition(" st3: ")[2].partition("uniform: ")[0]
+    result = st3("policies", "st3")
+    assert f"st3: {defaults.paper}" in result.stdout
     for name in ("first_drop", "final_keep", "first_layer", "stride"):
         value = getattr(defaults, name)
-        assert f" {name}={'none' if value is None else value} " in own
-    assert f" tau={defaults.anneal.tau} " in own
-    told = "".join(words.partition(" Presets ")[2].split())
-    for name, preset in package.presets().items():
-        assert f"{name}is{preset}" in told
+        assert f" {name}={'none' if value is None else value}\n" in result.stdout
+    assert f" tau={defaults.anneal.tau}\n" in result.stdout
+    assert "st3-7b  is  st3:" in st3("policies", "st3-7b").stdout
+    check_error(st3("policies", "FastV1"), 2, "did you mean 'fastv'")
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["models"], ["policies"]])
@@ -253,7 +267,7 @@ def test_policy_argument_out_of_range(picture: Path, tiny_model: Path) -> None:
 
 def test_policy_that_does_not_fit_the_model(picture: Path, tiny_model: Path) -> None:
     result = generate(picture, tiny_model, "--policy", f"fastv:layer={LAYERS}")
-    check_error(result, 1, f"layer={LAYERS}", "use at most")
+    check_error(result, 2, f"--policy fastv:layer={LAYERS}", "use at most")
 
 
 def test_unknown_hub_id_offline(picture: Path) -> None:

@@ -84,7 +84,9 @@ def open_source(path: Path, prompt: str | None = None) -> Source:
     """
     if path.is_dir():
         if prompt is None:
-            raise ValueError(f"{str(path)!r} is a folder of images: say what to ask of each")
+            raise ValueError(
+                f"{str(path)!r} is a folder of images: say what to ask of each with -p"
+            )
         return Folder(path, prompt)
     if not path.is_file():
         raise ValueError(f"no such file or folder: {str(path)!r}")

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
+from st3.tools.cli._command import Command, Group, Version, common
 from st3.tools.cli.analyze import analyze
 from st3.tools.cli.batch import batch
 from st3.tools.cli.bench import bench
@@ -28,7 +27,7 @@ from st3.tools.cli.serve import serve
 from st3.tools.cli.vllm import app as vllm
 
 
-class OneLineErrors(TyperGroup):
+class OneLineErrors(Group):
     """Prints every foreseen error as one `error:` line on stderr; exit code 2 means wrong usage."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
@@ -53,28 +52,16 @@ class OneLineErrors(TyperGroup):
 app = typer.Typer(
     name="st3",
     cls=OneLineErrors,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def _print_version(value: bool) -> None:
-    if value:
-        print(f"st3 {version('st3')}")
-        raise typer.Exit()
-
-
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
-    show_version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
-    ] = False,
+    show_version: Version = False,
 ) -> None:
     """Trim the visual tokens of vision-language models, spatially and over time (ST3).
 
@@ -84,17 +71,11 @@ def main(
         print(context.get_help())
 
 
-app.command()(analyze)
-app.command()(batch)
-app.command()(bench)
-app.command()(cost)
-app.command()(demo)
-app.command("eval")(evaluate)
-app.command()(generate)
-app.command()(models)
-app.command()(policies)
-app.command()(report)
-app.command()(serve)
-app.add_typer(vllm, name="vllm")
+for function in (
+    analyze, batch, bench, cost, demo, evaluate, generate, models, policies, report, serve,
+):  # fmt: skip
+    name = {"evaluate": "eval"}.get(function.__name__, function.__name__)
+    app.command(name, cls=Command)(common(function))
+app.add_typer(vllm, name="vllm", cls=Group)
 
 __all__ = ["app"]

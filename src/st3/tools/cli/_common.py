@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
+from typing import Any
 
 from rich.console import Console
 
@@ -25,8 +28,36 @@ def stdout() -> Console:
     return Console(highlight=False)
 
 
+_quiet = False
+
+
+def be_quiet(quiet: bool) -> None:
+    """Whether :func:`stderr` is silent from now on."""
+    global _quiet
+    _quiet = quiet
+
+
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False)
+    """For progress and notes; silent with --quiet. What has to be seen is printed to sys.stderr."""
+    return Console(stderr=True, highlight=False, quiet=_quiet)
+
+
+def warn(text: str) -> None:
+    """A line that --quiet does not hold back."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout: as UTF-8, except where a name that is not UTF-8 is in it."""
+    text = json.dumps(value, ensure_ascii=False)
+    if printable(text) != text:
+        text = json.dumps(value)
+    print(text)
+
+
+def printable(text: object) -> str:
+    """A text that can be written anywhere: file names that are not UTF-8 get escapes."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def split_policies(text: str) -> list[str]:

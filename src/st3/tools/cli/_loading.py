@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,24 +27,31 @@ def load(
     trust_remote_code: bool,
     device_map: str | None = None,
     tensor_parallel: int | None = None,
+    attention: str | None = None,
 ) -> Loaded:
     """Load a folder or hub id (None: the bundled model). Raises CliError with the remedy.
 
     Args:
         device_map: how accelerate spreads the layers over devices, in place of ``device``.
         tensor_parallel: processes that share each layer, in place of ``device``.
+        attention: transformers' attention kernel; None: its choice.
     """
     where = _where(device, device_map, tensor_parallel)
     try:
-        return loading.load(name, device, dtype, trust_remote_code, **where)
+        return loading.load(name, device, dtype, trust_remote_code, attention, **where)
     except LoadError as error:
         raise CliError(str(error), 2 if error.usage else 1) from error
 
 
 def load_images(paths: Sequence[str]) -> list[Image.Image]:
-    """Open images for a model. Raises CliError that names the file."""
+    """Open images for a model; ``-`` is stdin. Raises CliError that names the file."""
     try:
-        return [open_image(path) for path in paths]
+        return [
+            open_image(sys.stdin.buffer.read(), name="the image on stdin")
+            if path == "-"
+            else open_image(path)
+            for path in paths
+        ]
     except ImageError as error:
         raise CliError(str(error), 2) from error
 

@@ -29,7 +29,19 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
 DeviceMap = Annotated[
     str | None, typer.Option(metavar="auto|balanced|...", help="Spread the layers (accelerate).")
 ]
-Precision = Annotated[DType, typer.Option(help="auto: as the model was saved.")]
+Precision = Annotated[
+    DType,
+    typer.Option(metavar="DTYPE", help="auto (as it was saved), float32, bfloat16 or float16."),
+]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KERNEL", help="sdpa, eager, flash_attention_2 ... Default: transformers' choice."
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model's folder run its own code.")
 ]

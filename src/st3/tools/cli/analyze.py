@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shlex
 import time
 from collections.abc import Iterator
@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from st3.tools.cli._common import CliError, stderr, stdout
-from st3.tools.cli._options import Device, DType, MaxNewTokens, Model, Precision, TrustRemoteCode
+from st3.tools.cli._common import CliError, print_json, printable, stderr, stdout
+from st3.tools.cli._options import (
+    AsJson,
+    Attention,
+    Device,
+    DType,
+    MaxNewTokens,
+    Model,
+    Precision,
+    TrustRemoteCode,
+)
 from st3.tools.common.errors import first_line
 
 if TYPE_CHECKING:
@@ -41,9 +50,8 @@ def analyze(
     keep: Annotated[
         float, typer.Option(help="Share of the visual tokens in a kept set, for the overlaps.")
     ] = 0.25,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the suggestion as one JSON object.")
-    ] = False,
+    as_json: AsJson = False,
+    attention: Attention = None,
     device: Device = "auto",
     dtype: Precision = DType.auto,
     trust_remote_code: TrustRemoteCode = False,
@@ -70,7 +78,7 @@ def analyze(
     with console.status("importing torch and transformers"):
         from st3.tools.cli import _loading
     with console.status(f"loading {model or 'the bundled model'}"):
-        loaded = _loading.load(model, device, dtype.value, trust_remote_code)
+        loaded = _loading.load(model, device, dtype.value, trust_remote_code, attention=attention)
     start = time.perf_counter()
     analysis, suggestion, unplaced = _analysed(loaded, paths, texts, max_new_tokens, keep)
     about = {
@@ -85,13 +93,15 @@ def analyze(
     if as_json:
         seconds = round(time.perf_counter() - start, 1)
         result = {"page": str(files[0]), "seconds": seconds, "suggestion": suggestion.to_dict()}
-        print(json.dumps(result, ensure_ascii=False))
+        print_json(result)
         return
     terminal = stdout()
     for line in (*suggestion.reasons, *(f"Caution: {text}" for text in suggestion.cautions)):
         terminal.print(f"- {line}", soft_wrap=True, markup=False)
     terminal.print(f"\nStart with --policy {suggestion.policy}", soft_wrap=True, markup=False)
-    terminal.print(f"{files[0]}: the page; beside it {len(files) - 1} files", soft_wrap=True)
+    terminal.print(
+        f"{printable(files[0])}: the page; beside it {len(files) - 1} files", soft_wrap=True
+    )
 
 
 def image_files(given: list[Path]) -> list[Path]:
@@ -121,6 +131,8 @@ def prompt_texts(given: list[str]) -> list[str]:
             except (OSError, UnicodeDecodeError) as error:
                 raise CliError(f"--prompts {text}: {first_line(error)}", 2) from error
             found += [line.strip() for line in lines if line.strip()]
+        elif re.fullmatch(r"\S+\.(txt|csv|md|jsonl?)", text):
+            raise CliError(f"--prompts {text}: no such file", 2)
         elif text.strip():
             found.append(text)
     if not found:
@@ -129,6 +141,8 @@ def prompt_texts(given: list[str]) -> list[str]:
 
 
 def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise CliError(f"--out {printable(out)}: that is a file, name a folder", 2)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -150,7 +164,7 @@ def _command(
     words += ["-m", model] if model else []
     words += ["--max-new-tokens", str(max_new_tokens)]
     words += ["--limit", str(limit)] if limit else []
-    return shlex.join(words)
+    return printable(shlex.join(words))
 
 
 def _analysed(

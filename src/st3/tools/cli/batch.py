@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from st3.methods import DEFAULT_POLICY
-from st3.tools.cli._common import BUNDLED_MODEL, CliError, stderr, stdout
+from st3.tools.cli._common import (
+    BUNDLED_MODEL,
+    CliError,
+    print_json,
+    printable,
+    stderr,
+    stdout,
+)
 from st3.tools.cli._options import (
+    AsJson,
+    Attention,
     Device,
     DeviceMap,
     DType,
@@ -56,6 +65,8 @@ def batch(
     gpus_per_actor: Annotated[
         int | None, typer.Option(min=0, help="Ray; more than 1 with --device-map. Default: 1.")
     ] = None,
+    as_json: AsJson = False,
+    attention: Attention = None,
     device: Device = "auto",
     device_map: DeviceMap = None,
     dtype: Precision = DType.auto,
@@ -97,7 +108,13 @@ def batch(
         window=8 * batch_size if window is None else window,
     )
     load = functools.partial(
-        _loading.load, model, device, dtype.value, trust_remote_code, device_map=device_map
+        _loading.load,
+        model,
+        device,
+        dtype.value,
+        trust_remote_code,
+        device_map=device_map,
+        attention=attention,
     )
     try:
         execute: Any = here
@@ -116,7 +133,10 @@ def batch(
         raise CliError(f"{why} (run the same command again to go on)") from error
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise CliError(f"{first_line(error)} (run the same command again to go on)") from error
-    _print(summary, out)
+    if as_json:
+        print_json(summary)
+    else:
+        _print(summary, printable(out))
     if not summary["answered"]:
         raise CliError(f"no row could be answered: see {out / 'errors.jsonl'}")
 
@@ -170,7 +190,7 @@ class _Progress(contextlib.ExitStack):
         )
 
 
-def _print(summary: dict[str, Any], out: Path) -> None:
+def _print(summary: dict[str, Any], out: str) -> None:
     this, console = summary["this_run"], stdout()
     before = f" ({this['answered_before']} before)" if this["answered_before"] else ""
     console.print(
@@ -181,7 +201,7 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     if this["stale"]:
         console.print(
             f"{this['stale']} answers were to rows that have changed or are gone: see "
-            f"{out / 'stale.jsonl'}",
+            f"{out}/stale.jsonl",
             soft_wrap=True,
         )
     if this["images_per_s"]:

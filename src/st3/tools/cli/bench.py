@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from st3.methods import DEFAULT_POLICY
-from st3.tools.cli._common import CliError, split_policies, stderr, stdout
+from st3.tools.cli._common import CliError, print_json, split_policies, stderr, stdout
+from st3.tools.cli._options import AsJson
 from st3.tools.common.errors import first_line
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
+    as_json: AsJson = False,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write JSON, Markdown and PNG there.")
     ] = None,
@@ -122,7 +124,12 @@ def bench(
         ]
         given = conditions(where, kind, attention)
         results = _measured(subject, workloads, methods)
-        _show(results, given)
+        if as_json:
+            from st3.tools.bench.report import to_dict
+
+            print_json(to_dict(results, given))
+        else:
+            _show(results, given)
         if out is not None:
             _save(results, given, out)
 

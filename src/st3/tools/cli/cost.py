@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from st3.methods import DEFAULT_POLICY
-from st3.tools.cli._common import CliError, stderr, stdout
+from st3.tools.cli._common import CliError, print_json, stderr, stdout
+from st3.tools.cli._options import AsJson
 from st3.tools.common.errors import first_line
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ def cost(
         int, typer.Option(min=1, help="Generated tokens over which the KV cache is averaged.")
     ] = 128,
     dtype: Annotated[str, typer.Option(help="Of the KV cache.")] = "bfloat16",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compute what policies save: prefill FLOPs, visual tokens, KV memory. Nothing is measured and
     no model is built.
@@ -90,7 +88,7 @@ def cost(
         "dtype": dtype,
     }
     if as_json:
-        print(json.dumps({**given, "rows": [dataclasses.asdict(row) for row in rows]}))
+        print_json({**given, "rows": [dataclasses.asdict(row) for row in rows]})
     else:
         _show(given, rows)
 
@@ -98,7 +96,7 @@ def cost(
 def _show(given: dict[str, Any], rows: list[CostRow]) -> None:
     from st3.tools.common import tables
 
-    head = ("policy", "TFLOPs", "", "visual", "", "KV first", "", "KV mean", "")
+    head = ("policy", "TFLOPs", "%", "visual", "%", "KV first", "%", "KV mean", "%")
     table = tables.console(head, [row.cells() for row in rows], fold=(0,))
     console = stdout()
     console.print(f"{given['model']}: {given['visual']} visual and {given['text']} text tokens\n")

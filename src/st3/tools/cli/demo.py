@@ -10,7 +10,15 @@ import typer
 
 from st3.methods import DEFAULT_POLICY
 from st3.tools.cli._common import CliError, stderr
-from st3.tools.cli._options import Device, DType, Model, PolicyName, Precision, TrustRemoteCode
+from st3.tools.cli._options import (
+    Attention,
+    Device,
+    DType,
+    Model,
+    PolicyName,
+    Precision,
+    TrustRemoteCode,
+)
 from st3.tools.cli.serve import address, check_installed, listen
 from st3.tools.common.errors import first_line
 
@@ -22,6 +30,7 @@ def demo(
     browser: Annotated[
         bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")
     ] = True,
+    attention: Attention = None,
     device: Device = "auto",
     dtype: Precision = DType.auto,
     trust_remote_code: TrustRemoteCode = False,
@@ -43,7 +52,7 @@ def demo(
         from st3.tools.serve import Engine, Settings, create_app
         from st3.tools.serve.run import serve
     with console.status(f"loading {model or 'the bundled model'}"):
-        loaded = _loading.load(model, device, dtype.value, trust_remote_code)
+        loaded = _loading.load(model, device, dtype.value, trust_remote_code, attention=attention)
     listener = listen("127.0.0.1", port)
     try:
         engine = Engine(loaded.model, loaded.processor, policy)

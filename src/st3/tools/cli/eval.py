@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from st3.methods import DEFAULT_POLICY
-from st3.tools.cli._common import CliError, split_policies, stderr, stdout
-from st3.tools.cli._options import Device, DType, Model, Precision, TrustRemoteCode
+from st3.tools.cli._common import CliError, print_json, split_policies, stderr, stdout
+from st3.tools.cli._options import (
+    AsJson,
+    Attention,
+    Device,
+    DType,
+    Model,
+    Precision,
+    TrustRemoteCode,
+)
 from st3.tools.common.errors import first_line
 
 if TYPE_CHECKING:
@@ -55,6 +63,8 @@ def evaluate(
             metavar="DIR", help="Keep finished items, JSON, Markdown, PNG there; goes on from it."
         ),
     ] = None,
+    as_json: AsJson = False,
+    attention: Attention = None,
     device: Device = "auto",
     dtype: Precision = DType.auto,
     trust_remote_code: TrustRemoteCode = False,
@@ -84,13 +94,14 @@ def evaluate(
             fingerprint,
             label_policies,
             summarise,
+            to_dict,
             usable,
         )
     with _one_line_errors(2):
         chosen = label_policies(split_policies(policies))
         questions = _questions(data, tasks, limit)
     with console.status(f"loading {model or 'the bundled model'}"):
-        loaded = _loading.load(model, device, dtype.value, trust_remote_code)
+        loaded = _loading.load(model, device, dtype.value, trust_remote_code, attention=attention)
     with _one_line_errors(1):
         able, refused = usable(loaded.model, chosen)
         rows, notes = entries(able, shares, len(find_parts(loaded.model).layers))
@@ -123,7 +134,10 @@ def evaluate(
         with _loading.quiet():
             records = _run(work)
         summary = summarise(questions, rows, records, notes)
-    _show(summary, given)
+    if as_json:
+        print_json(to_dict(summary, given))
+    else:
+        _show(summary, given)
     if out is not None:
         _save(summary, given, rows, out)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -13,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from st3.methods import DEFAULT_POLICY
-from st3.tools.cli._common import CliError, stderr, stdout
+from st3.tools.cli._common import CliError, print_json, printable, stderr, stdout
 from st3.tools.cli._options import (
+    AsJson,
+    Attention,
     Device,
     DeviceMap,
     DType,
@@ -37,7 +38,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 def generate(
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE", help="Image files, all shown in one prompt.")
+        list[str],
+        typer.Argument(metavar="IMAGE", help="Image files, all shown in one prompt; - is stdin."),
     ],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question or instruction.")],
     model: Model = None,
@@ -46,8 +48,9 @@ def generate(
         bool, typer.Option("--compare", help="Answer untrimmed as well, and time both.")
     ] = False,
     runs: Annotated[
-        int, typer.Option(min=1, help="Timed runs of each with --compare; medians are shown.")
-    ] = 3,
+        int | None,
+        typer.Option(min=1, help="Timed runs of each with --compare, for medians. Default: 3."),
+    ] = None,
     heatmap: Annotated[
         Path | None,
         typer.Option(metavar="FILE.png", help="Draw which patches some layers kept."),
@@ -61,9 +64,8 @@ def generate(
         typer.Option(metavar="RUN", help="Record the run in this folder, for `st3 report RUN`."),
     ] = None,
     max_new_tokens: MaxNewTokens = 200,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
-    ] = False,
+    as_json: AsJson = False,
+    attention: Attention = None,
     device: Device = "auto",
     device_map: DeviceMap = None,
     tp: Annotated[
@@ -92,6 +94,8 @@ def generate(
         heatmap, layers = None, None
     if not prompt.strip():
         raise CliError("the prompt is empty: say what to answer with -p", 2)
+    if runs is not None and not compare:
+        raise CliError("--runs is for --compare, which times both answers: give it as well", 2)
     if heatmap is not None:
         _check_writable(heatmap)
     elif layers is not None:
@@ -102,13 +106,19 @@ def generate(
 
     console = stderr()
     with console.status("importing torch and transformers"):
-        import st3
         from st3.models.places import check_placed
         from st3.tools.cli import _loading, _seeing
     chosen = _policy(policy)
     pictures = _loading.load_images(images)
     with console.status(f"loading {model or 'the bundled model'}"):
-        loaded = _loading.load(model, device, dtype.value, trust_remote_code, device_map, tp)
+        loaded = _loading.load(
+            model, device, dtype.value, trust_remote_code, device_map, tp, attention
+        )
+    if len(pictures) > 1 and not as_json:
+        console.print(
+            f"{len(pictures)} images in one prompt; `st3 batch` answers each by itself",
+            style="dim", soft_wrap=True,
+        )  # fmt: skip
     result: dict[str, Any] = {
         "model": loaded.name,
         "policy": policy,
@@ -119,10 +129,14 @@ def generate(
     with _failures_in_one_line():
         if heatmap is not None:
             check_placed(loaded.model)
-        trimmer = st3.trim(loaded.model, chosen)
+        trimmer = _trimmer(loaded.model, chosen, policy)
+        if wanted is not None:
+            _check_layers(wanted, trimmer.schedule.num_layers)
+        if save is not None:
+            _check_saved(trimmer, policy)
         inputs = _loading.prepare(loaded, pictures, prompt)
     if compare:
-        result |= _compared(loaded, inputs, trimmer, max_new_tokens, runs, policy, as_json)
+        result |= _compared(loaded, inputs, trimmer, max_new_tokens, runs or 3, policy, as_json)
     else:
         result |= _answered(loaded, inputs, trimmer, max_new_tokens, as_json)
     result["report"] = trimmer.report.to_dict()
@@ -132,15 +146,16 @@ def generate(
         _draw(heatmap, places, pictures, trimmer.report, wanted, policy)
         result["heatmap"] = str(heatmap)
         if not as_json:
-            console.print(f"kept patches drawn in {heatmap}", soft_wrap=True)
+            console.print(f"kept patches drawn in {printable(heatmap)}", soft_wrap=True)
     if save is not None:
         with _failures_in_one_line(), console.status("recording the run"):
             _seeing.save_run(save, loaded, trimmer, inputs, pictures, max_new_tokens, result)
         result["run"] = str(save)
         if not as_json:
-            console.print(f"run recorded in {save}: st3 report {save}", soft_wrap=True)
+            where = printable(save)
+            console.print(f"run recorded in {where}: st3 report {where}", soft_wrap=True)
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print_json(result)
 
 
 def _leads() -> bool:
@@ -233,6 +248,34 @@ def _layer_list(text: str) -> list[int]:
         raise CliError(f"--layers {text}: give numbers with commas, such as 3,7,11", 2) from error
 
 
+def _trimmer(model: Any, chosen: Any, policy: str) -> Any:
+    """The trimmer of a policy. Raises CliError for one that does not fit the model's layers."""
+    import st3
+
+    try:
+        return st3.trim(model, chosen)
+    except st3.UnsupportedModelError:
+        raise
+    except ValueError as error:
+        raise CliError(f"--policy {policy}: {first_line(error)}", 2) from error
+
+
+def _check_layers(wanted: list[int], count: int) -> None:
+    """Before anything is answered, which may take minutes."""
+    if bad := [layer for layer in wanted if not 0 <= layer < count]:
+        raise CliError(f"--layers: there is no layer {bad[0]}, the model has 0 to {count - 1}", 2)
+
+
+def _check_saved(trimmer: Any, policy: str) -> None:
+    """Before anything is answered: whether the run can be recorded."""
+    if trimmer.policy.rerank:
+        raise CliError(
+            f"--save: a run of {policy} cannot be recorded, since it ranks tokens anew while it "
+            "decodes: leave out rerank_every, recall_every or dycoke",
+            2,
+        )
+
+
 def _draw(
     path: Path,
     places: list[Place],
@@ -245,10 +288,6 @@ def _draw(
 
     kept = report.kept[0]
     layers = heatmap.choose_layers(kept) if wanted is None else wanted
-    if bad := [layer for layer in layers if not 0 <= layer < len(kept)]:
-        raise CliError(
-            f"--layers: there is no layer {bad[0]}, the model has 0 to {len(kept) - 1}", 2
-        )
     try:
         picture = heatmap.draw(
             pictures,

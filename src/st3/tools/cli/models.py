@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from st3.tools.cli._common import stdout
+from st3.tools.cli._common import print_json, stdout
+from st3.tools.cli._options import AsJson
 
 
-def models() -> None:
+def models(as_json: AsJson = False) -> None:
     """List the supported model families.
 
     [bold]Example[/bold]: st3 models
@@ -13,8 +14,30 @@ def models() -> None:
     from st3.models import families
     from st3.tools.common import tables
 
-    rows = [(family.model_type, family.name, family.notes) for family in families()]
-    table = tables.console(("model_type", "name", "notes"), rows, left=(0, 1, 2), fold=(2,))
+    known = families()
+    if as_json:
+        print_json(
+            {
+                "models": [
+                    {
+                        "model_type": family.model_type,
+                        "name": family.name,
+                        "heatmap": family.layout.placed,
+                        "notes": family.notes,
+                    }
+                    for family in known
+                ]
+            }
+        )
+        return
+    rows = [
+        (family.model_type, family.name, "yes" if family.layout.placed else "no", family.notes)
+        for family in known
+    ]
+    head = ("model_type", "name", "heat map", "notes")
     console = stdout()
-    console.print(table)
-    console.print("\nmodel_type is the field of that name in the model's config.json.")
+    console.print(tables.console(head, rows, left=(0, 1, 2, 3), fold=(1, 3)))
+    console.print(
+        "\nmodel_type is the field of that name in the model's config.json. heat map: whether st3 "
+        "knows where a visual token lies in the image."
+    )

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from st3.tools.cli._common import CliError, stderr, stdout
+from st3.tools.cli._common import CliError, print_json, printable, stderr, stdout
+from st3.tools.cli._options import AsJson
 from st3.tools.common.errors import first_line
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def report(
     picture: Annotated[
         int, typer.Option(min=1, help="Which image of the prompt the animation shows.")
     ] = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Show a recorded run as one HTML page that opens from disk, and as an animation.
 
@@ -45,6 +47,9 @@ def report(
     """
     page = out or run / "report.html"
     film = gif or run / "annealing.gif"
+    for option, path, ends in (("--out", page, ".html"), ("--gif", film, ".gif")):
+        if path.suffix.lower() != ends:
+            raise CliError(f"{option} {printable(path)}: the name must end in {ends}", 2)
     with stderr().status("reading the run"):
         from st3.tools.see.record import Run
 
@@ -52,13 +57,21 @@ def report(
             recorded = Run.load(run)
         except ValueError as error:
             raise CliError(first_line(error), 2) from error
+    drawn = not no_gif and recorded.places is not None
+    if drawn and picture > len(recorded.pictures):
+        count = len(recorded.pictures)
+        raise CliError(f"--picture {picture}: the prompt had {count} image(s), from 1 on", 2)
     _write_page(page, recorded)
-    if no_gif:
-        return
-    if recorded.places is None:
+    if drawn:
+        _write_film(film, recorded, picture - 1)
+    elif not no_gif:
         stderr().print(f"no animation: {recorded.unplaced}", soft_wrap=True, markup=False)
+    written = {"page": str(page), "animation": str(film) if drawn else None}
+    if as_json:
+        print_json(written)
         return
-    _write_film(film, recorded, picture - 1)
+    for path in filter(None, written.values()):
+        stdout().print(printable(path), soft_wrap=True, markup=False)
 
 
 def _write_page(path: Path, run: Run) -> None:
@@ -76,7 +89,6 @@ def _write_page(path: Path, run: Run) -> None:
         path.write_text(render("report", title, data), encoding="utf-8")
     except OSError as error:
         raise CliError(f"cannot write {str(path)!r}: {first_line(error)}") from error
-    stdout().print(str(path), soft_wrap=True, markup=False)
 
 
 def _write_film(path: Path, run: Run, picture: int) -> None:
@@ -87,4 +99,3 @@ def _write_film(path: Path, run: Run, picture: int) -> None:
             save_gif(path, animate(run, picture=picture))
     except (ValueError, OSError) as error:
         raise CliError(f"{str(path)!r}: {first_line(error)}") from error
-    stdout().print(str(path), soft_wrap=True, markup=False)

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from st3.methods import DEFAULT_POLICY
-from st3.tools.cli._common import BUNDLED_MODEL, CliError, stderr
-from st3.tools.cli._options import Device, DType, Model, Precision, TrustRemoteCode
+from st3.tools.cli._common import BUNDLED_MODEL, CliError, stderr, warn
+from st3.tools.cli._options import Attention, Device, DType, Model, Precision, TrustRemoteCode
 from st3.tools.common.errors import first_line
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -90,6 +90,7 @@ def serve(
         int | None, typer.Option(min=1, help="Models on Ray, at most; between them it scales.")
     ] = None,
     gpus_per_replica: Annotated[float, typer.Option(min=0, help="GPUs of a model on Ray.")] = 0,
+    attention: Attention = None,
     device: Device = "auto",
     dtype: Precision = DType.auto,
     trust_remote_code: TrustRemoteCode = False,
@@ -111,7 +112,9 @@ def serve(
         from st3.tools.cli import _loading
         from st3.tools.serve import Engine, Settings, create_app
         from st3.tools.serve.run import serve as run
-    load = functools.partial(_loading.load, model, device, dtype.value, trust_remote_code)
+    load = functools.partial(
+        _loading.load, model, device, dtype.value, trust_remote_code, attention=attention
+    )
     try:
         settings = Settings(
             model_name=name or model or BUNDLED_MODEL,
@@ -134,7 +137,7 @@ def serve(
     except (ValueError, TypeError) as error:
         raise CliError(first_line(error), 2) from error
     if host not in _LOOPBACK and settings.api_key is None:
-        console.print(f"warning: anyone who reaches {host} may ask: consider --api-key-file")
+        warn(f"anyone who reaches {host} may ask: consider --api-key-file")
     limits: dict[str, Any] = {
         "policy": policy,
         "kv_budget_bytes": budget,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from st3.tools.cli._command import Command, common
 from st3.tools.cli._common import CliError, stderr, stdout
 from st3.tools.common.errors import first_line
 
@@ -22,7 +23,8 @@ def vllm() -> None:
     """Trimming inside of vLLM: what fits, and what does not."""
 
 
-@app.command()
+@app.command(cls=Command)
+@common
 def check(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a hub's id.")],
     policy: Annotated[

@@ -136,7 +136,10 @@ def device_of(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts when built without the device
-        message = f"device {str(name)!r} cannot be used here: {first_line(error)}"
+        why = first_line(error)
+        if "device type at start of device string" in why:  # torch lists all that it ever knew
+            why = "there is no such device; use auto, cpu, cuda, cuda:1, mps ..."
+        message = f"device {str(name)!r} cannot be used here: {why}"
         raise LoadError(message, usage=True) from error
     return device
 

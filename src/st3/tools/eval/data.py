@@ -7,7 +7,8 @@ list of them; ``task`` is optional and names the row of the tables)::
     {"image": "a.jpg", "captions": ["a red car on a road."], "objects": ["car"]}
     {"image": "a.jpg", "turns": [{"question": "...", "answer": "..."}, ...]}
 
-``answer`` may be a list of accepted answers. ``objects`` are those that a description should name,
+``answer`` may be a list of accepted answers, or be left out: then the answers are held against the
+untrimmed model's alone. ``objects`` are those that a description should name,
 in the order of the reference. A file ``objects.txt`` beside the JSONL file lists all objects that
 count as made up where they are not there, one a line, with synonyms behind commas.
 """
@@ -34,7 +35,8 @@ KINDS = (QUESTION, IMAGES, TURNS, CAPTION)
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, and the answers that count as right (none: it is a description)."""
+    """A question, and the answers that count as right (none: they are not known, or it is a
+    description)."""
 
     question: str
     answers: tuple[str, ...] = ()
@@ -160,9 +162,9 @@ def _item(row: Any, number: int, folder: Path) -> Item:
 
 
 def _turn(row: Any) -> Turn:
-    if not isinstance(row, dict) or "question" not in row or "answer" not in row:
-        raise ValueError('a line needs "question" and "answer", or "captions", or "turns"')
-    return Turn(str(row["question"]), _strings(row, "answer"))
+    if not isinstance(row, dict) or "question" not in row:
+        raise ValueError('a line needs "question" (and "answer"), or "captions", or "turns"')
+    return Turn(str(row["question"]), _strings(row, "answer") if "answer" in row else ())
 
 
 def _strings(row: dict[str, Any], key: str, empty: bool = False) -> tuple[str, ...]:

@@ -34,10 +34,19 @@ def draw_all(summary: Summary, folder: Path, title: str) -> list[Path]:
     return written
 
 
+_UNITS = {
+    "accuracy": "right, %",
+    "loyal_answers": "as untrimmed, %",
+    "recall": "objects named, %",
+    "cider": "CIDEr-D x 10",
+}
+
+
 def main_metric(kind: str, row: Row) -> str:
-    """What stands for the quality of a kind: right answers, objects named, or CIDEr-D."""
+    """What stands for the quality of a kind: right answers (without labels: the untrimmed ones),
+    objects named, or CIDEr-D."""
     if kind != CAPTION:
-        return "accuracy"
+        return "accuracy" if "accuracy" in row.values else "loyal_answers"
     return "recall" if "recall" in row.values else "cider"
 
 
@@ -106,8 +115,7 @@ def _panel(
             panel.plot(*pair, color=color("random"), linewidth=0.6, alpha=0.7, zorder=1)
         panel.scatter([100 * at], [height], s=26, marker="^", facecolors="none",
                       edgecolors=color("random"), linewidths=1.1, zorder=4)  # fmt: skip
-    unit = "right, %" if name == "accuracy" else "objects named, %"
-    panel.set_ylabel("CIDEr-D x 10" if name == "cider" else unit)
+    panel.set_ylabel(_UNITS[name])
 
 
 def _area(row: Row) -> float:

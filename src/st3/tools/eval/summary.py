@@ -107,7 +107,9 @@ def _row(
     tasks = {}
     if "accuracy" in metrics:
         for task in dict.fromkeys(item.task for item, _ in pairs):
-            tasks[task] = _accuracy([p for p in pairs if p[0].task == task]).estimate()
+            own = _labelled([pair for pair in pairs if pair[0].task == task])
+            if own:
+                tasks[task] = _accuracy(own).estimate()
     flops = [record.flops for _, record in pairs if record.flops is not None]
     return Row(
         entry=entry,
@@ -128,7 +130,9 @@ def _metrics(kind: str, pairs: Sequence[Pair], vocabulary: dict[str, str]) -> di
         found |= _object_metrics(pairs, vocabulary)
         found |= _caption_metrics(pairs)
     else:
-        found["accuracy"] = _accuracy(pairs)
+        labelled = _labelled(pairs)
+        if labelled:
+            found["accuracy"] = _accuracy(labelled)
     found["loyal_answers"] = _each(pairs, lambda i, r: (sum(r.loyal), len(r.loyal)))
     found["loyal_tokens"] = _each(pairs, lambda i, r: (r.same_place, r.tokens))
     if all(record.kl is not None for _, record in pairs):
@@ -145,10 +149,19 @@ def _each(pairs: Sequence[Pair], parts: Callable[[Item, Record], Sequence[float]
     return metric([parts(item, record) for item, record in pairs], _clusters(pairs))
 
 
+def _labelled(pairs: Sequence[Pair]) -> list[Pair]:
+    """Those whose right answers are known, of one turn at least."""
+    return [pair for pair in pairs if any(turn.answers for turn in pair[0].turns)]
+
+
 def _accuracy(pairs: Sequence[Pair]) -> Metric:
     def right(item: Item, record: Record) -> tuple[int, int]:
-        answers = zip(item.turns, record.answers, strict=True)
-        return sum(text.is_right(own, turn.answers) for turn, own in answers), len(item.turns)
+        known = [
+            (turn.answers, own)
+            for turn, own in zip(item.turns, record.answers, strict=True)
+            if turn.answers
+        ]
+        return sum(text.is_right(own, answers) for answers, own in known), len(known)
 
     return _each(pairs, right)
 

@@ -99,7 +99,7 @@ class Watch(Observer):
         trimmer = trimmer_of(self.model)
         if trimmer is None:
             trimmer = self._stack.enter_context(trim(self.model, "none"))
-        _check(trimmer)
+        check_watchable(trimmer)
         self._stack.enter_context(trimmer.observe(self))
         return self
 
@@ -200,7 +200,7 @@ class Watch(Observer):
         return self._stored.get(layer)
 
 
-def _check(trimmer: Trimmer) -> None:
+def check_watchable(trimmer: Trimmer) -> None:
     if trimmer.observers(Watch):
         raise TrimStateError("this model is being watched already")
     if trimmer.compile_decode or trimmer.policy.rerank:
