@@ -1,7 +1,7 @@
 """Draw the pictures of the documentation: python docs/make_pictures.py
 
-docs/img/schedule.png, and the gallery: docs/img/gallery-* and docs/pages/*, with the bundled model.
-`--schedule` draws the first alone. A few minutes on two cores.
+docs/img/schedule*.png and demo*.png, and the gallery: docs/img/gallery-* and docs/pages/*, with the
+bundled model. `--no-gallery` draws the first alone. A few minutes on two cores.
 """
 
 from __future__ import annotations
@@ -10,46 +10,125 @@ import os
 import shutil
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
 import st3
+from st3.models import places
 from st3.tools.cli import app
-from st3.tools.common.palette import looks
-from st3.tools.common.style import canvas
+from st3.tools.common.chats import ask, encode
+from st3.tools.common.images import open_image
+from st3.tools.common.palette import color
+from st3.tools.common.style import DARK, LIGHT, Theme, canvas
+from st3.tools.see.heatmap import CAPTION, GAP, PANEL, draw
 
 HERE = Path(__file__).resolve().parent
 OUT, PAGES = HERE / "img", HERE / "pages"
 LAYERS, VISUAL = 32, 576
 POLICIES = ("balanced", "st3", "fastv", "vtw", "none")
 PROMPT = "describe the image in detail."
+DEMO = 0  # of the sample images
 
 
 def schedule() -> None:
     """The default policy, the paper's and baselines: by depth, and over the answer."""
-    with canvas((10, 3.6)) as figure:
-        left, right = figure.subplots(1, 2)
-        colours = [look[0] for look in looks(POLICIES).values()]
-        for name, colour in zip(POLICIES, colours, strict=True):
-            counts = st3.parse(name).schedule(LAYERS)
-            kept = [counts.kept(layer, VISUAL) for layer in range(LAYERS)]
-            label = f"{name} (mean {counts.mean_share:.0%})"
-            left.step(range(LAYERS), kept, where="mid", color=colour, label=label, lw=2)
-            steps = range(0, 301, 2)
-            shown = [
-                sum(counts.visible(layer, VISUAL, step) for layer in range(LAYERS)) / LAYERS
-                for step in steps
-            ]
-            right.plot(steps, shown, color=colour, lw=2)
-        left.set(title="Prefill: visual tokens kept", xlabel="decoder layer")
-        left.set_ylabel("visual tokens")
-        right.set(title="Decode: visual KV entries shown", xlabel="generated tokens")
-        right.set_ylabel("mean over the layers")
-        for axis in (left, right):
-            axis.set_ylim(0, VISUAL * 1.05)
-            axis.grid()
-        left.legend(loc=(0.54, 0.5))
-        figure.suptitle(f"{LAYERS} layers, {VISUAL} visual tokens")
-        figure.savefig(OUT / "schedule.png", dpi=160)
+    counts = {name: st3.parse(name).schedule(LAYERS) for name in POLICIES}
+    order = sorted(POLICIES, key=lambda name: -counts[name].mean_share)
+    for theme in (LIGHT, DARK):
+        with canvas((10, 4.2), font=11, theme=theme) as figure:
+            left, right = figure.subplots(1, 2)
+            for name in order:
+                colour, plan = color(name), counts[name]
+                if theme is DARK:
+                    colour = lighter(colour)
+                kept = [plan.kept(layer, VISUAL) for layer in range(LAYERS)]
+                known = "untrimmed" if name == "none" else name
+                label = f"{known}: {plan.mean_share:.0%} on average"
+                left.step(range(LAYERS), kept, where="mid", color=colour, label=label, lw=2)
+                steps = range(0, 301, 2)
+                shown = [
+                    sum(plan.visible(layer, VISUAL, step) for layer in range(LAYERS)) / LAYERS
+                    for step in steps
+                ]
+                right.plot(steps, shown, color=colour, lw=2)
+            left.set(title="Prefill: visual tokens kept", xlabel="decoder layer")
+            left.set_ylabel("visual tokens")
+            right.set(title="Decode: visual KV entries shown", xlabel="generated tokens")
+            right.set_ylabel("mean over the layers")
+            for axis in (left, right):
+                axis.set_ylim(0, VISUAL * 1.05)
+                axis.grid()
+            figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+            figure.suptitle(f"{LAYERS} layers, {VISUAL} visual tokens")
+            figure.savefig(OUT / f"schedule{suffix(theme)}.png", dpi=130)
+
+
+def suffix(theme: Theme) -> str:
+    return "" if theme is LIGHT else "-dark"
+
+
+def lighter(colour: str) -> str:
+    """For dark grounds: half way to white."""
+    parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{(part + 255) // 2:02x}" for part in parts)
+
+
+def demo() -> None:
+    """The first picture of the README: one question, both answers, and what three layers see."""
+    folder = st3.bundled_model()
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    image = open_image(st3.sample_images()[DEMO])
+    inputs = encode(model, processor, [ask([image], PROMPT)])
+
+    def answer() -> str:
+        out = model.generate(**inputs, max_new_tokens=200, do_sample=False)
+        new = out[0, inputs["input_ids"].shape[1] :]
+        return str(processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+    before = answer()
+    with st3.trim(model) as trimmer:
+        after = answer()
+    report = trimmer.report
+    found = places.places(
+        model, inputs, [image], lambda drawn: encode(model, processor, [ask(drawn, PROMPT)])
+    )
+    kept = report.kept[0]
+    layers = (1, len(kept) // 2 + 1, len(kept) - 1)
+    panels = [("The picture: 144 visual tokens", image)]
+    for layer in layers:
+        own = {layer: report.kept_positions(layer).tolist()}
+        whole = draw([image], found, own)
+        panel = whole.crop(
+            (GAP * 2 + PANEL, GAP + CAPTION, GAP * 2 + 2 * PANEL, GAP + CAPTION + PANEL)
+        )
+        panels.append((f"Layer {layer} of {len(kept)} sees {kept[layer]}", panel))
+    same = "the same answer" if before == after else "another answer"
+    flops = report.prefill_flops_ratio or 0.0
+    facts = (
+        f"{report.mean_share:.0%} of the visual tokens on average, {flops:.0%} of the prefill FLOPs,\n"
+        f"{report.kv_mean_ratio:.0%} of the KV memory: {same}"
+    )
+    for theme in (LIGHT, DARK):
+        with canvas((8, 11.4), font=15, theme=theme) as figure:
+            axes = figure.subplots(3, 2, gridspec_kw={"height_ratios": (4, 4, 2.6)})
+            for axis, (title, picture) in zip(axes[:2].flat, panels, strict=True):
+                axis.imshow(picture)
+                axis.set_title(title)
+                axis.axis("off")
+            for axis, name, text in zip(
+                axes[2], ("All visual tokens", "Trimmed"), (before, after), strict=True
+            ):
+                axis.axis("off")
+                axis.set_title(name)
+                lines = textwrap.wrap(text, 31)
+                shown = "\n".join(lines[:7]) + (" ..." if len(lines) > 7 else "")
+                axis.text(0.0, 1, shown, va="top", fontsize=15, transform=axis.transAxes)
+            figure.suptitle(f"\u201c{PROMPT}\u201d")
+            figure.supxlabel(facts, fontsize=17)
+            figure.savefig(OUT / f"demo{suffix(theme)}.png", dpi=120)
 
 
 def gallery() -> None:
@@ -58,8 +137,9 @@ def gallery() -> None:
     image = Path(os.path.relpath(st3.sample_images()[0]))
     with tempfile.TemporaryDirectory() as scratch:
         run, seen = Path(scratch) / "run", Path(scratch) / "seen"
-        command("generate", image, "-p", PROMPT, "--compare", "--heatmap", OUT / "gallery-kept.png",
-                "--save", run)  # fmt: skip
+        # Annealing is faster here than by default, so that it is seen in a short answer.
+        command("generate", image, "-p", PROMPT, "--compare", "--policy", "balanced:tau=64",
+                "--heatmap", OUT / "gallery-kept.png", "--save", run)  # fmt: skip
         command("report", run, "--out", PAGES / "report.html",
                 "--gif", OUT / "gallery-annealing.gif")  # fmt: skip
         command("analyze", "-i", image.parent, "-p", PROMPT, "-o", seen, "--max-new-tokens", 96)
@@ -79,5 +159,6 @@ if __name__ == "__main__":
     OUT.mkdir(exist_ok=True)
     PAGES.mkdir(exist_ok=True)
     schedule()
-    if "--schedule" not in sys.argv[1:]:
+    demo()
+    if "--no-gallery" not in sys.argv[1:]:
         gallery()

@@ -37,15 +37,15 @@ def bright(panel: Image.Image, side: int) -> set[int]:
 @pytest.mark.parametrize("size", [(100, 100), (120, 80), (37, 90)])
 def test_kept_patches_stay_bright_and_the_others_are_dimmed(size: tuple[int, int]) -> None:
     kept = {0, 5, 6, 15}
-    panel = heatmap._fit(Image.new("RGB", size, "white"))
+    panel = heatmap.fit(Image.new("RGB", size, "white"))
     boxes = [box for i, place in enumerate(grid(4)) if i in kept and (box := place.box)]
-    assert bright(heatmap._dimmed(panel, boxes), 4) == kept
+    assert bright(heatmap.dimmed(panel, boxes), 4) == kept
 
 
 def test_nothing_kept_is_all_dimmed_and_everything_kept_is_the_image_but_for_its_outline() -> None:
-    panel = heatmap._fit(Image.new("RGB", (80, 80), "white"))
-    assert bright(heatmap._dimmed(panel, []), 4) == set()
-    whole = np.asarray(heatmap._dimmed(panel, [p.box for p in grid(4) if p.box]))
+    panel = heatmap.fit(Image.new("RGB", (80, 80), "white"))
+    assert bright(heatmap.dimmed(panel, []), 4) == set()
+    whole = np.asarray(heatmap.dimmed(panel, [p.box for p in grid(4) if p.box]))
     assert (whole[3:-3, 3:-3] == 255).all()
     assert tuple(whole[0, 50]) == heatmap.EDGE
 

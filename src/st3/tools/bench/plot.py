@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,22 @@ def draw(result: Result, path: Path, where: str) -> None:
     """
     figures = [summary(result, row) for row in result.rows]
     generated = bool(result.reference.generations)
-    compared = bool(result.reference.prefill)
+    # A single point beside the untrimmed model's compares nothing.
+    points = sum(row.flops_ratio is not None for row in result.rows)
+    compared = bool(result.reference.prefill) and points > 2
     with canvas((13, 4.6), font=8) as figure:
         axes: Any = figure.subplots(1, (3 if generated else 1) + compared, squeeze=False)[0]
         if generated:
-            _bars(axes[0], result, figures, "ttft_s", "TTFT, ms")
-            _bars(axes[1], result, figures, "tpot_s", "TPOT, ms")
+            _bars(axes[0], result, figures, "ttft_s", "TTFT")
+            _bars(axes[1], result, figures, "tpot_s", "TPOT")
             axes[1].set_yticklabels([])
             _kv(axes[2], result)
         else:
-            _bars(axes[0], result, figures, "prefill_s", "prefill, ms")
+            _bars(axes[0], result, figures, "prefill_s", "prefill")
         if compared:
             _gains(axes[-1], result, figures)
         figure.suptitle(f"{result.subject}: {result.workload.title}")
-        figure.supxlabel(where, fontsize=7)
+        figure.supxlabel(where, fontsize=8)
         figure.savefig(path, dpi=150)
 
 
@@ -45,13 +48,17 @@ def _labels(result: Result) -> list[str]:
 
 def _bars(axis: Any, result: Result, figures: list[dict[str, Any]], key: str, title: str) -> None:
     labels = _labels(result)
-    values = [1e3 * (figure[key] or 0.0) for figure in figures]
-    bars = axis.barh(labels, values, color=[looks(labels)[name][0] for name in labels], height=0.65)
-    axis.bar_label(bars, fmt="%.1f", padding=3)
+    seconds = [figure[key] or 0.0 for figure in figures]
+    scale, unit, digits = (1, "s", 2) if max(seconds) >= 1 else (1e3, "ms", 1)
+    values = [scale * value for value in seconds]
+    colours = [looks(labels)[name][0] for name in labels]
+    shown = ["\n".join(textwrap.wrap(name.replace(",", ", "), 26)) for name in labels]
+    bars = axis.barh(shown, values, color=colours, height=0.65)
+    axis.bar_label(bars, fmt=f"%.{digits}f", padding=3)
     axis.invert_yaxis()
     axis.margins(x=0.18)
     axis.locator_params(axis="x", nbins=4)  # long numbers would run into each other
-    axis.set_title(title)
+    axis.set_title(f"{title}, {unit}")
 
 
 def _kv(axis: Any, result: Result) -> None:

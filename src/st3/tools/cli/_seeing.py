@@ -54,6 +54,8 @@ def save_run(
             trimmer, inputs, loaded.tokenizer, max_new_tokens, found, why_not, pictures, about
         )
     before = result.get("untrimmed", {})
+    if before:
+        run.about["untrimmed"] = str(before["answer"])
     how = f"median of {result['runs']} runs" if before else "one cold run"
     for name, key in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("whole answer", "total_ms")):
         if result[key] is not None:

@@ -83,8 +83,8 @@ def analyze(
     analysis, suggestion, unplaced = _analysed(loaded, paths, texts, max_new_tokens, keep)
     about = {
         "model": loaded.name,
-        "prompts": f"{len(paths)} images, {len(texts)} different prompts, {analysis.decode_steps} "
-        f"decode steps (at most {max_new_tokens} new tokens each)",
+        "prompts": f"{_number(len(paths), 'image')}, {_number(len(texts), 'prompt')}, "
+        f"{analysis.decode_steps} decode steps (at most {max_new_tokens} new tokens each)",
         "visual": f"{analysis.visual_tokens:.0f} in a prompt; {unplaced}".removesuffix("; "),
         "conditions": f"{loaded.conditions()}, greedy, untrimmed",
         "command": _command(model, images, prompts, max_new_tokens, limit),
@@ -147,6 +147,10 @@ def _check_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CliError(f"--out {out}: {first_line(error)}", 2) from error
+
+
+def _number(count: int, name: str) -> str:
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def _command(

@@ -196,19 +196,31 @@ def _lazy(analysis: Analysis, suggestion: Suggestion) -> Figure:
     )
 
 
-def _matrices(pairs: list[tuple[str, Matrix]], low: float, unit: str) -> Draw:
+def _matrices(pairs: list[tuple[str, Matrix]], unit: str) -> Draw:
+    """The diagonal is 1 in every one of them: the colours are spread over the others."""
+    others = [
+        value
+        for _, matrix in pairs
+        for i, row in enumerate(matrix)
+        for j, value in enumerate(row)
+        if i != j
+    ]
+    low, high = min(others, default=0.0), max(others, default=1.0)
+    if high - low < 0.05:
+        low, high = max(0.0, low - 0.05), min(1.0, high + 0.05)
+
     def draw(figure: Any, theme: Theme) -> None:
         axes = figure.subplots(1, len(pairs), squeeze=False)[0]
         image = None
         for axis, (name, matrix) in zip(axes, pairs, strict=True):
-            image = axis.imshow(matrix, vmin=low, vmax=1, cmap=MAP, origin="lower")
+            image = axis.imshow(matrix, vmin=low, vmax=high, cmap=MAP, origin="lower")
             axis.set_title(name)
             axis.set_xlabel("decoder layer")
             axis.set_ylabel("decoder layer" if axis is axes[0] else "")
             step = max(1, -(-len(matrix) // 8))
             axis.set_xticks(range(0, len(matrix), step))
             axis.set_yticks(range(0, len(matrix), step))
-        bar = figure.colorbar(image, ax=list(axes), shrink=0.9)
+        bar = figure.colorbar(image, ax=list(axes), shrink=0.9, extend="max")
         bar.set_label(unit)
 
     return draw
@@ -230,7 +242,7 @@ def _pairs(analysis: Analysis, suggestion: Suggestion) -> Figure:
         title,
         "Cosine similarity of two layers' attention over the visual tokens. The table is of the "
         f"{pairs[-1][0]}.",
-        _draw(title, _matrices(pairs, 0, "cosine, 1 is equal"), high=4.3, shades=True),
+        _draw(title, _matrices(pairs, "cosine, 1 is equal"), high=4.3, shades=True),
         head,
         rows,
     )
@@ -277,7 +289,7 @@ def _overlap(analysis: Analysis, suggestion: Suggestion) -> Figure:
         f"A layer's kept set is the {analysis.keep:.0%} of the visual tokens that it attends to "
         f"most; drawn is the part that two layers share. Chance gives {analysis.keep:.0%}. The "
         "table is of the prefill.",
-        _draw(title, _matrices(pairs, 0, unit), high=4.3, shades=True),
+        _draw(title, _matrices(pairs, unit), high=4.3, shades=True),
         head,
         rows,
     )
@@ -350,7 +362,12 @@ def _places(analysis: Analysis, suggestion: Suggestion) -> Figure:
             axis.set_title(name)
             axis.set_ylim(0, 1.08 * top)
             axis.set_xticks(range(1, PLACES + 1))
-            _finish(axis, "twelfth of the image", "attention, 1 is even" if axis is axes[0] else "")
+            ends = {"from top to bottom": "top", "from left to right": "left edge"}
+            _finish(
+                axis,
+                f"place in the image, 1 to {PLACES}; 1 is the {ends.get(name, 'first')}",
+                "attention, 1 is even" if axis is axes[0] else "",
+            )
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
 

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from st3.tools.see.record import Run
 
 PANEL = 300  # longest side of a panel, pixels
+BESIDE = 3  # panels in a row: on a phone they are still large enough to see a patch
 GAP = 16
-CAPTION = 26
+WORDS = 19  # size of the letters
+CAPTION = 32
 EDGE = (230, 159, 0)  # Okabe and Ito's orange, which colour-blind readers tell from any grey
 INK = (20, 20, 20)
 
@@ -47,7 +49,7 @@ def draw(
     kept_positions: Mapping[int, Sequence[int]],
     title: str = "",
 ) -> Image.Image:
-    """A row for each image: the image, then a panel for each layer with dropped patches dimmed.
+    """For each image: the image, then a panel for each layer with dropped patches dimmed.
 
     images: as given to the model, in the prompt's order. places: where each visual token lies in
     them. kept_positions: for each layer to draw (counted from 0) the kept tokens, as indices into
@@ -65,14 +67,14 @@ def draw(
     for number, image in enumerate(images):
         own = {i for i, place in enumerate(places) if place.picture == number}
         name = "image" if len(images) == 1 else f"image {number + 1}"
-        panel = _fit(image.convert("RGB"))
+        panel = fit(image.convert("RGB"))
         panels = [_captioned(panel, f"{name}: {len(own)} visual tokens")]
         for layer, positions in kept_positions.items():
             kept = own.intersection(positions)
             boxes = [box for i in sorted(kept) if (box := places[i].box) is not None]
-            caption = f"layer {layer}: {len(kept)}/{len(own)} kept"
-            panels.append(_captioned(_dimmed(panel, boxes), caption))
-        rows.append(_beside(panels))
+            caption = f"layer {layer} sees {len(kept)} of {len(own)}"
+            panels.append(_captioned(dimmed(panel, boxes), caption))
+        rows += [_beside(panels[i : i + BESIDE]) for i in range(0, len(panels), BESIDE)]
     return _stacked(rows, title)
 
 
@@ -91,7 +93,7 @@ def animate(run: Run, frames: int = 60, picture: int = 0) -> list[Image.Image]:
     steps = len(run.visible)
     count = min(frames, steps)
     chosen = [round(i * (steps - 1) / max(count - 1, 1)) for i in range(count)]
-    panel = _fit(run.pictures[picture])
+    panel = fit(run.pictures[picture])
     whole = run.n_visual * run.layers
     drawn = []
     for step in chosen:
@@ -119,7 +121,7 @@ def save_gif(path: Path, frames: Sequence[Image.Image], seconds: float = 8.0) ->
     small[0].save(path, save_all=True, append_images=small[1:], duration=durations, loop=0)
 
 
-def _fit(image: Image.Image) -> Image.Image:
+def fit(image: Image.Image) -> Image.Image:
     scale = PANEL / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     resample = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
@@ -140,7 +142,7 @@ def _shade(panel: Image.Image) -> Image.Image:
     return Image.blend(grey, Image.new("RGB", panel.size, (60, 60, 60)), 0.75)
 
 
-def _dimmed(panel: Image.Image, kept: Iterable[Box]) -> Image.Image:
+def dimmed(panel: Image.Image, kept: Iterable[Box]) -> Image.Image:
     mask = Image.new("L", panel.size, 0)
     fill = ImageDraw.Draw(mask)
     for box in kept:
@@ -165,7 +167,19 @@ def _lit(panel: Image.Image, patches: Iterable[tuple[Box, float]]) -> Image.Imag
 
 def _tail(text: str, width: int, lines: int = 3) -> Image.Image:
     """The end of a text in a few lines."""
-    font = ImageFont.load_default(size=14)
+    font = ImageFont.load_default(size=WORDS)
+    rows = _wrapped(text, font, width)[-lines:]
+    out = Image.new("RGB", (width, 26 * lines), "white")
+    pen = ImageDraw.Draw(out)
+    for place, row in enumerate(rows):
+        pen.text((0, 26 * place), row, fill=INK, font=font)
+    return out
+
+
+def _wrapped(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> list[str]:
+    """The text in lines of at most ``width`` pixels, where its words allow that."""
     rows = [""]
     for word in text.split():
         longer = f"{rows[-1]} {word}".strip()
@@ -173,16 +187,11 @@ def _tail(text: str, width: int, lines: int = 3) -> Image.Image:
             rows.append(word)
         else:
             rows[-1] = longer
-    rows = rows[-lines:]
-    out = Image.new("RGB", (width, 20 * lines), "white")
-    pen = ImageDraw.Draw(out)
-    for place, row in enumerate(rows):
-        pen.text((0, 20 * place), row, fill=INK, font=font)
-    return out
+    return rows
 
 
 def _captioned(panel: Image.Image, caption: str) -> Image.Image:
-    font = ImageFont.load_default(size=14)
+    font = ImageFont.load_default(size=WORDS)
     width = max(panel.width, math.ceil(font.getlength(caption)))
     out = Image.new("RGB", (width, panel.height + CAPTION), "white")
     ImageDraw.Draw(out).text((0, 3), caption, fill=INK, font=font)
@@ -201,13 +210,14 @@ def _beside(panels: Sequence[Image.Image]) -> Image.Image:
 
 
 def _stacked(rows: Sequence[Image.Image], title: str) -> Image.Image:
-    font = ImageFont.load_default(size=16)
-    head = CAPTION + GAP // 2 if title else 0
-    width = max([row.width for row in rows] + [math.ceil(font.getlength(title))])
+    font = ImageFont.load_default(size=WORDS + 2)
+    width = max(row.width for row in rows)
+    lines = _wrapped(title, font, width) if title else []
+    head = CAPTION * len(lines) + GAP // 2 if title else 0
     height = head + sum(row.height for row in rows) + GAP * (len(rows) - 1)
     out = Image.new("RGB", (width + 2 * GAP, height + 2 * GAP), "white")
-    if title:
-        ImageDraw.Draw(out).text((GAP, GAP), title, fill=INK, font=font)
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(out).text((GAP, GAP + CAPTION * number), line, fill=INK, font=font)
     y = GAP + head
     for row in rows:
         out.paste(row, (GAP, y))

@@ -70,8 +70,8 @@ function paint(panel, seen) {
       paper.fillRect(x, y, w, h);
     }
   }
-  if (chosen !== null) {
-    paper.fillStyle = "rgb(213, 94, 0)";
+  if (chosen !== null && $("glow").checked) {
+    paper.fillStyle = $("glow-colour").value;
     for (const i of placed) {
       if (!(seen.brightness[i] > 0)) continue;
       const [x, y, right, bottom] = box(i).map(Math.round);
@@ -81,8 +81,10 @@ function paint(panel, seen) {
   }
   const nowhere = panel.own.length - placed.length;
   const note = nowhere ? `; ${nowhere} tokens for line ends or padding have no place` : "";
+  const mean = placed.reduce((sum, i) => sum + seen.brightness[i], 0);
   panel.caption.textContent = layer < 0
-    ? `${panel.name}: ${shown} of ${placed.length} visual tokens visible in some layer${note}`
+    ? `${panel.name}: ${mean.toFixed(1)} of ${placed.length} visual tokens visible, mean over the layers; ` +
+      `the more layers see a patch, the brighter it is${note}`
     : `${panel.name}: ${shown} of ${placed.length} visual tokens visible${note}`;
   canvas.setAttribute("aria-label", panel.caption.textContent);
 }
@@ -90,11 +92,11 @@ function paint(panel, seen) {
 function draw() {
   const seen = look(pass);
   panels.forEach((panel) => paint(panel, seen));
-  const name = layer < 0 ? "all layers" : `layer ${layer}`;
-  $("layer-name").textContent = layer < 0 ? "all layers" : `${layer} of 0-${layers - 1}`;
+  const name = layer < 0 ? "mean over the layers" : `layer ${layer}`;
+  $("layer-name").textContent = layer < 0 ? "all layers" : `${layer} of 0 to ${layers - 1}`;
   $("layer").setAttribute("aria-valuetext", name);
   const mean = visible[pass].reduce((a, b) => a + b, 0) / layers;
-  const number = layer < 0 ? `${mean.toFixed(1)} of ${count} visual tokens visible, mean over the layers`
+  const number = layer < 0 ? `${mean.toFixed(1)} of ${count} visual tokens visible`
     : `${visible[pass][layer]} of ${count} visual tokens visible`;
   $("state").textContent = chosen === null
     ? `Prefill, ${name}: ${number}.`
@@ -133,20 +135,31 @@ const spans = words.map((word, index) => {
 $("layer").max = layers;
 $("layer").addEventListener("input", (event) => { layer = Number(event.target.value) - 1; draw(); });
 $("release").addEventListener("click", () => { pinned = null; choose(null); });
+for (const id of ["glow", "glow-colour"]) $(id).addEventListener("input", draw);
+
+/** Round numbers from 0 to at most ``top``: 1, 2 or 5 times a power of ten, or powers of two. */
+function ticks(top, base = 10) {
+  let step = base ** Math.floor(Math.log(Math.max(top, 1e-9) / 3) / Math.log(base));
+  for (const times of base === 10 ? [1, 2, 5, 10] : [1, 2, 4]) {
+    if (top / (step * times) <= 5) { step *= times; break; }
+  }
+  if (base === 10 && Number.isInteger(top)) step = Math.max(1, step);
+  return Array.from({ length: Math.floor(top / step + 1e-9) + 1 }, (_, i) => i * step);
+}
 
 /** A chart of lines: { title, unit, x label, lines: [{ name, color, dash, points }], mark }. */
-function chart(home, { label, yLabel, xLabel, top, last, lines, mark }) {
-  const [wide, high, left, low] = [760, 240, 78, 42];
+function chart(home, { label, yLabel, xLabel, top, last, lines, mark, steps, binary }) {
+  // As wide as the page has room for, in its own pixels: the letters keep their size on a phone.
+  const [wide, high, left, low] = [Math.max(280, Math.min(760, home.clientWidth || 760)), 240, 78, 42];
   const x = (v) => left + (v / Math.max(last, 1)) * (wide - left - 16);
   const y = (v) => high - low - (v / Math.max(top, 1e-9)) * (high - low - 26);
   const svg = make("svg", { viewBox: `0 0 ${wide} ${high}`, role: "img", "aria-label": label });
-  for (const part of [0, 0.5, 1]) {
-    svg.append(make("line", { x1: left, x2: wide - 16, y1: y(top * part), y2: y(top * part),
+  for (const value of ticks(top, binary ? 2 : 10)) {
+    svg.append(make("line", { x1: left, x2: wide - 16, y1: y(value), y2: y(value),
       stroke: "currentColor", "stroke-opacity": 0.2 }));
-    svg.append(make("text", { x: left - 6, y: y(top * part) + 4, "text-anchor": "end" },
-      yLabel(top * part)));
+    svg.append(make("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, yLabel(value)));
   }
-  for (const value of new Set([0, Math.round(last / 2), last])) {
+  for (const value of ticks(last)) {
     svg.append(make("text", { x: x(value), y: high - low + 18, "text-anchor": "middle" }, value));
   }
   svg.append(make("text", { x: (left + wide) / 2, y: high - 4, "text-anchor": "middle" }, xLabel));
@@ -155,8 +168,15 @@ function chart(home, { label, yLabel, xLabel, top, last, lines, mark }) {
       stroke: "var(--mark)", "stroke-width": 2 }));
   }
   let along = left;
+  const legend = lines.reduce((sum, { name }) => sum + 50 + 7 * name.length, 0);
+  if (left + legend > wide) along = 4;
   for (const { name, color, dash, points } of lines) {
-    const path = points.map(([a, b], i) => `${i ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`);
+    const path = points.map(([a, b], i) => {
+      const level = y(b).toFixed(1);
+      if (!steps) return `${i ? "L" : "M"}${x(a).toFixed(1)} ${level}`;
+      return i ? `H${x(a).toFixed(1)}V${level}` : `M${x(a).toFixed(1)} ${level}`;
+    });
+    if (steps) path.push(`H${x(last).toFixed(1)}`);
     svg.append(make("path", { d: path.join(""), fill: "none", stroke: color, "stroke-width": 2.5,
       "stroke-dasharray": dash || "none" }));
     svg.append(make("line", { x1: along, x2: along + 26, y1: 10, y2: 10, stroke: color,
@@ -171,7 +191,7 @@ function drawByLayer() {
   const line = (counts) => counts.map((value, index) => [index, value]);
   chart($("by-layer"), {
     label: "Visual tokens that each layer sees", yLabel: (v) => String(Math.round(v)),
-    xLabel: "decoder layer", top: count, last: layers - 1, mark: layer < 0 ? null : layer,
+    xLabel: "decoder layer", top: count, last: layers, mark: layer < 0 ? null : layer, steps: true,
     lines: [{ name: "prefill", color: "var(--policy)", points: line(visible[0]) },
       ...(chosen === null ? [] : [{ name: "the chosen word", color: "var(--mark)", dash: "6 4",
         points: line(visible[pass]) }])],
@@ -186,7 +206,7 @@ function drawKV() {
   const points = (key) => data.kv.map((sample) => [sample.step, sample[key]]);
   chart($("kv"), {
     label: "Bytes of the KV cache over the decode steps", yLabel: (v) => scaled(v, "B"),
-    xLabel: "decode step", last: data.kv[data.kv.length - 1].step,
+    xLabel: "decode step", binary: true, last: data.kv[data.kv.length - 1].step,
     top: Math.max(...data.kv.map((s) => Math.max(s.untrimmed, s.allocated))),
     mark: chosen === null ? null : pass,
     lines: [{ name: "untrimmed", color: "var(--grey)", points: points("untrimmed") },
@@ -227,5 +247,10 @@ panels.forEach((panel) => {
   };
   panel.image.src = panel.picture;
 });
+if (data.about.untrimmed) {
+  $("untrimmed").hidden = false;
+  $("untrimmed-answer").textContent = data.about.untrimmed;
+}
+addEventListener("resize", () => { drawByLayer(); drawKV(); });
 draw();
 document.documentElement.dataset.ready = "true";
