@@ -22,7 +22,7 @@ from st3.tools.common.chats import ask, encode
 from st3.tools.common.images import open_image
 from st3.tools.common.palette import color
 from st3.tools.common.style import DARK, LIGHT, Theme, canvas
-from st3.tools.see.heatmap import CAPTION, GAP, PANEL, draw
+from st3.tools.see.heatmap import dimmed, fit
 
 HERE = Path(__file__).resolve().parent
 OUT, PAGES = HERE / "img", HERE / "pages"
@@ -99,17 +99,14 @@ def demo() -> None:
     layers = (1, len(kept) // 2 + 1, len(kept) - 1)
     panels = [("The picture: 144 visual tokens", image)]
     for layer in layers:
-        own = {layer: report.kept_positions(layer).tolist()}
-        whole = draw([image], found, own)
-        panel = whole.crop(
-            (GAP * 2 + PANEL, GAP + CAPTION, GAP * 2 + 2 * PANEL, GAP + CAPTION + PANEL)
-        )
+        boxes = [box for i in report.kept_positions(layer).tolist() if (box := found[i].box)]
+        panel = dimmed(fit(image), boxes)
         panels.append((f"Layer {layer} of {len(kept)} sees {kept[layer]}", panel))
     same = "the same answer" if before == after else "another answer"
     flops = report.prefill_flops_ratio or 0.0
     facts = (
-        f"{report.mean_share:.0%} of the visual tokens on average, {flops:.0%} of the prefill FLOPs,\n"
-        f"{report.kv_mean_ratio:.0%} of the KV memory: {same}"
+        f"{report.mean_share:.0%} of the visual tokens on average, {flops:.0%} of the prefill "
+        f"FLOPs,\n{report.kv_mean_ratio:.0%} of the KV memory: {same}"
     )
     for theme in (LIGHT, DARK):
         with canvas((8, 11.4), font=15, theme=theme) as figure:

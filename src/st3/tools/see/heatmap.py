@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
@@ -122,6 +122,7 @@ def save_gif(path: Path, frames: Sequence[Image.Image], seconds: float = 8.0) ->
 
 
 def fit(image: Image.Image) -> Image.Image:
+    """The image in the size of a panel."""
     scale = PANEL / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     resample = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
@@ -143,6 +144,7 @@ def _shade(panel: Image.Image) -> Image.Image:
 
 
 def dimmed(panel: Image.Image, kept: Iterable[Box]) -> Image.Image:
+    """The panel with all dimmed but these parts, which get an outline."""
     mask = Image.new("L", panel.size, 0)
     fill = ImageDraw.Draw(mask)
     for box in kept:
@@ -176,9 +178,7 @@ def _tail(text: str, width: int, lines: int = 3) -> Image.Image:
     return out
 
 
-def _wrapped(
-    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
-) -> list[str]:
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
     """The text in lines of at most ``width`` pixels, where its words allow that."""
     rows = [""]
     for word in text.split():
