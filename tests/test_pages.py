@@ -192,6 +192,61 @@ def test_pages_are_dark_where_the_reader_is(browser: Browser, tmp_path: Path) ->
     )
 
 
+@pytest.mark.browser
+@no_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_report_can_be_read_on_a_phone(browser: Browser, tmp_path: Path, dark: bool) -> None:
+    browser.open(page_of(sample_run(), tmp_path / "run"), dark=dark, wide=390)
+    browser.wait("document.querySelector('canvas').width > 100")
+    assert browser.run("document.documentElement.scrollWidth") <= 390
+    heights = browser.run(
+        "[...document.querySelectorAll('svg text')].map((t) => t.getBoundingClientRect().height)"
+    )
+    assert min(heights) > 10
+    room = "(() => { const t = document.querySelector('.scroll');"
+    assert browser.run(room + "return t.scrollWidth - t.clientWidth; })()") <= 0
+    assert browser.complaints == []
+    browser.open(tmp_path / "run" / "report.html")  # the window as it was
+
+
+@pytest.mark.browser
+@no_browser
+def test_all_layers_are_a_mean_and_attention_can_be_left_out(
+    browser: Browser, tmp_path: Path
+) -> None:
+    run = sample_run()
+    run.about["untrimmed"] = "a <red> dot."
+    browser.open(page_of(run, tmp_path / "run"))
+    browser.wait("document.querySelector('canvas').width > 300")
+    caption = browser.run("document.querySelector('figcaption').textContent")
+    # Of the 4 placed tokens layer 0 sees 4, layer 1 sees 2 and layer 2 one.
+    assert caption.startswith("image: 2.3 of 4 visual tokens visible, mean over the layers")
+    assert browser.run("document.getElementById('untrimmed-answer').textContent") == "a <red> dot."
+    slide(browser, 1)
+    browser.click(".word:nth-of-type(1)")
+    coloured = browser.run(QUARTERS % 0)
+    assert coloured != [BRIGHT] * 4
+    browser.click("#glow")
+    assert browser.run(QUARTERS % 0) == [BRIGHT] * 4
+    assert browser.complaints == []
+
+
+@pytest.mark.browser
+@no_browser
+def test_the_axes_have_round_numbers(browser: Browser, tmp_path: Path) -> None:
+    run = sample_run()
+    browser.open(page_of(run, tmp_path / "run"))
+    numbers = browser.run(
+        "[[144, 10], [1, 10], [5, 10], [16, 10], [4015, 2], [1.2e9, 2]].map((a) => ticks(...a))"
+    )
+    assert numbers[0] == [0, 50, 100]
+    assert numbers[1] == [0, 1]
+    assert numbers[2] == [0, 1, 2, 3, 4, 5]
+    assert numbers[3] == [0, 5, 10, 15]
+    assert numbers[4] == [0, 1024, 2048, 3072]
+    assert all(value % 2**20 == 0 for value in numbers[5])
+
+
 # The analysis, from the command line --------------------------------------------------------------
 
 
