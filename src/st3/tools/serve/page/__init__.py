@@ -7,6 +7,7 @@ page itself, so that the Content-Security-Policy can forbid both.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,21 @@ def add_page(app: FastAPI, engine: Engine, settings: Settings) -> None:
     for path, (name, kind) in _FILES.items():
         text = (_HERE / name).read_bytes()
         app.add_api_route(path, _answer(text, kind), methods=["GET"], response_model=None)
-    bundled = Path(str(getattr(engine.model.config, "_name_or_path", ""))) == bundled_model()
-    samples = {path.name: path.read_bytes() for path in sample_images()} if bundled else {}
+
+    @functools.cache
+    def samples() -> dict[str, bytes]:
+        """Pictures for the bundled model, which knows nothing else."""
+        bundled = Path(str(getattr(engine.model.config, "_name_or_path", ""))) == bundled_model()
+        return {path.name: path.read_bytes() for path in sample_images()} if bundled else {}
 
     async def about() -> Response:
-        return JSONResponse(_about(engine, settings, list(samples)), headers=HEADERS)
+        return JSONResponse(_about(engine, settings, list(samples())), headers=HEADERS)
 
     async def sample(name: str) -> Response:
-        if name not in samples:
+        found = samples().get(name)
+        if found is None:
             raise ServeError(404, "not_found", "there is no such picture")
-        return Response(samples[name], media_type="image/png", headers=HEADERS)
+        return Response(found, media_type="image/png", headers=HEADERS)
 
     app.add_api_route("/page/about", about, methods=["GET"], response_model=None)
     app.add_api_route(_SAMPLES + "{name}", sample, methods=["GET"], response_model=None)
