@@ -37,8 +37,8 @@ def schedule() -> None:
     counts = {name: st3.parse(name).schedule(LAYERS) for name in POLICIES}
     order = sorted(POLICIES, key=lambda name: -counts[name].mean_share)
     for theme in (LIGHT, DARK):
-        with canvas((10, 4.2), font=11, theme=theme) as figure:
-            left, right = figure.subplots(1, 2)
+        with canvas((6.6, 7.2), font=12, theme=theme) as figure:
+            left, right = figure.subplots(2, 1)
             for name in order:
                 colour, plan = color(name), counts[name]
                 if theme is DARK:
@@ -60,7 +60,7 @@ def schedule() -> None:
             for axis in (left, right):
                 axis.set_ylim(0, VISUAL * 1.05)
                 axis.grid()
-            figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+            figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
             figure.suptitle(f"{LAYERS} layers, {VISUAL} visual tokens")
             figure.savefig(OUT / f"schedule{suffix(theme)}.png", dpi=130)
 

@@ -58,7 +58,7 @@ def _draw(title: str, draw: Draw, high: float = 4.1, shades: bool = False) -> di
     pictures = {}
     for theme in THEMES:
         buffer, small = io.BytesIO(), io.BytesIO()
-        with canvas((8.4, high), font=10, theme=theme) as figure:
+        with canvas((7.4, high + 0.4), font=12, theme=theme) as figure:  # for phones, too
             figure.suptitle(title)
             draw(figure, theme)
             figure.savefig(buffer, dpi=110, format="png")

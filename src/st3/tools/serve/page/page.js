@@ -108,7 +108,7 @@ function compare() {
   const mark = document.createElement("mark");
   mark.textContent = b.slice(at).join("");
   second.replaceChildren(b.slice(0, at).join(""), mark);
-  return "The answers differ where it is marked";
+  return "The answers differ from the mark on";
 }
 
 // Asking ---------------------------------------------------------------------------------------
@@ -157,8 +157,8 @@ async function ask() {
       shown = bitmap;
       look();
     });
-    $("verdict").textContent = `${compare()}, with ${percent(after.mean_share)} of the visual tokens ` +
-      `and ${percent(after.kv_bytes / before.kv_bytes)} of the KV cache.`;
+    $("verdict").textContent = `${compare()}. The trimmed one took ${percent(after.mean_share)} of the ` +
+      `visual tokens and ${percent(after.kv_bytes / before.kv_bytes)} of the KV cache.`;
     say("Done.");
   } catch (error) {
     fail(error);
