@@ -277,7 +277,7 @@ def test_analyze_writes_page_data_and_figures(analysed: Path) -> None:
     assert len(figures) == 16
     for name in figures:
         with Image.open(analysed / f"{name}.png") as figure:
-            assert figure.width > 800
+            assert figure.width > 700
             corner = figure.convert("L").getpixel((3, 3))
         assert (corner > 128) == (not name.endswith("-dark"))  # type: ignore[operator]
 
