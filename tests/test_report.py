@@ -277,7 +277,8 @@ def test_it_goes_through_json() -> None:
 
 
 def test_a_notebook_shows_a_table_and_a_chart() -> None:
-    report = report_of(Case.of("llava"), st3.parse("random:like=(fastv:drop=0.5,layer=2),seed=1"))
+    policy = st3.parse("random:like=(fastv:drop=0.5,layer=2),seed=1")
+    report = report_of(Case.of("llava", SOLO), policy)
     shown = report._repr_html_()
     for name, value in [line.split("  ", 1) for line in str(report).splitlines()]:
         assert f">{name}</th>" in shown

@@ -77,5 +77,5 @@ def common(function: Callable[..., None]) -> Callable[..., None]:
     parameters = [*signature.parameters.values(), *more]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in parameters}
-    del run.__wrapped__  # type: ignore[attr-defined]  # typer would ask it for its hints
+    del run.__wrapped__  # typer would ask it for its hints
     return run

@@ -70,8 +70,8 @@ def report(
     if as_json:
         print_json(written)
         return
-    for path in filter(None, written.values()):
-        stdout().print(printable(path), soft_wrap=True, markup=False)
+    for name in filter(None, written.values()):
+        stdout().print(printable(name), soft_wrap=True, markup=False)
 
 
 def _write_page(path: Path, run: Run) -> None:

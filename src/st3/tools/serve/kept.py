@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from st3.models.places import Place, UnknownPlaces, places
+from st3.models import UnknownPlaces
+from st3.models.places import Place, places
 from st3.report import Report
 from st3.tools.serve.errors import refused
 
@@ -91,7 +92,8 @@ def kept_of(spots: Spots, report: Report) -> dict[str, Any]:
         seen[report.kept_positions(layer)] += 1
     found, why = spots.places, spots.why
     if found is not None and len(found) != len(seen):
-        found, why = None, f"{len(seen)} visual tokens, but places of {len(found)}"
+        why = f"{len(seen)} visual tokens, but places of {len(found)}"
+        found = None
     return {
         "layers": layers,
         "seen_by": seen.tolist(),

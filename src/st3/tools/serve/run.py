@@ -41,7 +41,9 @@ class _Server(uvicorn.Server):
         elif self._signals == 2:
             self._engine.hurry()
         else:
-            self.force_exit = True
+            # Not uvicorn's way out, which cancels everything with tracebacks; and the engine's
+            # thread may be within a kernel, and is not to be met by the interpreter's end.
+            os._exit(128 + signal.SIGINT)
 
 
 def serve(
@@ -68,9 +70,6 @@ def serve(
     )
     server = _Server(config, engine, on_ready)
     server.run(sockets=[listener])
-    if server.force_exit:
-        # The engine's thread may be within a kernel, and is not to be met by the interpreter's end.
-        os._exit(128 + signal.SIGINT)
 
 
 def _say(text: str) -> None:
