@@ -61,6 +61,7 @@ LAYERS = 8
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<|image_pad|>", "<|video_pad|>"]
 SPECIAL += ["<|vision_start|>", "<|vision_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
 FIRST_WORD = 30
+_VIDEO_PAD = "<|video_pad|>"
 VOCABULARY = [*SPECIAL, *(f"<{i}>" for i in range(len(SPECIAL), FIRST_WORD))]
 VOCABULARY += [f"w{i}" for i in range(FIRST_WORD, 120)]
 ID = {word: i for i, word in enumerate(VOCABULARY)}
@@ -79,6 +80,7 @@ class Kind:
         config: makes its config.
         processor: makes its processor from a tokenizer.
         image: what stands for one in a prompt.
+        video: what stands for a video; None where it takes none.
         gain, seed: of the random weights, so that answers are not one word over and over, and no
             two words are equally likely.
     """
@@ -86,6 +88,7 @@ class Kind:
     config: Callable[[], PreTrainedConfig]
     processor: Callable[[Any], Any]
     image: str
+    video: str | None = None
     gain: float = 2.0
     seed: int = 0
 
@@ -102,7 +105,7 @@ class Kind:
         generation.eos_token_id = None
         model.save_pretrained(folder)
         _with_vision_model(folder / "model.safetensors")
-        processor = self.processor(_tokenizer())
+        processor = self.processor(_tokenizer("<video>" if self.video == "<video>" else _VIDEO_PAD))
         processor.chat_template = CHAT.replace("IMAGE", f"{self.image} ")
         processor.save_pretrained(folder)
         return folder
@@ -118,7 +121,7 @@ def _with_vision_model(file: Path) -> None:
         save_file(long, file, metadata={"format": "pt"})
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer(video: str) -> PreTrainedTokenizerFast:
     tokens = Tokenizer(models.WordLevel(ID, unk_token="<unk>"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -132,7 +135,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
             "start_image_token": "<img>",
             "end_image_token": "</img>",
             "context_image_token": "<IMG_CONTEXT>",
-            "video_token": "<video>",
+            "video_token": video,
         },
     )
 
@@ -262,9 +265,13 @@ def _qwen3_vl() -> PreTrainedConfig:
     )
 
 
-def _qwen_processor(made: Any, video: Any) -> Callable[[Any], Any]:
+def _qwen_processor(made: Any, video: Any, **colours: Any) -> Callable[[Any], Any]:
+    """``colours``: mean and deviation, where those of videos are not those of images by default.
+    Checkpoints have the same, and vLLM takes one for both."""
+
     def make(tokenizer: Any) -> Any:
         patches = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "size": PIXELS}
+        patches |= colours
         return made(Qwen2VLImageProcessor(**patches), tokenizer, video(**patches))
 
     return make
@@ -293,6 +300,7 @@ def _internvl_processor(tokenizer: Any) -> Any:
 
 
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+_QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 KINDS = {
     "llava": Kind(_llava, _llava_processor, "<image>"),
     "llava_next": Kind(_llava_next, _llava_next_processor, "<image>", seed=1),
@@ -300,17 +308,22 @@ KINDS = {
         _qwen2_vl,
         _qwen_processor(Qwen2VLProcessor, Qwen2VLVideoProcessor),
         _QWEN_IMAGE,
+        _QWEN_VIDEO,
     ),
     "qwen2_5_vl": Kind(
         _qwen2_5_vl,
         _qwen_processor(Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
         _QWEN_IMAGE,
+        _QWEN_VIDEO,
     ),
     "qwen3_vl": Kind(
         _qwen3_vl,
-        _qwen_processor(Qwen3VLProcessor, Qwen3VLVideoProcessor),
+        _qwen_processor(
+            Qwen3VLProcessor, Qwen3VLVideoProcessor, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ),
         _QWEN_IMAGE,
+        _QWEN_VIDEO,
         gain=3.0,
     ),
-    "internvl": Kind(_internvl, _internvl_processor, "<IMG_CONTEXT>"),
+    "internvl": Kind(_internvl, _internvl_processor, "<IMG_CONTEXT>", "<video>"),
 }

@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Ask:
     Attributes:
         text: its prompt.
         images: its pictures.
+        videos: its videos, [frames, height, width, 3] each.
         params: of vLLM's ``SamplingParams``; greedy, 24 tokens and log-probabilities by default.
         at: the step before which it is sent.
         abort: the step before which it is aborted.
@@ -44,6 +46,7 @@ class Ask:
 
     text: str
     images: list[Any] = field(default_factory=list)
+    videos: list[Any] = field(default_factory=list)
     params: dict[str, Any] = field(default_factory=dict)
     at: int = 0
     abort: int | None = None
@@ -59,6 +62,7 @@ class Job:
         asks: the requests.
         options: of vLLM's ``LLM``, over those that all have.
         st3: further options of st3.
+        schedules_ahead: force async scheduling, which vLLM switches off on CPUs.
         script: what to do with the engine: a function of this module.
     """
 
@@ -67,6 +71,7 @@ class Job:
     asks: list[Ask]
     options: dict[str, Any] = field(default_factory=dict)
     st3: dict[str, Any] = field(default_factory=dict)
+    schedules_ahead: bool = False
     script: str = "drive"
 
 
@@ -81,8 +86,11 @@ class Result:
         steps: before each step: requests running, blocks in use, and each request's held blocks by
             KV cache group.
         in_use: blocks in use at the end.
+        usage: share of the blocks in use at the end, as vLLM's metrics have it.
+        remembered: requests that st3's ledger knows at the end.
         counters: st3's.
         preemptions: how often a request was preempted.
+        refused: why requests were not taken, by their number.
         error: why there is no answer.
     """
 
@@ -92,10 +100,13 @@ class Result:
     cached: list[int] = field(default_factory=list)
     steps: list[tuple[int, int, dict[str, list[int]]]] = field(default_factory=list)
     in_use: int = 0
+    usage: float = 0.0
+    remembered: int = 0
     blocks: int = 0
     groups: list[int] = field(default_factory=list)
     counters: dict[str, int] = field(default_factory=dict)
     preemptions: int = 0
+    refused: dict[int, str] = field(default_factory=dict)
     error: str | None = None
 
     @property
@@ -144,13 +155,45 @@ def engine(job: Job) -> Any:
     }
     if job.policy is not None:
         options["additional_config"] = {"st3": {"policy": job.policy, **job.st3}}
-    return LLM(**options)
+    with _ahead() if job.schedules_ahead else contextlib.nullcontext():
+        return LLM(**options)
+
+
+@contextlib.contextmanager
+def _ahead() -> Iterator[None]:
+    from vllm.engine.arg_utils import EngineArgs
+
+    inner = EngineArgs.create_engine_config
+
+    def create_engine_config(*args: Any, **kwargs: Any) -> Any:
+        config = inner(*args, **kwargs)
+        config.scheduler_config.async_scheduling = True
+        return config
+
+    EngineArgs.create_engine_config = create_engine_config
+    yield
+    EngineArgs.create_engine_config = inner
+
+
+def metadata(video: Any) -> dict[str, Any]:
+    """Of a video all of whose frames are there."""
+    frames = len(video)
+    return {
+        "fps": 2.0,
+        "duration": frames / 2,
+        "total_num_frames": frames,
+        "frames_indices": list(range(frames)),
+        "video_backend": "opencv",
+        "do_sample_frames": False,
+    }
 
 
 def prompt(ask: Ask) -> dict[str, Any]:
     data: dict[str, Any] = {}
     if ask.images:
         data["image"] = ask.images
+    if ask.videos:
+        data["video"] = [(video, metadata(video)) for video in ask.videos]
     return {"prompt": ask.text, "multi_modal_data": data} if data else {"prompt": ask.text}
 
 
@@ -172,7 +215,10 @@ def drive(llm: Any, job: Job) -> Result:
     while waiting or front.has_unfinished_requests():
         for i in [i for i, ask in waiting.items() if ask.at <= step]:
             ask = waiting.pop(i)
-            front.add_request(str(i), prompt(ask), params(ask))
+            try:
+                front.add_request(str(i), prompt(ask), params(ask))
+            except Exception as error:  # the tests look at it
+                result.refused[i] = f"{type(error).__name__}: {error}"
         gone = [str(i) for i, ask in enumerate(job.asks) if ask.abort == step]
         if gone:
             front.abort_request(gone)
@@ -184,6 +230,8 @@ def drive(llm: Any, job: Job) -> Result:
         step += 1
     for i in range(len(job.asks)):
         _take(result, done.get(i))
+    usage = [m.value for m in llm.get_metrics() if m.name == "vllm:kv_cache_usage_perc"]
+    result.usage = float(usage[0])
     if scheduler is not None:
         _finish(scheduler, result)
     return result
@@ -261,6 +309,7 @@ def _finish(scheduler: Any, result: Result) -> None:
     result.groups = [len(group.layer_names) for group in groups]
     ledger = getattr(scheduler, "st3", None)
     result.counters = dict(ledger.counters) if ledger is not None else {}
+    result.remembered = len(ledger.entries) if ledger is not None else 0
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from st3.methods.policies import Policy, parse
 from st3.methods.schedule import Schedule
 from st3.methods.scores import Score
 from st3.vllm.plan import Plan
-from tests.vllm.engine import Ask
+from tests.vllm.engine import Ask, metadata
 
 #: Log-probabilities of what two engines compute alike, in fp32.
 EQUAL = 2e-3
@@ -75,6 +75,15 @@ class Library:
 
     def inputs(self, ask: Ask) -> Any:
         given: dict[str, Any] = {"images": ask.images} if ask.images else {}
+        if ask.videos:
+            known = [metadata(video) for video in ask.videos]
+            for of in known:
+                del of["do_sample_frames"]
+            given |= {
+                "videos": [list(video) for video in ask.videos],
+                "video_metadata": known,
+                "do_sample_frames": False,
+            }
         return self.processor(text=ask.text, return_tensors="pt", **given)
 
     @torch.no_grad()

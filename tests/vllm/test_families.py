@@ -8,16 +8,20 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from tests.vllm.checkpoints import KINDS, LAYERS
-from tests.vllm.engine import Job, Result, run
+from tests.vllm.checkpoints import ID, KINDS, LAYERS
+from tests.vllm.engine import Ask, Job, Result, run
 from tests.vllm.library import EQUAL, Library
-from tests.vllm.pictures import asks
+from tests.vllm.pictures import asks, asks_with_video
 
 POLICIES = {
     "off": None,  # the plug-in is installed and not configured
     "fastv": "fastv:layer=2,drop=0.75",  # in Qwen3-VL one layer before DeepStack's last
     "balanced": "balanced:tau=16",
 }
+
+
+def of(kind: str) -> list[Ask]:
+    return asks(kind) + asks_with_video(kind)
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -32,30 +36,42 @@ def folder(kind: str, checkpoint_folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def results(kind: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    jobs = {name: Job(folder, policy, asks(kind)) for name, policy in POLICIES.items()}
+    jobs = {name: Job(folder, policy, of(kind)) for name, policy in POLICIES.items()}
     return run(jobs, tmp_path_factory.mktemp(kind))
+
+
+@pytest.fixture(scope="module")
+def library(folder: Path) -> Library:
+    return Library(folder)
+
+
+def alike(tokens: list[int]) -> list[int]:
+    """InternVL's frames hold the placeholder of videos in vLLM, and that of images in
+    transformers."""
+    return [ID["<video>"] if token == ID["<IMG_CONTEXT>"] else token for token in tokens]
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_tokens_are_the_librarys(
-    kind: str, folder: Path, results: dict[str, Result], name: str
+    kind: str, library: Library, results: dict[str, Result], name: str
 ) -> None:
-    library, result = Library(folder), results[name]
+    result = results[name]
     assert result.error is None
-    for i, ask in enumerate(asks(kind)):
+    for i, ask in enumerate(of(kind)):
         answer = library.answer(ask, POLICIES[name])
-        assert result.prompts[i] == library.inputs(ask)["input_ids"][0].tolist()
+        assert alike(result.prompts[i]) == alike(library.inputs(ask)["input_ids"][0].tolist())
         assert result.tokens[i] == answer.ids, (kind, name, i)
         assert result.logprobs[i][0] == pytest.approx(answer.logprobs, abs=EQUAL)
 
 
 def test_nothing_is_left_in_use(results: dict[str, Result]) -> None:
-    assert {name: result.in_use for name, result in results.items()} == dict.fromkeys(results, 0)
+    left = {name: (result.in_use, result.remembered) for name, result in results.items()}
+    assert left == dict.fromkeys(results, (0, 0))
 
 
-def test_policies_differ(results: dict[str, Result]) -> None:
+def test_policies_differ(kind: str, results: dict[str, Result]) -> None:
     """Else the comparisons above would show nothing."""
-    pictures = (0, 2, 3)
+    pictures = [i for i, ask in enumerate(of(kind)) if ask.images or ask.videos]
     for name in ("fastv", "balanced"):
         pairs = [(results[name].logprobs[i], results["off"].logprobs[i]) for i in pictures]
         assert any(a != pytest.approx(b, abs=1e-2) for (a,), (b,) in pairs)

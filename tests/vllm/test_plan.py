@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from st3.vllm.batch import Batch, Columns, Share
+from st3.vllm.batch import Batch, Share
+from st3.vllm.columns import Columns
 from st3.vllm.ledger import Ledger
 from st3.vllm.metadata import Tables, without_rows
 from st3.vllm.plan import Plan
@@ -95,6 +96,11 @@ def test_visual_tokens_are_those_of_images() -> None:
     assert prompt.images == (3, 2)
 
 
+def test_a_video_is_visual_and_images_side_by_side_are_one_run() -> None:
+    video = feature((20, 22), (25, 27), modality="video")
+    assert Prompt.of(40, [video, feature((3, 5)), feature((6, 9))]).images == (7, 3, 3)
+
+
 def test_the_last_token_never_counts_as_visual() -> None:
     assert Prompt.of(10, [feature((4, 9))]).runs == ((4, 9),)
     assert Prompt.of(10, [feature((9, 9))]).runs == ()
@@ -127,7 +133,6 @@ def test_a_request_computed_in_one_piece_is_trimmed(ledger: Ledger) -> None:
         (request("a", 120, feature((4, 103))), 64, "chunked"),
         (request("a", 120, feature((4, 20))), 120, "small"),
         (request("a", 120, feature((4, 103)), prompt_logprobs=0), 120, "prompt_logprobs"),
-        (request("a", 120, feature((4, 103), modality="video")), 120, "video"),
     ],
 )
 def test_a_request_that_passes_is_counted_once_with_the_reason(
@@ -160,14 +165,12 @@ def test_text_may_read_the_prefix_cache(ledger: Ledger) -> None:
 # Rows -----------------------------------------------------------------------------------------
 
 
-def share(start: int = 0, computed: int = 0, behind: int = 0) -> Share:
-    prompt = Prompt(12, ((2, 10),))
-    length = 1 if computed else 12 + behind
-    return Share(start, length, computed, prompt, True)
+def share(start: int = 0) -> Share:
+    return Share(start, 12, 0, Prompt(12, ((2, 10),)), True)
 
 
 def test_the_best_are_kept_in_their_order_with_all_text() -> None:
-    columns = Columns(share(behind=2), torch.device("cpu"))
+    columns = Columns(share().prompt, 14, torch.device("cpu"))
     columns.score = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.9, 0.0, 0.3, 0.4])
     assert columns.keep(3).tolist() == [0, 1, 3, 5, 6, 10, 11, 12, 13]
     assert columns.left[columns.visual].tolist() == [3, 5, 6]
@@ -191,6 +194,35 @@ def test_rows_leave_and_come_back_as_zeros() -> None:
     kept = left[:, 0].long()
     assert back[kept].equal(left)
     assert back.sum() == left.sum()
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["st3", "balanced", "fastv", "fastv:score=attention-max-detrended", "vtw", "pyramiddrop",
+     "keynorm", "grid", "random:like=(fastv:drop=0.75)", "divprune", "cdpruner"],
+)  # fmt: skip
+def test_a_pass_never_waits_for_the_device(policy: str) -> None:
+    """Tensors without values raise where the host would read one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    plan = Plan.choose(policy, 8)
+    prompt = Prompt(600, ((4, 580),), grids=(((24, 24),),))
+    shares = [Share(0, 1, 7, Prompt(5, ()), False), Share(1, 600, 0, prompt, True)]
+    with FakeTensorMode():
+        batch = Batch(plan, shares, block=16)
+        hidden, residual = torch.empty(601, 64), torch.empty(601, 64)
+        positions = torch.empty(3, 601, dtype=torch.long)
+        for layer in range(8):
+            hidden, residual = batch.enter(layer, hidden, residual)  # type: ignore[assignment]
+            rows = len(hidden)
+            assert rows == 601 - shares[1].dropped(plan, layer, 16)
+            assert batch.positions(positions).shape == (3, rows)
+            query, key = torch.empty(rows, 4, 16), torch.empty(rows, 2, 16)
+            batch.attended(layer, query, key, 0.25, None)
+            if batch.orders(layer):
+                ((_, slots),) = batch.reorder(torch.empty(rows, dtype=torch.long))
+                assert len(slots) == rows - 1
+        assert len(batch.leave(hidden)[0]) == 601
 
 
 # Metadata ---------------------------------------------------------------------------------------

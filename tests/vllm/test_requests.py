@@ -1,11 +1,14 @@
-"""What requests meet in an engine that trims: company, a full pool, an early end, many answers."""
+"""What requests meet in an engine that trims: company, a full pool, an early end, many answers, and
+what nobody should send."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("vllm")
 
@@ -19,6 +22,42 @@ ST3 = "balanced:tau=16"
 PVTP = "balanced:curve=none,score=attention"
 TWO = {"n": 2, "temperature": 1, "top_k": 1}  # greedy by another name, which allows two answers
 SHARED = "w60 " * 70  # text of more than two blocks
+
+
+def crowd() -> list[Ask]:
+    """Forty requests that come two at a time: with no image, one or two, of all lengths, some with
+    three answers, some aborted before, in or after their prefill."""
+    rng = np.random.default_rng(0)
+    asked = []
+    for i in range(40):
+        words = " ".join(f"w{word}" for word in rng.integers(30, 120, int(rng.integers(1, 30))))
+        images = i % 3
+        params = {"max_tokens": int(rng.integers(1, 50))}
+        if i % 8 == 1:
+            params |= {**TWO, "n": 3, "logprobs": 2}
+        at = i // 2
+        abort = at + i % 4 if i % 7 == 3 else None
+        text = f"{'<image> ' * images}{words}"
+        asked.append(
+            Ask(text, [picture(i + j) for j in range(images)], params=params, at=at, abort=abort)
+        )
+    return asked
+
+
+def odd() -> list[Ask]:
+    """Images of no size and of great size, nothing but an image, an image at the end, side by side;
+    prompts and answers that are too long."""
+    return [
+        Ask("<image> w40", [Image.new("RGB", (0, 0))]),
+        Ask("<image> w40", [Image.new("RGB", (1, 1), "red")]),
+        Ask("<image> w40", [picture(3, 3200, 1600)]),
+        Ask("<image>", [picture(4)]),
+        Ask("w40 w41 <image>", [picture(5)]),
+        Ask("<image> <image> w40", [picture(6), picture(7)]),
+        Ask("<image> " + "w50 " * 340, [picture(8)]),  # 596 of 600 tokens: 4 more
+        Ask("<image> " + "w50 " * 400, [picture(9)]),
+        Ask("<image> w40", [picture(11)], params={"max_tokens": 1}),
+    ]
 
 
 def jobs(folder: Path) -> dict[str, Job]:
@@ -52,6 +91,9 @@ def jobs(folder: Path) -> dict[str, Job]:
             {"enable_chunked_prefill": True, "max_num_batched_tokens": 300, "max_num_seqs": 4},
         ),
         "off": Job(folder, None, base),
+        "crowd": Job(folder, PVTP, crowd(), small),
+        "odd": Job(folder, PVTP, odd(), {"max_model_len": 600}),
+        "ahead": Job(folder, ST3, base, schedules_ahead=True),
         "groups of four": Job(folder, ST3, base, st3={"layers_per_group": 4}),
     }
 
@@ -62,13 +104,20 @@ def folder(checkpoint_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def library(folder: Path) -> Library:
+    return Library(folder)
+
+
+@pytest.fixture(scope="module")
 def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     return run(jobs(folder), tmp_path_factory.mktemp("requests"))
 
 
 def test_nothing_is_left_in_use(results: dict[str, Result]) -> None:
     assert {name: result.error for name, result in results.items() if result.error} == {}
-    assert {name: result.in_use for name, result in results.items()} == dict.fromkeys(results, 0)
+    for left in ("in_use", "usage", "remembered"):
+        by_name = {name: getattr(result, left) for name, result in results.items()}
+        assert by_name == dict.fromkeys(results, 0), left
 
 
 @pytest.mark.parametrize("name", ["st3", "pvtp"])
@@ -152,8 +201,8 @@ def test_text_keeps_the_prefix_cache(results: dict[str, Result]) -> None:
     assert with_cache.counters["requests_trimmed"] == 2
 
 
-def test_chunks_pass_untrimmed(folder: Path, results: dict[str, Result]) -> None:
-    result, library = results["chunks"], Library(folder)
+def test_chunks_pass_untrimmed(library: Library, results: dict[str, Result]) -> None:
+    result = results["chunks"]
     chunked = result.counters["requests_passed_chunked"]
     assert chunked + result.counters["requests_trimmed"] == 3
     assert chunked > 0
@@ -162,3 +211,39 @@ def test_chunks_pass_untrimmed(folder: Path, results: dict[str, Result]) -> None
         assert result.tokens[i] in both
     assert result.tokens[2] == results["off"].tokens[2]  # of two images: more than a step takes
     assert library.answer(asks("llava")[2], None).ids == result.tokens[2]
+
+
+def test_a_crowd_gets_what_each_gets_alone(library: Library, results: dict[str, Result]) -> None:
+    result, answered = results["crowd"], 0
+    assert result.refused == {}
+    assert max(running for running, _, _ in result.steps) > 3
+    assert max(in_use for _, in_use, _ in result.steps) > 120  # of 155
+    for i, ask in enumerate(crowd()):
+        answers = result.ids[i]
+        if not answers:
+            assert ask.abort is not None
+            continue
+        answer = library.answer(ask, PVTP)
+        assert len(answers) == ask.params.get("n", 1)
+        for ids, logprobs in zip(answers, result.logprobs[i], strict=True):
+            assert ids == answer.ids, i
+            assert logprobs == pytest.approx(answer.logprobs, abs=EQUAL)
+        answered += 1
+    assert answered >= 34
+
+
+def test_odd_requests_are_refused_or_answered(library: Library, results: dict[str, Result]) -> None:
+    result = results["odd"]
+    assert set(result.refused) == {0, 7}
+    assert "600" in result.refused[7]
+    for i, ask in enumerate(odd()):
+        if i in result.refused:
+            continue
+        given = len(result.tokens[i])
+        assert given == min(ask.params.get("max_tokens", 24), 600 - len(result.prompts[i]))
+        assert result.tokens[i] == library.answer(ask, PVTP).ids[:given], i
+
+
+def test_scheduling_ahead_changes_no_token(results: dict[str, Result]) -> None:
+    """vLLM's scheduler is a step ahead of its workers, as on GPUs."""
+    assert results["ahead"].tokens == results["st3"].tokens

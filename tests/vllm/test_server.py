@@ -33,7 +33,12 @@ ENV = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server") / "log"
+
+
+@pytest.fixture(scope="module")
+def server(log: Path) -> Iterator[str]:
     """Its address. Prefix caching and chunked prefill stay as vLLM has them: on."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -44,10 +49,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command += ["--max-num-batched-tokens", "2048", "--max-num-seqs", "4"]
     command += ["--kv-cache-memory-bytes", str(1 << 28), "--skip-mm-profiling"]
     command += ["--additional-config", json.dumps({"st3": {"policy": POLICY}})]
-    log = tmp_path_factory.mktemp("server") / "log"
+    environment = {**ENV, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_LOG_STATS_INTERVAL": "1"}
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=out, stderr=out)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
         try:
             _wait(process, url, log)
             yield url
@@ -90,12 +95,12 @@ def ask(url: str, question: str, image: Path | None) -> str:
 
 def metric(url: str, name: str) -> float:
     page = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
-    found = re.search(rf"^st3:{name}_total{{.*}} (.*)$", page, re.MULTILINE)
+    found = re.search(rf"^{name}{{.*}} (.*)$", page, re.MULTILINE)
     assert found, name
     return float(found[1])
 
 
-def test_the_bundled_model_answers_as_in_the_library(server: str) -> None:
+def test_the_bundled_model_answers_as_in_the_library(server: str, log: Path) -> None:
     library = Library(st3.bundled_model())
     tokenizer = library.processor.tokenizer
     images = st3.sample_images()[:2]
@@ -112,11 +117,19 @@ def test_the_bundled_model_answers_as_in_the_library(server: str) -> None:
             assert ask(server, question, Path(path)).strip() == wanted.strip()
     ask(server, QUESTIONS[0], None)
     visual = len(images) * len(QUESTIONS) * 144
-    assert metric(server, "requests_trimmed") == 4
-    assert metric(server, "requests_passed_text") == 1
-    assert metric(server, "visual_tokens") == visual
-    assert 0 < metric(server, "visual_tokens_kept") < visual
-    assert metric(server, "blocks_spared") > 0
+    assert metric(server, "st3:requests_trimmed_total") == 4
+    assert metric(server, "st3:requests_passed_text_total") == 1
+    assert metric(server, "st3:visual_tokens_total") == visual
+    assert 0 < metric(server, "st3:visual_tokens_kept_total") < visual
+    assert metric(server, "st3:blocks_spared_total") > 0
+    assert metric(server, "vllm:kv_cache_usage_perc") == 0
+    for _ in range(20):
+        if "st3: 4 requests trimmed, passed {'text': 1}; visual tokens kept" in log.read_text():
+            break
+        time.sleep(0.5)
+    else:
+        raise AssertionError(log.read_text()[-2000:])
+    assert "KV fetch" not in log.read_text()
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:

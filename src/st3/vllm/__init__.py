@@ -10,10 +10,12 @@ and its workers derive them without a word to each other. Who lives where:
     prompt      where a request's images stand
     spec        scheduler: a KV cache spec and manager whose head blocks go back to the pool
     ledger      scheduler: which requests are trimmed, and what that saved
+    columns     worker: what is left of one trimmed prompt, and how it ranks
     batch       worker: the rows of one forward pass that are still there
     metadata    worker: attention metadata of a layer that holds fewer tokens
     attention   worker: the platform's attention backend, subclassed
     layers      worker: decoder layers that drop rows
+    follower    worker: follows a model runner from batch to batch
     hooks       every private method of vLLM that is wrapped, and the versions that have it
     stats       counters in vLLM's log and /metrics
 """

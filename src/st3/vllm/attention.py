@@ -17,6 +17,9 @@ from st3.vllm.batch import CURRENT
 from st3.vllm.metadata import Tables, without_rows
 from st3.vllm.plan import Part, Plan
 
+#: Attention backends of vLLM that were read for this (and CPU_ATTN run).
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+
 PARTS = "st3_parts"  # attribute of a group's metadata: that of each of its parts
 
 
@@ -116,6 +119,16 @@ def implementation(base: Any) -> Any:
             super().do_kv_cache_update(layer, key, value, kv_cache, slots)
 
     return St3Impl
+
+
+def problem(attention: Any) -> str | None:
+    """Why one of vLLM's attention layers cannot be trimmed; None if it can."""
+    name = attention.attn_backend.get_name()
+    if name not in BACKENDS:
+        return f"attention backend {name}: use --attention-backend {' or '.join(BACKENDS[1:])}"
+    if attention.sliding_window is not None:
+        return "sliding windows count slots that trimming leaves out"
+    return None
 
 
 def attach(attention: Any, plan: Plan, layer: int) -> None:

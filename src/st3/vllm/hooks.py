@@ -12,17 +12,50 @@ import importlib
 import logging
 import multiprocessing
 import sys
-from collections.abc import Callable, Collection
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
 
-from st3.methods.scores import needs_of
 from st3.vllm import settings
+
+if TYPE_CHECKING:
+    from st3.vllm.follower import Follower
 
 #: Versions of vLLM whose private methods are as below.
 SUPPORTED = SpecifierSet(">=0.32,<0.33")
+
+#: What of vLLM is used beyond its documented interface, by class: wrapped here or called by
+#: :mod:`st3.vllm.spec`. Where one is missing, an engine that asks for st3 does not start.
+PRIVATE = {
+    ("vllm.engine.arg_utils", "EngineArgs"): ("create_engine_config",),
+    ("vllm.v1.core.sched.scheduler", "Scheduler"): (
+        "add_request",
+        "_free_blocks",
+        "make_stats",
+        "shutdown",
+    ),
+    ("vllm.v1.core.kv_cache_manager", "KVCacheManager"): ("allocate_slots",),
+    ("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager"): (
+        "get_num_blocks_to_allocate",
+        "allocate_new_blocks",
+        "remove_skipped_blocks",
+        "cache_blocks",
+        "_remove_blocks_in_range",
+    ),
+    ("vllm.v1.kv_cache_spec_registry", "KVCacheSpecRegistry"): ("register", "_ensure_registered"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"): (
+        "load_model",
+        "get_model",
+        "_build_attention_metadata",
+    ),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"): (
+        "load_model",
+        "get_model",
+        "prepare_attn",
+        "prepare_dummy_attn",
+    ),
+}
 
 logger = logging.getLogger("vllm.st3")  # below vllm's, so that its handler shows it
 
@@ -39,9 +72,25 @@ def version() -> str:
 def version_problem() -> str | None:
     """Why the installed vLLM does not fit; None if it does."""
     found = version()
-    if SUPPORTED.contains(found, prereleases=True):
-        return None
-    return f"st3 supports vLLM {SUPPORTED}, installed is {found}: install one of these"
+    if not SUPPORTED.contains(found, prereleases=True):
+        return f"st3 supports vLLM {SUPPORTED}, installed is {found}: install one of these"
+    absent = ", ".join(_absent())
+    if absent:
+        return (
+            f"this vLLM {found} lacks {absent}, which st3 wraps: install one of PyPI's {SUPPORTED}"
+        )
+    return None
+
+
+def _absent() -> Iterator[str]:
+    """What of :data:`PRIVATE` is not there. A module that cannot be imported has no say: model
+    runner V2 is one where there is no Triton, and does not run there."""
+    for (module, owner), names in PRIVATE.items():
+        try:
+            cls = getattr(importlib.import_module(module), owner, None)
+        except (ImportError, AttributeError):
+            continue
+        yield from (f"{module}.{owner}.{name}" for name in names if not hasattr(cls, name))
 
 
 def install() -> None:
@@ -65,9 +114,7 @@ def _wrap(module: str, owner: str, name: str, make: Callable[[Method], Method]) 
         cls = getattr(importlib.import_module(module), owner)
         inner = getattr(cls, name)
     except (ImportError, AttributeError):
-        if version_problem():  # else: model runner V2 where there is no Triton
-            logger.warning("%s; %s.%s is not there", version_problem(), module, owner)
-        return
+        return  # _asked() says so, if an engine asks for st3
     if not hasattr(inner, "__st3__"):
         outer = functools.wraps(inner)(make(inner))
         outer.__st3__ = True  # type: ignore[attr-defined]
@@ -113,7 +160,7 @@ def _scheduler(inner: Method) -> Method:
 def _hook_scheduler(scheduler: Any) -> None:
     from st3.vllm.ledger import Ledger
     from st3.vllm.spec import St3Manager
-    from st3.vllm.stats import line, stats_of
+    from st3.vllm.stats import line, send
 
     manager = scheduler.kv_cache_manager
     managers = [
@@ -149,8 +196,7 @@ def _hook_scheduler(scheduler: Any) -> None:
     def make_stats(*args: Any, **kwargs: Any) -> Any:
         made = stats(*args, **kwargs)
         if made is not None:
-            # A mapping of names to numbers that reaches vLLM's front end, which reads known names.
-            made.num_kv_fetch_reqs_by_stage.update(stats_of(ledger.counters))
+            send(ledger.news(), made)
         return made
 
     def shutdown(*args: Any, **kwargs: Any) -> None:
@@ -171,7 +217,7 @@ def _runner_v1(inner: Method) -> Method:
         asked = _asked(vllm_config)
         if asked is None:
             return
-        follower = _Follower(self, asked, lambda: self.requests)
+        follower = _follow(self, asked, lambda: self.requests)
         build = self._build_attention_metadata
 
         def _build_attention_metadata(*args: Any, **kwargs: Any) -> Any:
@@ -201,7 +247,7 @@ def _runner_v2(inner: Method) -> Method:
         asked = _asked(vllm_config)
         if asked is None:
             return
-        follower = _Follower(self, asked, lambda: self.req_states.req_id_to_index)
+        follower = _follow(self, asked, lambda: self.req_states.req_id_to_index)
         prepare, dummy = self.prepare_attn, self.prepare_dummy_attn
 
         def features(name: str, i: int) -> Any:
@@ -232,94 +278,22 @@ def _runner_v2(inner: Method) -> Method:
     return __init__
 
 
+def _follow(
+    runner: Any, asked: settings.Settings, alive: Callable[[], Collection[str]]
+) -> Follower:
+    """A follower of a model runner, which takes the model once it is loaded."""
+    from st3.vllm.follower import Follower
+
+    follower = Follower(asked, alive, lambda: int(runner.cache_config.block_size))
+    load = runner.load_model
+
+    def load_model(*args: Any, **kwargs: Any) -> None:
+        load(*args, **kwargs)
+        follower.attach(runner.get_model())
+
+    runner.load_model = load_model
+    return follower
+
+
 def _wants_all(params: Any) -> bool:
     return params is not None and params.prompt_logprobs is not None
-
-
-class _Follower:
-    """Follows one model runner: lays the plan on its model, and notes each batch before its
-    attention metadata is built.
-
-    Attributes:
-        alive: gives the ids of the requests that the runner knows.
-        known: what was found of each when its first tokens were computed.
-    """
-
-    def __init__(
-        self, runner: Any, asked: settings.Settings, alive: Callable[[], Collection[str]]
-    ) -> None:
-        from st3.vllm.batch import Share
-
-        self.runner, self.asked, self.alive = runner, asked, alive
-        self.plan: Any = None
-        self.known: dict[str, Share] = {}
-        load = runner.load_model
-
-        def load_model(*args: Any, **kwargs: Any) -> None:
-            load(*args, **kwargs)
-            self._attach(runner.get_model())
-
-        runner.load_model = load_model
-
-    def _attach(self, model: Any) -> None:
-        from st3.vllm import layers
-
-        self.plan = self.asked.plan(len(model.get_language_model().model.layers))
-        if self.plan is None:
-            return
-        layers.attach(model, self.plan)
-        logger.info(
-            "st3 trims with %s: %d KV cache groups of %d layers",
-            self.plan.policy,
-            self.plan.groups,
-            self.plan.group_size,
-        )
-
-    def idle(self) -> None:
-        """A pass without requests follows."""
-        from st3.vllm.batch import CURRENT
-
-        CURRENT.batch = None
-
-    def begin(
-        self,
-        names: Any,
-        starts: Any,
-        computed: Any,
-        lengths: Any,
-        features: Callable[[str, int], Any],
-        wants_all: Callable[[str, int], bool],
-    ) -> None:
-        """A pass over these requests follows.
-
-        Args:
-            names: the requests' ids.
-            starts: first row of each, and the end.
-            computed: tokens of each that are in the cache.
-            lengths: tokens of each one's prompt.
-            features, wants_all: multimodal features of a request, and whether it wants every row.
-        """
-        from st3.vllm.attention import mean_over_ranks
-        from st3.vllm.batch import CURRENT, Batch, Share
-        from st3.vllm.prompt import Prompt
-
-        if self.plan is None:
-            return
-        shares, block = [], self.runner.cache_config.block_size
-        for i, name in enumerate(names):
-            start, done = int(starts[i]), int(computed[i])
-            new = int(starts[i + 1]) - start
-            share = self.known.get(name)
-            if share is None or done == 0:
-                found = features(name, i)
-                prompt = Prompt.of(int(lengths[i]), found, wants_all(name, i))
-                if "grids" in needs_of(self.plan.score):
-                    prompt = replace(prompt, grids=prompt.grids_from(found))
-                trims = self.plan.trims(prompt, done, new, block)
-                share = Share(start, new, done, prompt, trims)
-            share.start, share.length, share.computed = start, new, done
-            shares.append(share)
-            self.known[name] = share
-        if len(self.known) > 2 * len(self.alive()) + 1024:
-            self.known = {name: self.known[name] for name in self.alive() if name in self.known}
-        CURRENT.batch = Batch(self.plan, shares, block, mean_over_ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,34 @@ from st3.vllm.plan import Plan
 
 
 def attach(model: Any, plan: Plan) -> None:
-    """Lay a plan on a loaded model of vLLM. Instance attributes only: its classes stay theirs."""
+    """Lay a plan on a loaded model of vLLM. Instance attributes only: its classes stay theirs.
+
+    Raises:
+        ValueError: layers or an attention backend that st3 does not know.
+    """
     layers = model.get_language_model().model.layers
+    for layer in layers:
+        problem = _problem(layer)
+        if problem:
+            raise ValueError(f"st3 cannot trim this model: {problem}")
     for index, layer in enumerate(layers):
         attention.attach(layer.self_attn.attn, plan, index)
         layer.forward = _layer(layer.forward, index, index + 1 == len(layers))
     model.forward = _model(model.forward)
     if hasattr(model, "_get_deepstack_input_embeds"):
         model._get_deepstack_input_embeds = _deepstack(model._get_deepstack_input_embeds)
+
+
+def _problem(layer: Any) -> str | None:
+    """Why a decoder layer cannot be trimmed; None if it can."""
+    kind = type(layer).__name__
+    given = list(inspect.signature(layer.forward).parameters)
+    if given[:3] != ["positions", "hidden_states", "residual"]:
+        return f"its text model's layers ({kind}) take {', '.join(given)}, not rows and a residual"
+    found = getattr(getattr(layer, "self_attn", None), "attn", None)
+    if found is None:
+        return f"its text model's layers ({kind}) have no self_attn.attn"
+    return attention.problem(found)
 
 
 def _layer(inner: Callable[..., Any], index: int, is_last: bool) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from st3.vllm.plan import Plan
 from st3.vllm.prompt import Prompt
 
 #: Why a request passed untrimmed.
-TEXT, SMALL, CHUNKED = "text", "small", "chunked"  # and st3.vllm.prompt.WHOLE, VIDEO
+TEXT, SMALL, CHUNKED = "text", "small", "chunked"  # and st3.vllm.prompt.WHOLE
 
 
 @dataclass
@@ -32,12 +32,14 @@ class Ledger:
 
     Attributes:
         counters: running totals, by name; see :mod:`st3.vllm.stats`.
+        told: what :meth:`news` has told of them.
     """
 
     plan: Plan
     block: int
     entries: dict[str, Entry] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
+    told: dict[str, int] = field(default_factory=dict)
 
     def admit(self, request: Any) -> None:
         """Note a request of vLLM before it is queued."""
@@ -45,7 +47,7 @@ class Ledger:
         whole = params is not None and params.prompt_logprobs is not None
         prompt = Prompt.of(request.num_prompt_tokens, request.mm_features, whole)
         self.entries[request.request_id] = Entry(prompt)
-        if prompt.runs:
+        if self.plan.can_drop(prompt.n_visual, self.block):
             # What a block of a trimmed request holds depends on its question, not on its prefix
             # alone; and a prompt whose head is cached is not computed in one piece.
             request.skip_reading_prefix_cache = True
@@ -109,6 +111,12 @@ class Ledger:
     def forget(self, request_id: str) -> None:
         """The request ended."""
         self.entries.pop(request_id, None)
+
+    def news(self) -> dict[str, int]:
+        """By how much the counters have grown since this was last asked."""
+        grown = {name: of - self.told.get(name, 0) for name, of in self.counters.items()}
+        self.told = dict(self.counters)
+        return {name: by for name, by in grown.items() if by}
 
     def _count(self, name: str, by: int = 1) -> None:
         if by:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from st3.vllm.batch import Batch, to_device
+from st3.vllm.batch import Batch
+from st3.vllm.columns import to_device
 from st3.vllm.plan import Part
 
 

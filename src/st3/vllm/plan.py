@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from st3.methods.policies import parse
+from st3.methods.policies import parse, with_budget
 from st3.methods.schedule import Schedule
 from st3.methods.scores import Score
 from st3.vllm.prompt import Prompt
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def score(self) -> Score:
-        return _score(self.policy)
+        return _score(self.policy, self.num_layers)
 
     @property
     def groups(self) -> int:
@@ -125,8 +125,8 @@ def _schedule(policy: str, num_layers: int) -> Schedule:
 
 
 @functools.cache
-def _score(policy: str) -> Score:
-    return parse(policy).scorer()
+def _score(policy: str, num_layers: int) -> Score:
+    return with_budget(parse(policy), num_layers).scorer()
 
 
 @functools.lru_cache(maxsize=1 << 18)  # asked for by every request, part and step

@@ -1,4 +1,4 @@
-"""Where a request's images stand in its prompt, as scheduler and workers see it alike."""
+"""Where a request's images and videos stand, as scheduler and workers see it alike."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from st3.models.grids import Grids, grids_of
 
-#: Why a request is never trimmed: it wants every row of its prompt, or has a video (not tested).
-WHOLE, VIDEO = "prompt_logprobs", "video"
+#: Why a request is never trimmed: it wants every row of its prompt.
+WHOLE = "prompt_logprobs"
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Prompt:
         runs: (start, end) of each unbroken run of visual tokens, in order.
         never: why it is never trimmed; None if it may be.
         grids: shapes of its images' grids of tokens, for scores that ask; empty where not known.
+
+    A video is a run, or several, like any image.
     """
 
     length: int
@@ -38,15 +40,14 @@ class Prompt:
         Args:
             whole: whether every row of the prompt is wanted.
         """
-        visual = [feature for feature in features or () if feature.modality in ("image", VIDEO)]
-        with_video = any(feature.modality == VIDEO for feature in visual)
-        runs = [
-            (int(first), min(int(last) + 1, length - 1))
-            for feature in visual
-            for first, last in feature.mm_position.extract_embeds_range()
-        ]
-        never = WHOLE if whole else VIDEO if with_video else None
-        return cls(length, tuple(sorted(run for run in runs if run[0] < run[1])), never)
+        runs: list[tuple[int, int]] = []
+        for start, end in sorted(_runs(features or ())):
+            end = min(end, length - 1)
+            if runs and runs[-1][1] == start < end:  # an image right behind another one
+                runs[-1] = (runs[-1][0], end)
+            elif start < end:
+                runs.append((start, end))
+        return cls(length, tuple(runs), WHOLE if whole else None)
 
     @cached_property
     def images(self) -> tuple[int, ...]:
@@ -68,11 +69,23 @@ class Prompt:
         return [i for a, b in zip(ends[::2], ends[1::2], strict=True) for i in range(a, b)]
 
     def grids_from(self, features: Iterable[Any] | None) -> Grids:
-        """The grids of its images, read off what vLLM's features hold for the encoder."""
+        """The grids of its images, read off what vLLM's features hold for the encoder. Not known of
+        images beside videos, as in the library, so that both choose alike."""
+        given = list(features or ())
+        if len({feature.modality for feature in given}) > 1:
+            return ()
         try:
-            return grids_of([self.images], [r for f in features or () for r in _rasters(f)])
+            return grids_of([self.images], [r for f in given for r in _rasters(f)])
         except (AttributeError, KeyError, TypeError, ValueError):
             return ()
+
+
+def _runs(features: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    """(start, end) of the visual tokens of vLLM's multimodal features."""
+    for feature in features:
+        if feature.modality in ("image", "video"):
+            for first, last in feature.mm_position.extract_embeds_range():
+                yield int(first), int(last) + 1
 
 
 def _rasters(feature: Any) -> Iterator[tuple[int, int]]:
@@ -82,15 +95,19 @@ def _rasters(feature: Any) -> Iterator[tuple[int, int]]:
         AttributeError, KeyError, TypeError: what the encoder reads is not known, or not here.
         ValueError: tokens that are no rasters.
     """
+    if feature.modality not in ("image", "video"):
+        return
     data, number = feature.data, feature.mm_position.get_num_embeds()
-    if "image_grid_thw" in data:
-        frames, high, wide = map(int, data["image_grid_thw"].data.flatten().tolist())
+    patches = f"{feature.modality}_grid_thw"
+    if patches in data:
+        frames, high, wide = map(int, data[patches].data.flatten().tolist())
         merge = math.isqrt(frames * high * wide // number)
         yield from [(high // merge, wide // merge)] * frames
         return
     if "image_sizes" in data:
         raise ValueError("tiles that the model packs, with newline tokens")
-    tiles = math.prod(data["pixel_values"].data.shape[:-3])
+    pixels = data["pixel_values" if feature.modality == "image" else "pixel_values_videos"].data
+    tiles = math.prod(pixels.shape[:-3])
     side = math.isqrt(number // tiles)
     if side * side * tiles != number:
         raise ValueError(f"{number} tokens are no squares on {tiles} tiles")

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from st3.methods.policies import Policy, parse
+from st3.methods import DEFAULT_POLICY
+from st3.methods.policies import Policy, parse, with_budget
+from st3.methods.policies.base import check_ranked
 from st3.methods.scores import Attention, KeyNorm, Mixed, needs_of, stage_of
 from st3.vllm.plan import Plan
 
@@ -43,10 +45,17 @@ class Settings:
         """The policy on a model; None if it drops nothing.
 
         Raises:
-            ValueError: a policy or group size that does not fit so many layers.
+            ValueError: a policy or group size that does not fit so many layers, or a policy that
+                cannot run inside of vLLM.
         """
-        if not self.policy.schedule(num_layers).drops:
+        policy = with_budget(self.policy, num_layers)
+        schedule = policy.schedule(num_layers)
+        if not schedule.drops:
             return None
+        why = unsupported(policy)
+        if why:
+            raise ValueError(f"st3: policy {policy.name!r} cannot run inside of vLLM: {why}")
+        check_ranked(policy, schedule)
         size = self.layers_per_group
         if size is None:
             return Plan.choose(str(self.policy), num_layers)
@@ -58,26 +67,30 @@ class Settings:
 
 
 def read(additional_config: Any) -> Settings | None:
-    """``{"st3": {"policy": "fastv:layer=2,drop=0.5"}}``; None where st3 is not asked for.
+    """``{"st3": {"policy": "fastv:layer=2,drop=0.5"}}``; None where st3 is not asked for, the
+    default policy where ``{"st3": {}}`` names none.
 
     Raises:
-        ValueError: an unknown option, or a policy that cannot run inside of vLLM.
+        ValueError: an unknown option or policy.
     """
     asked = additional_config.get(KEY) if isinstance(additional_config, dict) else None
     if asked is None:
         return None
-    if not isinstance(asked, dict) or "policy" not in asked:
-        raise ValueError(f'st3: write {{"{KEY}": {{"policy": "st3"}}}}, got {asked!r}')
+    if not isinstance(asked, dict):
+        raise ValueError(f'st3: write {{"{KEY}": {{"policy": "{DEFAULT_POLICY}"}}}}, got {asked!r}')
     for name in asked:
         if name not in OPTIONS:
             raise ValueError(f"st3: unknown option {name!r}: use {' or '.join(OPTIONS)}")
-    policy = parse(asked["policy"])
+    text = asked.get("policy", DEFAULT_POLICY)
+    if not isinstance(text, str):
+        raise ValueError(f"st3: policy must be a string such as {DEFAULT_POLICY!r}, got {text!r}")
+    try:
+        policy = parse(text)
+    except ValueError as error:
+        raise ValueError(f"st3: {error}") from None
     size = asked.get("layers_per_group")
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise ValueError(f"st3: layers_per_group must be a whole number from 1, got {size!r}")
-    why = unsupported(policy)
-    if why:
-        raise ValueError(f"st3: policy {policy.name!r} cannot run inside of vLLM: {why}")
     return Settings(policy, size)
 
 
@@ -108,6 +121,9 @@ def obstacles(config: Any) -> Iterator[str]:
     if not known:
         names = ", ".join(FAMILIES.values())
         yield f"model {model.architectures[0]} is not among the tested families: {names}"
+    multimodal = model.multimodal_config
+    if multimodal is not None and multimodal.is_multimodal_pruning_enabled():
+        yield "videos that vLLM prunes itself: leave out --video-pruning-rate"
     if model.runner_type != "generate":
         yield "only generation is trimmed: leave out --runner"
     if model.get_sliding_window() is not None and getattr(
@@ -128,7 +144,18 @@ def obstacles(config: Any) -> Iterator[str]:
     if config.lora_config is not None:
         yield "LoRA maps adapters to rows that trimming removes: leave out --enable-lora"
     if config.kv_transfer_config is not None:
-        yield "KV connectors move whole prompts: leave out --kv-transfer-config"
+        yield (
+            "KV connectors move whole prompts: leave out --kv-transfer-config and "
+            "--kv-offloading-size"
+        )
+    scheduler = config.scheduler_config
+    if scheduler.disable_hybrid_kv_cache_manager:
+        yield (
+            "each group of layers has a block table of its own: leave out "
+            "--disable-hybrid-kv-cache-manager"
+        )
+    if scheduler.scheduler_cls is not None:
+        yield "a scheduler of your own: leave out --scheduler-cls"
     if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
         yield f"a quantised KV cache ({cache.cache_dtype}): use --kv-cache-dtype auto"
     mode = config.compilation_config.cudagraph_mode

@@ -12,18 +12,17 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from st3.vllm import settings
 from st3.vllm.ledger import CHUNKED, SMALL, TEXT
-from st3.vllm.prompt import VIDEO, WHOLE
+from st3.vllm.prompt import WHOLE
 
-#: Entry of vLLM's scheduler statistics under which the counters travel to the front end.
+#: What the counters' names begin with on their way from the scheduler to the front end.
 PREFIX = "st3_"
 
 COUNTERS = {
     "requests_trimmed": "Requests whose visual tokens were trimmed",
-    f"requests_passed_{TEXT}": "Requests without an image",
+    f"requests_passed_{TEXT}": "Requests without an image or video",
     f"requests_passed_{SMALL}": "Requests whose visual tokens fill no block that could be freed",
     f"requests_passed_{CHUNKED}": "Requests that passed untrimmed: computed in chunks",
     f"requests_passed_{WHOLE}": "Requests that passed untrimmed: log-probabilities of the prompt",
-    f"requests_passed_{VIDEO}": "Requests that passed untrimmed: videos",
     "visual_tokens": "Visual tokens of prompts",
     "visual_tokens_kept": "Visual tokens held after prefill, mean over the layers",
     "blocks_spared": "KV cache blocks that prompts did not take",
@@ -33,9 +32,20 @@ COUNTERS = {
 logger = logging.getLogger("vllm.st3")
 
 
-def stats_of(counters: Mapping[str, int]) -> dict[str, int]:
-    """Running totals as they travel to the front end."""
-    return {f"{PREFIX}{name}": count for name, count in counters.items()}
+def send(news: Mapping[str, int], stats: Any) -> None:
+    """Put growth of the counters into vLLM's scheduler statistics. Of their fields that reach the
+    front end, this mapping of names to numbers is read for LoRA alone, which st3 refuses. Growth,
+    not totals: each message reaches one of the API servers, whose figures are added up."""
+    stats.running_lora_adapters.update({f"{PREFIX}{name}": by for name, by in news.items()})
+
+
+def received(stats: Any) -> dict[str, int]:
+    """What :func:`send` put there."""
+    return {
+        name.removeprefix(PREFIX): by
+        for name, by in stats.running_lora_adapters.items()
+        if name.startswith(PREFIX)
+    }
 
 
 def line(counters: Mapping[str, int]) -> str:
@@ -43,7 +53,7 @@ def line(counters: Mapping[str, int]) -> str:
     visual, kept = counters.get("visual_tokens", 0), counters.get("visual_tokens_kept", 0)
     passed = {
         why: count
-        for why in (TEXT, SMALL, CHUNKED, WHOLE, VIDEO)
+        for why in (TEXT, SMALL, CHUNKED, WHOLE)
         if (count := counters.get(f"requests_passed_{why}", 0))
     }
     share = f"{kept / visual:.1%}" if visual else "none"
@@ -79,10 +89,9 @@ class Stats(StatLoggerBase):
     ) -> None:
         if not self.on or scheduler_stats is None:
             return
-        for name, counter in self.counters.items():
-            total = scheduler_stats.num_kv_fetch_reqs_by_stage.get(f"{PREFIX}{name}", 0)
-            counter.inc(max(0, total - self.seen.get(name, 0)))
-            self.seen[name] = total
+        for name, by in received(scheduler_stats).items():
+            self.counters[name].inc(by)
+            self.seen[name] = self.seen.get(name, 0) + by
 
     def log(self) -> None:
         if self.seen != self.logged:
