@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-STATES = ("linear_attention", "conv")
+STATES = ("linear_attention", "conv", "moe", "mlp")  # in the last two no token sees another
+INDEXED = ("minimax_m3_vl", "mistral_large4", "hy_v4_vl")
 LARGE = 1 << 30
 
 
@@ -81,9 +83,15 @@ class _Stop(Exception):
     pass
 
 
+def text_of(model: Any) -> Any:
+    """The text model, which runs the decoder layers."""
+    text = getattr(model, "model", model).language_model
+    return getattr(text, "model", text)
+
+
 def text_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What the model hands to its text model."""
-    text, found = model.model.language_model, {}
+    text, found = text_of(model), {}
 
     def capture(*args: Any, **kwargs: Any) -> None:
         found.update(kwargs)
@@ -91,7 +99,7 @@ def text_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, 
 
     text.forward = capture
     try:
-        model.model(**inputs)
+        getattr(model, "model", model)(**inputs)
     except _Stop:
         pass
     finally:
@@ -121,7 +129,7 @@ class Row:
     kept_places: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.text: Any = self.model.model.language_model
+        self.text: Any = text_of(self.model)
         self.config: Any = self.text.config
         self.kind = self.model.config.model_type
         layers = self.config.num_hidden_layers
@@ -136,18 +144,36 @@ class Row:
         self.visual[-1] = False  # the last token ranks the others
         self.n_visual = int(self.visual.sum())
         stateful = any(kind in STATES for kind in self.types)
-        self.cache = DynamicCache(config=self.config) if stateful else DynamicCache()
+        whole = stateful or self.kind in INDEXED
+        self.cache = DynamicCache(config=self.config) if whole else DynamicCache()
+        # A layer that goes by the columns of the one before sees what that one sees.
+        borrows = (
+            [getattr(la.self_attn, "skip_topk", False) for la in self.text.layers[:layers]]
+            if (self.kind in INDEXED)
+            else [False] * layers
+        )
+        self.counted_as = [max(j for j in range(i + 1) if not borrows[j]) for i in range(layers)]
+        for i, layer in enumerate(self.cache.layers):
+            if isinstance(layer, DynamicSlidingWindowLayer):  # nothing leaves by itself
+                self.cache.layers[i] = DynamicLayer()
 
     def kept(self, layer: int) -> int:
-        return self.counts.kept(layer, self.own, self.first, self.n_visual)
+        return self.counts.kept(self.counted_as[layer], self.own, self.first, self.n_visual)
+
+    @property
+    def axis(self) -> int:
+        """Of the tokens in hidden states."""
+        return -3 if self.kind == "hy_v4_vl" else -2
 
     # Family by family -------------------------------------------------------------------------
 
     def _tables(self, embeds: Tensor, positions: Tensor) -> Any:
-        if self.kind.startswith("gemma"):
-            kinds = set(self.types)
+        if self.kind == "nemotron_h_omni":
+            return None  # positions are the order of the states
+        if self.kind.startswith(("gemma", "lfm3")):
+            kinds = set(self.types) - set(STATES)
             return {kind: self.text.rotary_emb(embeds, positions[:1], kind) for kind in kinds}
-        if self.kind.startswith(("qwen", "minicpm")):
+        if self.kind.startswith(("qwen", "minicpm", "hy_")):
             thrice = positions.view(-1, 1, positions.shape[-1]).expand(3, 1, -1)
             return self.text.rotary_emb(embeds, thrice)
         return self.text.rotary_emb(embeds, position_ids=positions[:1])
@@ -162,18 +188,24 @@ class Row:
         if self.kind == "gemma3n":
             others = [_as_large(mix(embeds), embeds) for mix in text.altup_projections]
             embeds = torch.stack([embeds, *others])
+        if self.kind == "hy_v4_vl":
+            embeds = embeds.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
         return embeds, tables, per_layer
 
     def _end(self, hidden: Tensor) -> Tensor:
         text = self.text
+        if self.kind == "hy_v4_vl":
+            hidden = text.hc_head(hidden)
         if self.kind == "gemma3n":
             others = [
                 _as_large(mix(hidden[i + 1]), hidden[0])
                 for i, mix in enumerate(text.altup_unembed_projections)
             ]
             hidden = torch.stack([hidden[0], *others]).mean(0)
-        norm = getattr(text, "norm", None) or text.embedding_norm
-        logits = self.model.lm_head(norm(hidden)[:, -1])
+        norms = (getattr(text, name, None) for name in ("norm", "embedding_norm", "norm_f"))
+        norm = next(norm for norm in norms if norm is not None)
+        head = getattr(self.model, "lm_head", None) or self.model.language_model.lm_head
+        logits = head(norm(hidden)[:, -1])
         if self.kind == "granite4_vision":
             logits = logits / self.config.logits_scaling
         cap = getattr(self.config, "final_logit_softcapping", None)
@@ -184,18 +216,25 @@ class Row:
         here: Tensor,
     ) -> Tensor:  # fmt: skip
         more: dict[str, Any] = {}
+        if tables is not None:
+            chosen = tables.get(self.types[i], ()) if isinstance(tables, dict) else tables
+            more["position_embeddings"] = tuple(t.index_select(-2, here) for t in chosen)
         if self.kind.startswith("gemma"):
-            more = {"shared_kv_states": shared, "per_layer_input": per_layer[:, here, i]}
-            tables = tables[self.types[i]]
+            more |= {"shared_kv_states": shared, "per_layer_input": per_layer[:, here, i]}
+        if self.kind in INDEXED and self.kind != "minimax_m3_vl":
+            more |= {"prev_topk_indices": self._chosen, "position_ids": self._places[:1, here]}
+        if self.kind == "mistral_large4":
+            more["shared_kv_states"] = shared
         layer = self.text.layers[i]
         out = layer(
             hidden,
-            position_embeddings=tuple(table.index_select(-2, here) for table in tables),
             attention_mask=mask,
             **{cache_name(layer): self.cache},
             **more,
         )
-        return out[0] if isinstance(out, tuple) else out
+        if isinstance(out, tuple):
+            out, self._chosen = out[0], out[1] if len(out) > 1 else None
+        return out
 
     # The loop ---------------------------------------------------------------------------------
 
@@ -221,7 +260,8 @@ class Row:
     def _run(self, given: dict[str, Any], positions: Tensor, first: int, prompt: bool) -> Tensor:
         """[1, vocabulary], of the last of a pass's columns; ``first`` is its first's place."""
         hidden, tables, per_layer = self._start(given, positions)
-        here = torch.arange(hidden.shape[-2])
+        self._places, self._chosen = positions, None
+        here = torch.arange(hidden.shape[self.axis])
         late = given.get("deepstack_features") or {}
         shared: dict[str, Any] = {}
         sources: dict[str, int] = {}
@@ -235,7 +275,7 @@ class Row:
                 hidden[0, add] += late[i][number[add]]
             if prompt and not self.shares[i]:
                 stay = self._choose(i, latest, here)
-                here, hidden = here[stay], hidden[..., stay, :]
+                here, hidden = here[stay], hidden.index_select(self.axis, stay.nonzero()[:, 0])
             if prompt:
                 self.kept_places[i] = here
             queries, mask = here + first, None
@@ -248,8 +288,21 @@ class Row:
                 mask = self._mask(queries, self.columns[i], i)
             hidden = self._layer(i, hidden, tables, per_layer, mask, shared, here)
             if prompt and kind not in STATES and not self.shares[i]:
-                self.scores[i], latest = (here, _last_row(i)[-len(here) :]), i
+                self.scores[i], latest = (here, self._score(i, first)[-len(here) :]), i
         return self._end(hidden)
+
+    def _score(self, i: int, first: int) -> Tensor:
+        """Attention of the last column over the keys, mean over heads, [K]: without the window of
+        the layer, but for keys of an earlier turn that no column of this one sees."""
+        query, key, scaling, softcap = _seen[i]
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        logits = (query[:, :, -1:] @ key.transpose(2, 3)) * scaling
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        if self.types[i] == "sliding_attention":
+            gone = self.columns[i] <= first - self.config.sliding_window
+            logits = logits.masked_fill(gone, -torch.inf)
+        return logits.softmax(-1).mean(1)[0, 0]
 
     def _anneal(self, step: int) -> None:
         for i, columns in self.columns.items():
@@ -308,6 +361,10 @@ class Row:
         return self._run(given, places + self.top + step, self.length + step - 1, False)
 
 
+def _types(config: Any) -> list[str]:
+    return getattr(config, "layer_types", None) or []
+
+
 class _slow:
     """A config's attention is the one of this file."""
 
@@ -315,9 +372,24 @@ class _slow:
         self.config, self.before = config, config._attn_implementation
 
     def __enter__(self) -> None:
-        self.config._attn_implementation = "slow_rows"
+        # Models with an index look at the kernel's name, so that theirs must be "eager".
+        self.module: Any = None
+        if any("index" in kind or "sparse" in kind for kind in _types(self.config)):
+            name = type(self.config).__module__.replace("configuration_", "modeling_")
+            self.module = sys.modules[name]
+            self.eager = self.module.eager_attention_forward
+            self.module.eager_attention_forward = self._noted
+            self.config._attn_implementation = "eager"
+        else:
+            self.config._attn_implementation = "slow_rows"
+
+    def _noted(self, module: Any, query: Tensor, key: Tensor, *args: Any, **given: Any) -> Any:
+        _seen[module.layer_idx] = (query, key, given["scaling"], None)
+        return self.eager(module, query, key, *args, **given)
 
     def __exit__(self, *error: object) -> None:
+        if self.module is not None:
+            self.module.eager_attention_forward = self.eager
         self.config._attn_implementation = self.before
 
 
@@ -333,13 +405,3 @@ def _as_large(new: Tensor, old: Tensor) -> Tensor:
     """Gemma 3n's further streams: ``new`` with the magnitude of ``old``."""
     size = (old**2).mean(-1, keepdim=True) ** 0.5
     return new * size / (new**2).mean(-1, keepdim=True).clamp(min=1e-5).sqrt()
-
-
-def _last_row(i: int) -> Tensor:
-    """Attention of the last column over the keys, mean over heads, [K]."""
-    query, key, scaling, softcap = _seen[i]
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    logits = (query[:, :, -1:] @ key.transpose(2, 3)) * scaling
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    return logits.softmax(-1).mean(1)[0, 0]

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from tests import reference
 from tests.reference import FakeSchedule, Score, reference_generate, reference_prefill
-from tests.zoo import FAMILIES, HYBRIDS, REFUSED, UNTRIED, Family, I, T, V
+from tests.zoo import FAMILIES, HYBRIDS, INDEXED, REFUSED, UNTRIED, Family, I, T, V
 
 ALL = pytest.mark.parametrize("name", list(FAMILIES))
 NOTHING = FakeSchedule()
@@ -298,6 +298,8 @@ def test_refused_models_can_be_built(name: str) -> None:
 @pytest.mark.upstream
 def test_every_family_of_transformers_has_its_place() -> None:
     """A new release with a new family fails here: build it, refuse it, or say why not."""
-    have = {family.model_type or name for name, family in {**FAMILIES, **HYBRIDS}.items()}
+    have = {
+        family.model_type or name for name, family in {**FAMILIES, **HYBRIDS, **INDEXED}.items()
+    }
     have |= set(REFUSED) | set(UNTRIED) | {"vision-encoder-decoder", "kosmos-2", "kosmos-2.5"}
     assert set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) <= have

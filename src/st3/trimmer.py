@@ -17,7 +17,7 @@ from st3.engine.parallel import head_group
 from st3.engine.plan import Plan, lay_out
 from st3.engine.session import Session
 from st3.engine.wiring import Wiring
-from st3.errors import TrimStateError, UnsupportedModelError
+from st3.errors import TrimStateError
 from st3.hf.attach import Attachment
 from st3.hf.attention import attention_of
 from st3.hf.cache import compact, stores_of
@@ -93,7 +93,8 @@ class Trimmer:
                 "per_image=True and rerank_every exclude each other: a new ranking does not know "
                 "the images' own budgets"
             )
-        self.wiring = Wiring(self.parts.sources)
+        parts = self.parts
+        self.wiring = Wiring(parts.sources, parts.in_order, parts.borrows, parts.pads)
         self.schedule = lay_out(self.policy, self.wiring)
         self.active = self.schedule.drops or own_cache
         self._reporter = Reporter(str(self.policy), self.schedule, self.model.config)
@@ -221,11 +222,6 @@ class Trimmer:
     def _check_settings(self) -> None:
         check(self.parts)
         check_generation(getattr(self.model, "generation_config", None))
-        if "flash" in attention_of(self.parts.text.config) and any(self.parts.windows):
-            raise UnsupportedModelError(
-                "flash attention counts a sliding window in stored tokens, which trimming shifts: "
-                "load this model with attn_implementation='sdpa'"
-            )
 
     # Results ----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import st3
-from tests.slow_hybrids import Counts, Row
+from tests.slow_hybrids import Counts, Row, text_of
 from tests.zoo import Family, I, T, V, build
 
 ANNEAL = st3.Anneal(tau=12, floor=0.1)
@@ -43,7 +43,7 @@ def made(name: str, attention: str | None = None) -> tuple[Family, PreTrainedMod
     """A model that no test changes for good."""
     family, model = build(name)
     if attention is not None:
-        model.model.language_model.config._attn_implementation = attention
+        text_of(model).config._attn_implementation = attention
     return family, model
 
 

@@ -14,10 +14,11 @@ from st3.engine.ranker import Ranker
 from st3.hf.cache import stores_of
 from st3.hf.call import CACHE, cache_of
 from tests.hybrids.cases import LONG, POLICIES, compare, made, rows_for, slow
-from tests.slow_hybrids import Counts
+from tests.slow_hybrids import STATES as SLOW_STATES
+from tests.slow_hybrids import Counts, text_of
 from tests.zoo import HYBRIDS, I, T, V
 
-STATES = [n for n in ("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "lfm2_vl") if n in HYBRIDS]
+STATES = [name for name in HYBRIDS if not name.startswith(("gemma", "granite", "apertus"))]
 ALL = pytest.mark.parametrize("name", STATES)
 TRIMMED = [name for name in POLICIES if name != "bare"]
 STATIC, COUNTS = POLICIES["static"]
@@ -100,10 +101,10 @@ def test_only_layers_with_entries_are_exchanged(name: str) -> None:
         out = model.generate(**batch, max_new_tokens=3, return_dict_in_generate=True)
     cache = cache_of(out)
     types = model.config.text_config.layer_types
-    assert list(stores_of(cache)) == [i for i, t in enumerate(types) if t == "full_attention"]
+    assert list(stores_of(cache)) == [i for i, t in enumerate(types) if t not in SLOW_STATES]
     assert cache.get_seq_length() == batch["input_ids"].shape[1] + 2
     sizes = trimmer.report.entry_bytes
-    assert [size > 0 for size in sizes] == [t == "full_attention" for t in types]
+    assert [size > 0 for size in sizes] == [t not in SLOW_STATES for t in types]
     assert trimmer.report.kv_live_bytes < trimmer.report.kv_untrimmed_bytes
 
 
@@ -192,13 +193,14 @@ def test_training(name: str) -> None:
         model.zero_grad()
         with st3.trim(model, STATIC):
             model(**batch, labels=batch["input_ids"]).loss.backward()
-        found = model.model.language_model.named_parameters()
+        found = text_of(model).named_parameters()
         return {name: p.grad.clone() for name, p in found if p.grad is not None}
 
     plain = gradients()
     assert len(plain) > 50
     assert all(torch.isfinite(gradient).all() for gradient in plain.values())
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.23 on
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     again = gradients()
     assert plain.keys() == again.keys()
     for key, gradient in plain.items():
@@ -268,7 +270,7 @@ def test_a_new_image_in_a_later_turn(name: str) -> None:
             **first, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
         )
         places = torch.arange(start, start + new)[None]
-        deltas = getattr(model.model, "rope_deltas", None)
+        deltas = getattr(getattr(model, "model", None), "rope_deltas", None)
         if deltas is not None:
             places = (places + deltas).expand(3, -1, -1)
         again = {
@@ -278,7 +280,7 @@ def test_a_new_image_in_a_later_turn(name: str) -> None:
             "position_ids": places,
         }
         got = model(**again, use_cache=True, **{CACHE: cache_of(out)}).logits[0, -1]
-        assert trimmer.report.n_visual == [8]
+        assert trimmer.report.n_visual == [int(visual.sum())]
     row = slow(family, model, rows, 0, COUNTS, 4)
     wanted = row.show(again, torch.nn.functional.pad(visual[0], (1, 0)))
     assert (got - wanted).abs().max() < limit(name, "sdpa", False)
@@ -304,12 +306,6 @@ def test_video(name: str) -> None:
     assert worst < limit(name, "sdpa", True)
 
 
-def test_compiled_decoding_is_refused() -> None:
-    _, model = made(STATES[-1])
-    with pytest.raises(st3.UnsupportedModelError, match="leave compile_decode at None"):
-        st3.trim(model, STATIC, compile_decode="default").attach()
-
-
 # What breaks without each of the rules ----------------------------------------------------------
 
 
@@ -320,7 +316,13 @@ def test_mutants_are_caught(name: str, mutant: str, monkeypatch: pytest.MonkeyPa
     ``stale``: a drop behind a state goes by a score that lost its columns."""
     family, model = made(name, "sdpa")
     if mutant == "left":
-        monkeypatch.setattr(MixedPrefill, "ends_together", False)
+        begin = MixedPrefill.__init__
+
+        def begins_together(self: Any, *args: Any, **kwargs: Any) -> None:
+            begin(self, *args, **kwargs)
+            self.ends_together = False
+
+        monkeypatch.setattr(MixedPrefill, "__init__", begins_together)
     elif mutant == "nomask":
         real = MixedPrefill._narrow_mask
 

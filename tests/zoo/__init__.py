@@ -19,6 +19,7 @@ from . import (
     grids,
     hybrids,
     idefics,
+    indexed,
     llava,
     mistral,
     newer,
@@ -49,13 +50,26 @@ FAMILIES: dict[str, Family] = {
     family.name: family for module in _MODULES for family in module.FAMILIES if family.available
 }
 
+INDEXED: dict[str, Family] = {f.name: f for f in indexed.FAMILIES if f.available}
 HYBRIDS: dict[str, Family] = {f.name: f for f in hybrids.FAMILIES if f.available}
 
 
 def build(name: str, seed: int = 0) -> tuple[Family, PreTrainedModel]:
     """The family of this name and a fresh model of it."""
-    family = FAMILIES.get(name) or HYBRIDS[name]
+    family = FAMILIES.get(name) or HYBRIDS.get(name) or INDEXED[name]
     return family, family.model(seed)
 
 
-__all__ = ["FAMILIES", "HYBRIDS", "REFUSED", "UNTRIED", "Batch", "Family", "I", "T", "V", "build"]
+__all__ = [
+    "FAMILIES",
+    "HYBRIDS",
+    "INDEXED",
+    "REFUSED",
+    "UNTRIED",
+    "Batch",
+    "Family",
+    "I",
+    "T",
+    "V",
+    "build",
+]

@@ -105,7 +105,7 @@ class Family:
 
     def finish(self, model: PreTrainedModel) -> None:
         """Last touches to the weights, for families that need them."""
-        head = model.get_output_embeddings()
+        head = model.get_output_embeddings() or model.language_model.lm_head
         with torch.no_grad():  # special tokens (also image placeholders) are never the argmax
             head.weight[:FIRST_TEXT] = 0
             if getattr(head, "bias", None) is not None:

@@ -13,7 +13,6 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from . import refused_configs as make
-from .gemma4 import gemma4_shared
 
 
 def _factory(make_config: Callable[[], PreTrainedConfig]) -> Callable[[], PreTrainedModel]:
@@ -40,16 +39,8 @@ _REASONS: list[tuple[Callable[[], PreTrainedConfig], str, str]] = [
     (make.kosmos2, "placeholder", "kosmos-2"),
     (make.kosmos2_5, "placeholder", "kosmos-2.5"),
     (make.git, "placeholder", ""),
-    # Later layers read the keys and values of an earlier one, whose tokens they would have to keep.
-    (gemma4_shared, "shared", "gemma4"),
-    (make.gemma3n, "shared", ""),
-    # A recurrent or convolutional state mixes tokens in order; none can be hidden from it later.
-    (make.glm5_next, "linear attention", ""),
-    # Image features are added between late layers, inside the decoder's own loop.
-    (make.granite4_vision, "deepstack", ""),
     # An index of its own chooses which keys a query sees, over positions of the whole sequence.
-    (make.mistral_large4, "index", ""),
-    (make.minimax_m3_vl, "index", ""),
+    (make.glm5_next, "index", ""),
     (make.unlimited_ocr, "sliding", ""),  # a window over the answer, in a cache layer of its own
     (make.diffusion_gemma, "diffusion", ""),
 ]
@@ -62,16 +53,14 @@ UNTRIED: dict[str, str] = {
     "dots3_note": "latent attention with a sparse index, like mistral_large4",
     "evolla": "proteins, not images",
     "glmga": "Glm46VForConditionalGeneration, as in glm46v",
-    "inkling2": "convolutions in every layer, like lfm2_vl",
-    "inkling_mm_model": "needs scipy to build; convolutions in every layer, like lfm2_vl",
+    "inkling2": "KV entries and a convolution's state in every layer",
+    "inkling2_loop": "KV entries and a convolution's state in every layer",
+    "inkling_mm_model": "needs scipy to build; as inkling2",
     "instructblipvideo": "as instructblip, with frames",
-    "lfm3_vl": "convolutions, like lfm2_vl",
-    "minicpm_ocr": "the decoder of qwen3_5",
-    "minicpmv4_7": "the decoder of qwen3_5",
+    "llama4": "transformers 5.24.0's own forward fails (other versions have it)",
     "mistral4": "text only",
-    "nemotron_h_omni": "Mamba layers: a recurrent state, like linear attention",
     "pi0": "robot actions, not text",
     "pp_formulanet": "encoder-decoder",
-    "qwen4_exp": "linear attention, like qwen3_5",
+    "qwen4_exp": "linear attention and a sparse index, like glm5_next",
     "shieldgemma2": "Gemma3ForConditionalGeneration behind a classifier",
 }

@@ -8,10 +8,8 @@ import transformers as tr
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .base import IMAGE, VIDEO, VISION_END, VISION_START, text, tiny, vision
+from .base import IMAGE, text, tiny, vision
 from .gemma4 import IDS as GEMMA_IDS
-from .llava import clip
-from .mistral import tower
 from .qwen import GLM_IDS
 from .sam import SAM
 
@@ -170,30 +168,7 @@ def udop() -> PreTrainedConfig:
     return _small("udop", num_decoder_layers=2, image_size=16, patch_size=4)
 
 
-def granite4_vision() -> PreTrainedConfig:
-    from transformers.models.granite4_vision.configuration_granite4_vision import (
-        Granite4VisionTextConfig,
-    )
-
-    tower_ = clip(16)
-    tower_.hidden_size = 64
-    return tr.Granite4VisionConfig(
-        vision_config=tower_,
-        text_config=text(Granite4VisionTextConfig),
-        qformer_config={"model_type": "blip_2_qformer", "hidden_size": 64,
-                        "encoder_hidden_size": 64, "num_attention_heads": 1,
-                        "num_hidden_layers": 1,
-                        "intermediate_size": 16, "cross_attention_frequency": 1,
-                        "max_position_embeddings": 64, "use_qformer_text_input": False},
-        image_token_index=IMAGE,
-        image_grid_pinpoints=[[16, 16]],
-        downsample_rate="2/4",
-        deepstack_layer_map=[[-1, 0], [-2, 2]],
-        spatial_target_layers=[3, 4, 5, 6],
-    )  # fmt: skip
-
-
-def _latent(model_type: str, **changes: Any) -> PreTrainedConfig:
+def latent(model_type: str, **changes: Any) -> PreTrainedConfig:
     """Latent attention with a sparse index."""
     return text(
         sub(model_type, "text_config"),
@@ -214,7 +189,7 @@ def _latent(model_type: str, **changes: Any) -> PreTrainedConfig:
 def glm5_next() -> PreTrainedConfig:
     return tr.Glm5NextConfig(
         vision_config=vision(sub("glm5_next", "vision_config"), projection_intermediate_size=16),
-        text_config=_latent(
+        text_config=latent(
             "glm5_next",
             head_dim=0,
             qk_rope_head_dim=0,
@@ -224,34 +199,6 @@ def glm5_next() -> PreTrainedConfig:
             layer_types=LINEAR["layer_types"],
         ),
         **GLM_IDS,
-    )
-
-
-def mistral_large4() -> PreTrainedConfig:
-    return tr.MistralLarge4Config(
-        vision_config=tower(),
-        text_config=_latent("mistral_large4", qk_rope_head_dim=4, head_dim=4),
-        image_token_index=IMAGE,
-    )
-
-
-def minimax_m3_vl() -> PreTrainedConfig:
-    return tr.MiniMaxM3VLConfig(
-        vision_config=vision(sub("minimax_m3_vl", "vision_config")),
-        text_config=text(
-            sub("minimax_m3_vl", "text_config"),
-            dense_intermediate_size=48,
-            shared_intermediate_size=16,
-            rotary_dim=4,
-            index_n_heads=2,
-            index_head_dim=8,
-            index_block_size=4,
-            index_topk_blocks=2,
-            layer_types=["full_attention"] * 2 + ["minimax_m3_sparse"] * 6,
-        ),
-        image_token_index=IMAGE,
-        video_token_index=VIDEO,
-        projector_hidden_size=16,
     )
 
 
@@ -284,28 +231,3 @@ def diffusion_gemma() -> PreTrainedConfig:
         **{k: v for k, v in GEMMA_IDS.items() if k in ("image_token_id", "boi_token_id",
                                                        "eoi_token_id")},
     )  # fmt: skip
-
-
-def gemma3n() -> PreTrainedConfig:
-    config = tr.Gemma3nConfig(
-        vision_config={"hidden_size": 16, "vocab_size": 8, "vocab_offset": 100},
-        audio_config={"hidden_size": 16, "vocab_size": 8, "vocab_offset": 110,
-                      "input_feat_size": 16, "conf_num_hidden_layers": 1,
-                      "conf_num_attention_heads": 2, "sscp_conv_channel_size": [4, 4]},
-        text_config=text(
-            sub("gemma3n", "text_config"),
-            num_kv_shared_layers=3,
-            sliding_window=16,
-            hidden_size_per_layer_input=8,
-            vocab_size_per_layer_input=120,
-            laurel_rank=8,
-        ),
-        image_token_id=IMAGE,
-        boi_token_id=VISION_START,
-        eoi_token_id=VISION_END,
-    )  # fmt: skip
-    tower_ = tr.ResNetConfig(embedding_size=8, hidden_sizes=[16], depths=[1], layer_type="basic")
-    for key in ("hidden_size", "vocab_size", "vocab_offset", "rms_norm_eps"):
-        setattr(tower_, key, getattr(config.vision_config, key))
-    config.__dict__["vision_config"] = tower_  # in place of the timm tower (needs that package)
-    return config

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,6 +35,19 @@ class Cache(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class LateFeatures:
+    """Image features that a text model adds to visual tokens between its decoder layers.
+
+    Attributes:
+        visual: [B, T] bool, the tokens of the chunk that they belong to.
+        features: [visual tokens, hidden size], by the layer that they are added before.
+    """
+
+    visual: Tensor
+    features: Mapping[int, Tensor]
+
+
 @dataclass
 class Chunk:
     """A forward pass of the text model.
@@ -51,6 +64,7 @@ class Chunk:
         past: logical length of the cache before the pass.
         tower: gives what the vision tower's class token attends to, [B, T], for visual tokens
             [B, T] bool.
+        late: features that are added between decoder layers, or None.
     """
 
     embeds: Tensor
@@ -62,6 +76,7 @@ class Chunk:
     cache: Cache | None = None
     past: int = 0
     tower: Callable[[Tensor], Tensor] | None = None
+    late: LateFeatures | None = None
 
     @property
     def tokens(self) -> int:

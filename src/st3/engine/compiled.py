@@ -106,10 +106,10 @@ def check(plan: Plan) -> None:
         raise UnsupportedModelError(
             "compile_decode and rerank_every exclude each other: leave rerank_every at None"
         )
-    if not plan.wiring.plain:
+    if plan.wiring.in_order:
         raise UnsupportedModelError(
-            "compile_decode needs KV entries of its own in every decoder layer, and this model has "
-            "layers with a state, or with shared entries: leave compile_decode at None"
+            "compile_decode needs buffers of fixed size, and this model's indexes have none: leave "
+            "compile_decode at None"
         )
     if plan.kind == "flash":
         raise UnsupportedModelError(

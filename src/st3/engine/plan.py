@@ -13,6 +13,7 @@ from st3.engine.kv.visible import FOREVER
 from st3.engine.masks import Kind
 from st3.engine.prompt import Rows
 from st3.engine.wiring import Wiring
+from st3.errors import UnsupportedModelError
 from st3.methods.laid import lay
 from st3.methods.policies import Policy
 from st3.methods.policies.base import check_ranked
@@ -128,6 +129,7 @@ def lay_out(policy: Policy, wiring: Wiring) -> Schedule:
     Raises:
         ValueError: if it does not fit the number of layers, or drops tokens where nothing has
             ranked them.
+        UnsupportedModelError: if nothing of it can be done on this decoder.
     """
     score, layers = policy.scorer(), len(wiring.sources)
     if wiring.plain:
@@ -135,9 +137,28 @@ def lay_out(policy: Policy, wiring: Wiring) -> Schedule:
     else:
         of_attention = stage_of(score) == "attention" or "keys" in needs_of(score)
         first = wiring.own[0] + 1 if of_attention else 0
-        schedule = lay(policy, layers, first, wiring.first_shared)
+        schedule = lay(policy, layers, first, wiring.first_shared, wiring.borrows, wiring.in_order)
+        _check_order(policy, schedule, wiring)
     check_ranked(policy, schedule)
     return schedule
+
+
+def _check_order(policy: Policy, schedule: Schedule, wiring: Wiring) -> None:
+    if wiring.in_order and (policy.rerank or policy.recalls):
+        raise UnsupportedModelError(
+            "this model's indexes count KV entries by column, which a new ranking would mix up: "
+            "leave rerank_every and recall_every at None"
+        )
+    if policy.schedule(len(wiring.sources)).drops and not schedule.drops:
+        able = [i for i in range(wiring.own[0] + 1, len(wiring.sources)) if not wiring.waits(i)]
+        raise UnsupportedModelError(
+            f"{policy} would do nothing here: this model's indexes count KV entries by column, so "
+            f"that none can be annealed, and tokens can leave before layers {_names(able)} alone"
+        )
+
+
+def _names(layers: list[int]) -> str:
+    return ", ".join(map(str, layers))
 
 
 @lru_cache(maxsize=64)

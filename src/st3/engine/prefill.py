@@ -183,7 +183,8 @@ class Prefill:
         # Flash attention takes no mask per query: there candidates see what the prompt sees.
         if self.rows.tail and self.ordered[layer] and self.plan.kind != "flash":
             call.mask = self._candidates_mask(layer, call)
-        if self._chooses(layer) and layer + 1 not in self.blocks:
+        chooses = self.plan.drops_behind[layer] and self.plan.stage == "attention"
+        if chooses and layer + 1 not in self.blocks:
             self._drop(layer + 1)
         with self.events.span("model"):
             output = call.run()
@@ -207,9 +208,6 @@ class Prefill:
         score = self.ranker.scores.get(layer)
         if isinstance(score, Tensor) and not known:
             self.events.scored(layer, score)
-
-    def _chooses(self, layer: int) -> bool:
-        return self.plan.drops_behind[layer] and self.plan.stage == "attention"
 
     def _holds(self, store: KVStore | None, call: AttentionCall) -> bool:
         """Whether the cache holds the keys that attention reads, and not a form of its own."""
@@ -277,7 +275,9 @@ class Prefill:
         """Let the cache of ``layer`` take over the prompt that it was given."""
         block, size_first = self.attended[layer]
         score = self.ranker.scores[layer] if self.ordered[layer] else None
-        self._store(layer).admit(block, score, self.budgets, size_first)
+        columns = self._store(layer).admit(block, score, self.budgets, size_first)
+        if columns is not None:
+            self.events.written(layer, columns)
 
     # An earlier turn in the cache -------------------------------------------------------------
 

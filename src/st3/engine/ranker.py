@@ -78,7 +78,7 @@ class Ranker:
     @torch.no_grad()
     def observe_input(self, layer: int, block: Block, hidden: Tensor) -> None:
         """See what enters ``layer``, before tokens are dropped there: [B, N, hidden size]."""
-        plan = self.plan
+        plan, hidden = self.plan, _one_stream(hidden)
         if layer == 0 and plan.prepare is not None:
             self._prepared = plan.prepare(self._token_view(layer, block, hidden))
         if plan.stage != "attention":
@@ -87,7 +87,7 @@ class Ranker:
 
     def entered(self, hidden: Tensor, tables: Any) -> None:
         """What a layer is given, after tokens were dropped: hidden states and position tables."""
-        self._hidden, self._tables = hidden, tables
+        self._hidden, self._tables = _one_stream(hidden), tables
 
     def observe(
         self,
@@ -224,6 +224,12 @@ class Ranker:
             return None
         drop = next((i for i in range(layer, schedule.num_layers) if schedule.prunes(i)), None)
         return None if drop is None else max(schedule.kept(drop, n) for n in self.rows.n_visual)
+
+
+def _one_stream(hidden: Tensor) -> Tensor:
+    """The hidden states [B, N, D] of a decoder; of one with several streams the first, which the
+    others are made of."""
+    return hidden[0] if hidden.dim() == 4 else hidden
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

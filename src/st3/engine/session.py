@@ -15,7 +15,8 @@ from st3.engine.kv.joined import JoinedStore
 from st3.engine.kv.store import KVStore
 from st3.engine.kv.timeline import Phase, Timeline
 from st3.engine.masks import Starts
-from st3.engine.mixed import MixedPrefill, MixedStep
+from st3.engine.mixed import MixedPrefill
+from st3.engine.mixed_steps import MixedCompiledStep, MixedJoinedStep, MixedStep
 from st3.engine.plan import Plan
 from st3.engine.prefill import Prefill
 from st3.engine.prompt import Block, Rows, read_prompt
@@ -170,10 +171,11 @@ class Session:
         mask = chunk.attention_mask if block.valid is not None else None
         mask = None if mask is None else mask[:, -chunk.tokens :].to(chunk.embeds.device)
         self._tell(chunk, rows, block, timeline)
-        kind = Prefill if self.plan.wiring.plain else MixedPrefill
-        self.current = kind(
-            self.plan, rows, block, mask, stores, timeline, past > 0, tower, self.events
-        )
+        given = self.plan, rows, block, mask, stores, timeline, past > 0, tower, self.events
+        if self.plan.wiring.plain and chunk.late is None:
+            self.current = Prefill(*given)
+        else:
+            self.current = MixedPrefill(*given, late=chunk.late)
 
     def _stores_for(self, cache: Cache, past: int) -> dict[int, KVStore]:
         """The cache's stores; put into it, if it has none yet or starts anew."""
@@ -209,11 +211,13 @@ class Session:
         plan, events = self.plan, self.events
         if joined:
             own = cast(dict[int, JoinedStore], stores)
-            self.current = JoinedStep(plan, own, timeline, events)
+            together = JoinedStep if plan.wiring.plain else MixedJoinedStep
+            self.current = together(plan, own, timeline, events)
         elif self.bucket is not None and tokens == 1:
             step = self._compiled
             if step is None or step.timeline is not timeline:
-                step = self._compiled = CompiledStep(plan, timeline, self.bucket, events)
+                compiled = CompiledStep if plan.wiring.plain else MixedCompiledStep
+                step = self._compiled = compiled(plan, timeline, self.bucket, events)
             step.prepare(cast(dict[int, KVStore], stores))
             self.current = step
         else:

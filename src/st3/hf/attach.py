@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from st3.engine.calls import Chunk
+from st3.engine.prefill import Prefill
 from st3.engine.session import Session
 from st3.errors import UnsupportedModelError
 from st3.hf import call
@@ -167,7 +168,11 @@ class Attachment:
             elif cache is None and call.wants_cache(module, kwargs):
                 cache = new_cache(module.config)
                 kwargs = call.with_cache(kwargs, cache)
-        self.session.begin(self._chunk(embeds, visual, cache, past))
+        chunk = self._chunk(embeds, visual, cache, past)
+        chunk.late = call.late_features(kwargs)
+        self.session.begin(chunk)
+        if isinstance(self.session.current, Prefill):
+            kwargs = call.whole(kwargs, self.session.plan.wiring.shares)
         return args, kwargs
 
     def _chunk(self, embeds: Tensor, visual: Tensor | None, cache: Any, past: int) -> Chunk:
@@ -221,7 +226,7 @@ class Attachment:
         return keep - 1 if checks and isinstance(keep, int) and keep > 1 else 0
 
     def _layer_hook(self, index: int) -> Any:
-        session = self.session
+        session, parts = self.session, self.parts
 
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -230,9 +235,9 @@ class Attachment:
             if current is None:
                 return None
             with session.events.span("gather"):
-                inputs, named = call.layer_inputs(module, args, kwargs)
+                inputs, named = call.layer_inputs(module, args, kwargs, parts)
                 current.enter(index, inputs)
-                return call.layer_arguments(inputs, named)
+                return call.layer_arguments(inputs, named, parts)
 
         return hook
 

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from st3.engine.calls import AttentionCall
 from st3.engine.plan import Attend
 from st3.errors import UnsupportedModelError
+from st3.hf.indexed import index_mask
 
 if TYPE_CHECKING:
     from st3.engine.session import Session
@@ -96,6 +97,8 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer: [B, heads, Q, size] -> [B, Q, heads, size]."""
+    if kwargs.get("indices") is not None or kwargs.get("block_indices") is not None:
+        attention_mask = index_mask(module, query, key, attention_mask, kwargs)
     handle: LayerHandle | None = getattr(module, ATTRIBUTE, None)
     if handle is None:  # another model, which shares the config of the one that is trimmed
         base = base_attention(attention_of(module.config), module)

@@ -6,13 +6,16 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from st3.engine.calls import LayerInputs
+from st3.engine.calls import LateFeatures, LayerInputs
+
+if TYPE_CHECKING:
+    from st3.models.parts import Parts
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 and later, and before
 
@@ -27,6 +30,7 @@ _MASK, _TABLES, _IDS, _HIDDEN = (
     "position_ids",
     "hidden_states",
 )
+_LATE, _KEEP = "deepstack_features", "logits_to_keep"
 
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:
@@ -69,9 +73,35 @@ def wants_cache(text: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     return bool(getattr(text.config, "use_cache", False) if use_cache is None else use_cache)
 
 
-def is_checkpointing(text: nn.Module) -> bool:
+def is_checkpointing(text: Any) -> bool:
     """Whether layers will run again in backward; they leave aside whatever cache they are given."""
-    return bool(getattr(text, "gradient_checkpointing", False) and text.training)
+    flags = (getattr(module, "gradient_checkpointing", False) for module in (text, text.layers[0]))
+    return bool(text.training) and any(flags)
+
+
+def late_features(kwargs: Mapping[str, Any]) -> LateFeatures | None:
+    """Image features that a text model would add to hidden states between its layers, or None."""
+    features = kwargs.get(_LATE)
+    if not features:
+        return None
+    visual = kwargs["vision_mask"]  # [B, T] or [B, T, 1 or D]
+    return LateFeatures(visual[..., 0] if visual.dim() == 3 else visual, dict(features))
+
+
+def whole(kwargs: dict[str, Any], shares: bool) -> dict[str, Any]:
+    """A prompt's call without what a text model does to it between its layers by columns, which are
+    no longer the prompt's: late features are added by the engine.
+
+    Args:
+        shares: whether the last layers share KV entries. Text models then go on with the last
+            ``logits_to_keep`` columns, which are those of a trimmed prompt only where that is 1.
+    """
+    keep = kwargs.get(_KEEP)
+    if kwargs.get(_LATE):
+        kwargs = {**kwargs, _LATE: None}
+    if shares and isinstance(keep, int) and keep > 1:
+        kwargs = {**kwargs, _KEEP: 0}
+    return kwargs
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -92,9 +122,13 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 def layer_inputs(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    parts: Parts | None = None,
 ) -> tuple[LayerInputs, dict[str, Any]]:
-    """What a decoder layer is given, and all its arguments by name."""
+    """What a decoder layer is given, and all its arguments by name; ``parts`` of its model, if its
+    layers may ask for more than others do."""
     named = kwargs if len(args) == 1 else arguments(module, args, kwargs)
     hidden = args[0] if len(args) == 1 else named[_HIDDEN]
     known = (_MASK, _TABLES, _IDS, _HIDDEN)
@@ -103,11 +137,16 @@ def layer_inputs(
         for name, value in named.items()
         if isinstance(value, Tensor) and name not in known
     }
+    ids = named.get(_IDS)
+    if parts is not None and parts.places and ids is not None:
+        others[_IDS] = ids.expand(hidden.shape[0], -1)
+    if parts is not None and parts.streams_last:
+        hidden = hidden.permute(2, 0, 1, 3)
     return LayerInputs(hidden, named.get(_MASK), named.get(_TABLES), others), named
 
 
 def layer_arguments(
-    inputs: LayerInputs, named: dict[str, Any]
+    inputs: LayerInputs, named: dict[str, Any], parts: Parts | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call that gives a decoder layer ``inputs``."""
     kwargs = {name: value for name, value in named.items() if name != _HIDDEN}
@@ -117,7 +156,10 @@ def layer_arguments(
         kwargs |= {_MASK: inputs.mask, _IDS: None, **inputs.others}
         if inputs.tables is not None:
             kwargs[_TABLES] = inputs.tables
-    return (inputs.hidden,), kwargs
+    hidden = inputs.hidden
+    if parts is not None and parts.streams_last:
+        hidden = hidden.permute(1, 2, 0, 3)
+    return (hidden,), kwargs
 
 
 # Compiled steps -----------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ from typing import Any
 import transformers
 
 from st3.errors import UnsupportedModelError
+from st3.hf.attention import attention_of
 from st3.hf.cache import TrimmedLayer
 from st3.hf.call import CACHE_NAMES
 from st3.models import Parts
-from st3.models.parts import STATES
+from st3.models.parts import ALONE, INDEXED, STATES
 
 OLDEST, NEWEST = "5.16", "5.24"  # the minor versions that the whole test suite has passed
-LAYER_TYPES = frozenset({"full_attention", "sliding_attention", *STATES})
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention", *STATES, *ALONE, *INDEXED})
 
 
 def check(parts: Parts) -> None:
@@ -37,9 +38,24 @@ def check(parts: Parts) -> None:
     missing = sorted(TrimmedLayer.__abstractmethods__)
     if missing:
         _refuse(f"cache layers must now have {', '.join(missing)}")
+    if "flash" in attention_of(parts.text.config):
+        _check_flash(parts)
     unknown = set(getattr(parts.text.config, "layer_types", None) or ()) - LAYER_TYPES
     if unknown:
         _refuse(f"decoder layers of type {', '.join(sorted(unknown))} are not known")
+
+
+def _check_flash(parts: Parts) -> None:
+    if any(source not in (layer, None) for layer, source in enumerate(parts.sources)):
+        raise UnsupportedModelError(
+            "flash attention cannot express what layers see that share another one's KV entries: "
+            "load this model with attn_implementation='sdpa'"
+        )
+    if any(parts.windows):
+        raise UnsupportedModelError(
+            "flash attention counts a sliding window in stored tokens, which trimming shifts: load "
+            "this model with attn_implementation='sdpa'"
+        )
 
 
 def _refuse(reason: str) -> Any:

@@ -63,12 +63,8 @@ def closed_form(config: Any, lookahead: Callable[[Any, int | None], Lookahead]) 
         ValueError: layers whose cost is not described.
     """
     text = config.get_text_config(decoder=True)
-    if text.model_type not in DESCRIBED:
+    if text.model_type not in DESCRIBED or getattr(text, "num_kv_shared_layers", None):
         return None
-    if getattr(text, "num_kv_shared_layers", 0):
-        raise ValueError(
-            f"{text.model_type}: layers that share another layer's KV cache have no cost model"
-        )
     per_layer = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
     windows = windows_of(text)
     return TextDims(

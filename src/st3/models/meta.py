@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,9 +56,10 @@ def _count(family: Family, config: Any) -> TextDims:
             "another one with TextDims(...) by hand"
         ) from error
     lookahead = [family.lookahead(text, window) for window in parts.windows]
-    if len(parts.softmax) < len(parts.layers):
-        raise ValueError(f"{config.model_type}: no cost model for layers with a state")
-    return count_text(parts.text, parts.layers, parts.attentions, parts.windows, lookahead)
+    dims = count_text(
+        parts.text, parts.layers, parts.mixers, parts.windows, lookahead, parts.sources
+    )
+    return replace(dims, in_order=parts.in_order)
 
 
 def counted_crop(family: Family, config: Any, why: ValueError) -> tuple[int, int]:

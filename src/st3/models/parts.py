@@ -12,6 +12,16 @@ from st3.errors import UnsupportedModelError
 STATES = ("linear_attention", "conv")
 """Types of layers with a state of all tokens before, in place of softmax attention."""
 
+ALONE = ("moe", "mlp")
+"""Types of layers in which no token sees another one."""
+
+INDEXED = ("indexed_attention", "minimax_m3_sparse")
+"""Types of layers with softmax attention in which an index chooses the keys that each query sees,
+by their columns in the cache."""
+
+_ATTENTIONS = ("self_attn", "mixer")
+_MIXERS = (*_ATTENTIONS, "linear_attn", "conv")
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -25,7 +35,10 @@ class Parts:
         windows: the sliding window of each layer, in tokens; None where a layer sees everything.
         kinds: the type of each layer, as the config's ``layer_types`` has it.
         sources: the layer whose KV entries each layer reads: its own number, unless it shares;
-            None where it has a state.
+            None where it has a state, or where no token sees another one.
+        places: whether layers ask for the original place of each token (``position_ids``).
+        streams_last: whether hidden states are several streams [B, T, streams, D].
+        pads: whether rows of a batch may be padded.
     """
 
     inner: Any
@@ -35,11 +48,37 @@ class Parts:
     windows: tuple[int | None, ...]
     kinds: tuple[str, ...] = ()
     sources: tuple[int | None, ...] = ()
+    places: bool = False
+    streams_last: bool = False
+    pads: bool = True
+
+    @property
+    def in_order(self) -> bool:
+        """Whether caches must hold tokens in the order of the sequence."""
+        return any(kind in INDEXED for kind in self.kinds)
+
+    @property
+    def borrows(self) -> tuple[bool, ...]:
+        """For each layer whether it goes by what the index of an earlier one chose, by column."""
+        return tuple(bool(getattr(module, "skip_topk", False)) for module in self.attentions)
 
     @property
     def softmax(self) -> dict[int, Any]:
         """The softmax attentions by decoder layer."""
         return {i: module for i, module in enumerate(self.attentions) if module is not None}
+
+    @property
+    def mixers(self) -> tuple[Any, ...]:
+        """The softmax attention of each layer, or the module with a state in its place; None where
+        no token sees another one."""
+        return tuple(
+            None if kind in ALONE else _first_of(layer, _MIXERS)
+            for layer, kind in zip(self.layers, self.kinds, strict=True)
+        )
+
+
+def _first_of(layer: Any, names: tuple[str, ...]) -> Any:
+    return next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
 
 
 def base_model(model: Any) -> Any:
@@ -84,24 +123,31 @@ def decoder_parts(text: Any, inner: Any, model_type: str) -> Parts:
     layers = tuple(text.layers[:count])
     types = getattr(text.config, "layer_types", None) or [None] * count
     attentions = tuple(
-        None if kind in STATES else getattr(layer, "self_attn", None)
+        None if kind in (*STATES, *ALONE) else _first_of(layer, _ATTENTIONS)
         for layer, kind in zip(layers, types, strict=False)
     )
     for attention, kind in zip(attentions, types, strict=False):
-        if kind not in STATES and not hasattr(attention, "layer_idx"):
+        if kind not in (*STATES, *ALONE) and not hasattr(attention, "layer_idx"):
             raise UnsupportedModelError(
                 f"{model_type} has decoder layers that are neither softmax attention nor a state "
                 "of a kind that is known"
             )
-    if any(getattr(attention, "is_kv_shared_layer", False) for attention in attentions):
-        raise UnsupportedModelError(
-            f"this {model_type} has layers with shared KV entries, which trimming makes uneven"
-        )
-    kinds, windows = _kinds(text.config, attentions)
-    sources = tuple(None if module is None else i for i, module in enumerate(attentions))
-    if sources.count(None) == count:
+    if all(attention is None for attention in attentions):
         raise UnsupportedModelError(f"{model_type} has no softmax attention to rank tokens by")
-    return Parts(inner, text, layers, attentions, windows, kinds, sources)
+    kinds, windows = _kinds(text.config, attentions)
+    return Parts(inner, text, layers, attentions, windows, kinds, _sources(attentions, kinds))
+
+
+def _sources(attentions: tuple[Any, ...], kinds: tuple[str, ...]) -> tuple[int | None, ...]:
+    """The layer whose KV entries each layer reads; one that shares reads those of the last layer of
+    its kind that has its own."""
+    sources: list[int | None] = []
+    latest: dict[str, int] = {}
+    for index, (attention, kind) in enumerate(zip(attentions, kinds, strict=True)):
+        if attention is not None and not getattr(attention, "is_kv_shared_layer", False):
+            latest[kind] = index
+        sources.append(None if attention is None else latest[kind])
+    return tuple(sources)
 
 
 def _kinds(
@@ -118,7 +164,7 @@ def _kinds(
             kind = "full_attention" if window is None else "sliding_attention"
         elif kind == "sliding_attention":
             window = getattr(attention, "sliding_window", None) or config.sliding_window
-        elif kind == "full_attention" or kind in STATES:
+        elif kind == "full_attention" or kind in (*STATES, *ALONE, *INDEXED):
             window = None
         else:
             raise UnsupportedModelError(f"decoder layers of type {kind!r} are not supported")

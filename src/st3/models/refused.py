@@ -6,9 +6,10 @@ _CROSS = "its image goes through cross-attention layers: the text has no visual 
 _ENCODER_DECODER = "it is an encoder-decoder: the decoder sees no visual tokens"
 _NO_PLACEHOLDER = "its image has no placeholder tokens that say which tokens are visual"
 _QUERIES = "a Q-Former already reduces an image to 32 tokens"
-_SHARED = "its last layers read KV entries shared with earlier ones, which trimming makes uneven"
-_STATE = "its linear attention layers hold a state of all tokens, and no KV entries to trim"
-_INDEX = "an index of its own chooses which keys a query sees, by their place in the whole sequence"
+_BOTH = (
+    "its keys go through a convolution, whose state lies with the KV entries in one layer of the "
+    "cache, and its attention goes by the distance of columns"
+)
 REFUSED: dict[str, str] = {
     "mllama": _CROSS,
     "idefics": _CROSS,
@@ -23,11 +24,17 @@ REFUSED: dict[str, str] = {
     "git": _NO_PLACEHOLDER,
     "blip-2": _QUERIES,
     "instructblip": _QUERIES,
-    "gemma3n": _SHARED,
-    "glm5_next": _STATE,
-    "granite4_vision": "it adds image features between late layers (deepstack), in its own loop",
-    "mistral_large4": _INDEX,
-    "minimax_m3_vl": _INDEX,
-    "unlimited_ocr": "its cache layers hold a sliding window over the answer",
+    "glm5_next": "its index pools keys in fours and counts them by a cache layer's length, which "
+    "says how long the text is, trimmed or not",
+    "qwen4_exp": "its index asks for the rotary table of each column of the cache, also of those "
+    "before a pass",
+    "inkling2": _BOTH,
+    "inkling2_loop": _BOTH,
+    "inkling_mm_model": _BOTH,
+    "gemma4_assistant": "it drafts tokens for Gemma 4, whose KV entries it reads: it sees no image",
+    "unlimited_ocr": "its cache layers hold the whole prompt and a sliding window over the answer, "
+    "which st3's do not",
+    "dots3_note": "some of its layers have an index, others a sliding window, whose cache does not "
+    "keep every column",
     "diffusion_gemma": "it generates by diffusion, not token by token",
 }

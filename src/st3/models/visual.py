@@ -91,14 +91,23 @@ class VisualTokens:
         if not hasattr(self.inner, "get_placeholder_mask"):
             return
         original: Callable[..., Any] = self.inner.get_placeholder_mask
+        signature = inspect.signature(original)
 
         def get_placeholder_mask(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            for mask in result if isinstance(result, tuple) else (result,):
-                self._add(mask)
+            self.heard(result, signature.bind(*args, **kwargs).arguments)
             return result
 
         hooks.replace(self.inner, "get_placeholder_mask", get_placeholder_mask)
+
+    def heard(self, result: Any, asked: dict[str, Any]) -> None:
+        """What the model's ``get_placeholder_mask`` said, and was asked: a mask, or several, of
+        images, videos and, last, of sounds, which are no visual tokens."""
+        masks = result if isinstance(result, tuple) else (result,)
+        if len(masks) > 1 and hasattr(self.inner, "get_audio_features"):
+            masks = masks[:-1]
+        for mask in masks:
+            self._add(mask)
 
     def end(self) -> None:
         """Forget what was heard."""

@@ -69,7 +69,7 @@ class Report:
             dims: of the decoder; None if the cost model does not describe it.
         """
         size = torch.empty((), dtype=event.chunk.embeds.dtype).element_size()
-        entries = tuple(la.entry * size for la in dims.layers) if dims else ()
+        entries = tuple(la.held * size for la in dims.layers) if dims else ()
         rows = event.rows
         return cls(
             policy,
@@ -111,9 +111,15 @@ class Report:
 
     @property
     def put_off(self) -> tuple[int, ...]:
-        """The layers before which the policy would drop tokens, but nothing has ranked them yet:
-        they leave before :attr:`first_drop`."""
+        """The layers before which the policy would drop tokens, but nothing has ranked them yet
+        (they leave before :attr:`first_drop`), or the layer goes by columns of the one before."""
         return self.schedule.put_off if isinstance(self.schedule, Laid) else ()
+
+    @property
+    def not_annealed(self) -> bool:
+        """Whether the policy would anneal, but this decoder's indexes count KV entries by column,
+        so that none can leave."""
+        return isinstance(self.schedule, Laid) and self.schedule.not_annealed
 
     @property
     def first_drop(self) -> int | None:
@@ -221,8 +227,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain values, for JSON."""
         names = (
-            "policy n_visual visual_per_image n_text n_past kept put_off mean_share prefill_flops"
-            " prefill_flops_ratio kv_live_bytes kv_allocated_bytes kv_untrimmed_bytes"
+            "policy n_visual visual_per_image n_text n_past kept put_off not_annealed mean_share"
+            " prefill_flops prefill_flops_ratio kv_live_bytes kv_allocated_bytes kv_untrimmed_bytes"
             " kv_mean_ratio kv_mean_allocated_ratio steps"
         )
         return {name: getattr(self, name) for name in names.split()}

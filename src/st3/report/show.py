@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from st3.methods.laid import Laid
+
 if TYPE_CHECKING:
     from st3.report.report import Report
 
@@ -41,9 +43,8 @@ def rows(report: Report) -> list[tuple[str, str]]:
         ("kept per layer", _runs(report.kept[0]) + more),
         ("mean share", f"{report.mean_share:.1%} of the visual tokens over the layers"),
     ]
-    if report.put_off:
-        layers = ", ".join(map(str, report.put_off))
-        lines.append(("put off", f"drops before layer {layers}, to layer {report.first_drop}"))
+    if isinstance(report.schedule, Laid):
+        lines += report.schedule.departures
     flops, ratio = report.prefill_flops, report.prefill_flops_ratio
     if flops is not None and ratio is not None:
         lines.append(("prefill FLOPs", f"{flops:.3g} ({ratio:.1%} of untrimmed)"))

@@ -64,6 +64,8 @@ def copy_columns(source: Tensor, order: Tensor | None, target: Tensor) -> None:
     if order is None and not size_first:
         target.copy_(source)
         return
+    if not source.numel():  # of latent attention without RoPE
+        return
     # Projections lie in memory as [B, N, heads * head size]: gathering there moves whole rows, 7 to
     # 20 times faster on a CPU than `gather` along the sequence of [B, heads, N, head size].
     batch, heads, columns, size = source.shape

@@ -109,19 +109,22 @@ class KVStore(Store):
         score: Tensor | DeferredScore | None,
         budgets: Sequence[Sequence[int]],
         size_first: bool = False,
-    ) -> None:
+    ) -> Tensor | None:
         """Take over the prompt received. Changes state: its entries are there, in no order yet.
 
         Args:
             block: its columns.
             score: what its visual tokens are ordered by; None where none will be annealed.
             budgets: the rows' original visual tokens: one number, or one per image.
+
+        Returns:
+            as :meth:`write`, if the prompt had to be written at once.
         """
         prompt = self.received
         prompt.block, prompt.score, prompt.size_first = block, score, size_first
         prompt.width = max(block.counts)
         counts = zip(block.counts, block.n_kept, budgets, strict=True)
-        self._take(
+        return self._take(
             prompt,
             [
                 RowEntries(prompt.width - n, kept, 0 if score is None else kept, tuple(budget))
@@ -145,13 +148,12 @@ class KVStore(Store):
         self.pending = prompt
         self._take(prompt, [RowEntries(max(0, pad - left), 0, 0, ()) for pad in pads])
 
-    def _take(self, prompt: Pending, rows: Sequence[RowEntries]) -> None:
+    def _take(self, prompt: Pending, rows: Sequence[RowEntries]) -> Tensor | None:
         self.rows, self._starts = tuple(rows), {}
         self.length = self.timeline.start + self.timeline.tokens
         self.entry_bytes = entry_bytes(prompt.key, prompt.value)
         prompt.key, prompt.value = prompt.key.detach(), prompt.value.detach()
-        if not is_lean(prompt.key, prompt.value):
-            self.write()
+        return None if is_lean(prompt.key, prompt.value) else self.write()
 
     @torch.no_grad()
     def write(self) -> Tensor | None:

@@ -57,8 +57,9 @@ FAMILIES = (
     Gemma4(
         "gemma4",
         "Gemma 4",
-        "variants that share KV entries between layers are refused",
+        "in the E models, no visual token enters the layers that share KV entries",
         layout=Positioned(),
     ),
+    Family("gemma3n", "Gemma 3n", "no visual token enters the layers that share KV entries"),
     Gemma4("gemma4_unified", "Gemma 4 (unified)", layout=Positioned(pooled=False)),
 )
