@@ -16,6 +16,7 @@ from .kv import (
     kv_bytes,
     kv_entries,
     mean_kv_bytes,
+    state_bytes,
     with_headroom,
 )
 from .table import COLUMNS, CostRow, cost_table
@@ -40,6 +41,7 @@ __all__ = [
     "kv_entries",
     "mean_kv_bytes",
     "prefill_flops",
+    "state_bytes",
     "vision_flops",
     "with_headroom",
 ]

@@ -25,6 +25,10 @@ class LayerDims:
     window: int | None = None  # sliding window, in tokens
     lookahead: Lookahead = "none"
     value_dim: int | None = None  # of a value, where it is not head_dim (latent attention)
+    source: int | None = None  # the layer whose KV entries it reads, where they are not its own
+    last_only: bool = False  # whether generate()'s prefill runs it on the prompt's last token alone
+    mixing: int = 0  # FLOPs a token of a state's rule and convolution, besides its weights
+    state: int = 0  # numbers in a row's state, in place of KV entries
 
     @property
     def pair(self) -> int:
@@ -35,6 +39,11 @@ class LayerDims:
     def entry(self) -> int:
         """Numbers in one KV entry: a key and a value for each KV head."""
         return self.kv_heads * (self.head_dim + (self.value_dim or self.head_dim))
+
+    @property
+    def held(self) -> int:
+        """Numbers in one KV entry that the layer itself holds."""
+        return self.entry if self.source is None else 0
 
     @property
     def mlp(self) -> int:
@@ -56,11 +65,21 @@ class TextDims:
     vocab: int
     layers: tuple[LayerDims, ...]
     inputs: int = 0  # weights that every token passes before the first layer (Gemma 4)
+    in_order: bool = False  # whether an index counts KV entries by column: none can be annealed
     tied: bool = False  # input embeddings and lm_head are one matrix; changes no count here
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def sources(self) -> tuple[int | None, ...]:
+        """For each layer the one whose KV entries it reads; None where a state is in their place,
+        or where no token sees another one."""
+        return tuple(
+            None if not layer.heads else index if layer.source is None else layer.source
+            for index, layer in enumerate(self.layers)
+        )
 
     @property
     def lm_head(self) -> int:

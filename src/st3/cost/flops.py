@@ -1,8 +1,9 @@
 """FLOPs of a prefill and of a decode step. One multiply-add is two FLOPs.
 
-Only matrix products are counted: projections, attention scores and values, MLP and head. Norms,
-activations, softmax, rotary embeddings and the choice of tokens are not (together they are far
-below 1 % on the models of interest).
+Only matrix products and convolutions are counted: projections, attention scores and values, the
+rule of a state as it runs in chunks (also for a decode step, whose own form is cheaper), MLP and
+head. Norms, activations, softmax, rotary embeddings and the choice of tokens are not (together they
+are far below 1 % on the models of interest).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Schedule(Protocol):
 class LayerFlops:
     """FLOPs of one decoder layer."""
 
-    projections: int  # query, key, value and output
+    projections: int  # query, key, value and output; in layers with a state all that makes it
     scores: int  # attention scores and the weighted sum of values
     mlp: int
 
@@ -76,11 +77,17 @@ def prefill_flops(
     layers = []
     for index, layer in enumerate(dims.layers):
         kept = n_visual if schedule is None else schedule.kept(index, n_visual)
-        tokens = n_text + kept
-        pairs = tokens**2 if attention == "full" else useful_pairs(layer, n_text, kept, images)
+        tokens = 1 if layer.last_only else n_text + kept
+        if layer.source is not None:
+            of = n_visual if schedule is None else schedule.kept(layer.source, n_visual)
+            pairs = _read_pairs(layer, tokens, n_text + of, attention)
+        elif attention == "full":
+            pairs = tokens**2
+        else:
+            pairs = useful_pairs(layer, n_text, kept, images)
         layers.append(
             LayerFlops(
-                projections=2 * tokens * layer.projections,
+                projections=tokens * (2 * layer.projections + layer.mixing),
                 scores=layer.pair * pairs,
                 mlp=2 * tokens * layer.mlp,
             )
@@ -100,7 +107,7 @@ def decode_flops(
     check(dims, n_text, n_visual, schedule)
     total = 2 * (dims.inputs + dims.lm_head)
     for layer, keys in zip(dims.layers, read(dims, n_text, n_visual, schedule, step), strict=True):
-        total += 2 * (layer.projections + layer.mlp) + layer.pair * keys
+        total += 2 * (layer.projections + layer.mlp) + layer.mixing + layer.pair * keys
     return total
 
 
@@ -116,10 +123,20 @@ def read(
         raise ValueError(f"decode steps are counted from 1, got {step} (0 is the prefill)")
     live = []
     for index, layer in enumerate(dims.layers):
-        visible = n_visual if schedule is None else schedule.visible(index, n_visual, step)
+        shown = index if layer.source is None else layer.source
+        visible = n_visual if schedule is None else schedule.visible(shown, n_visual, step)
         entries = n_text + visible + step
         live.append(entries if layer.window is None else min(entries, layer.window))
     return live
+
+
+def _read_pairs(layer: LayerDims, queries: int, keys: int, attention: Attention) -> int:
+    """Pairs of a layer that reads another one's entries; its queries are taken to be the last of
+    those tokens, which text before an image is not: an upper bound."""
+    if attention == "full":
+        return queries * keys
+    window = keys if layer.window is None else layer.window
+    return sum(min(window, keys - queries + place) for place in range(1, queries + 1))
 
 
 def useful_pairs(layer: LayerDims, n_text: int, n_visual: int, images: int = 1) -> int:

@@ -69,7 +69,14 @@ def kv_bytes(
     prefill): keys and values of all layers. ``windows`` as in :func:`kv_entries`."""
     size = bytes_per_value(dtype)
     live = kv_entries(dims, n_text, n_visual, schedule, step, windows=windows)
-    return sum(layer.entry * n * size for layer, n in zip(dims.layers, live, strict=True))
+    return sum(layer.held * n * size for layer, n in zip(dims.layers, live, strict=True))
+
+
+def state_bytes(dims: TextDims, dtype: Any = "bfloat16", batch: int = 1) -> int:
+    """Bytes of the states of the layers that have one, which no prompt makes larger and trimming
+    makes no smaller: of ``batch`` rows, all numbers in ``dtype``. (transformers keeps those of
+    recurrences in float32.)"""
+    return batch * sum(layer.state for layer in dims.layers) * bytes_per_value(dtype)
 
 
 def mean_kv_bytes(
@@ -111,7 +118,7 @@ def kv_allocated_bytes(
         kv_entries(dims, n_text, n_visual, schedule, s, windows=windows) for s in range(step + 1)
     ]
     return sum(
-        layer.entry * rule([live[index] for live in history]) * size
+        layer.held * rule([live[index] for live in history]) * size
         for index, layer in enumerate(dims.layers)
     )
 
@@ -155,7 +162,7 @@ def decode_bytes(
     batch: int = 1,
 ) -> int:
     """Bytes that decode step ``step`` must read: every weight matrix of the decoder and the head
-    once, and the KV entries that attention sees, for each of ``batch`` equal rows.
+    once, and the KV entries that attention sees and the states, for each of ``batch`` equal rows.
 
     Of a mixture of experts, at most ``batch * experts_per_token`` different experts are read.
     """
@@ -164,4 +171,5 @@ def decode_bytes(
     weights = dims.inputs + dims.lm_head + sum(layer.weights(batch) for layer in dims.layers)
     keys = read(dims, n_text, n_visual, schedule, step)
     entries = sum(layer.entry * n for layer, n in zip(dims.layers, keys, strict=True))
-    return (weights + batch * entries) * size
+    states = sum(layer.state for layer in dims.layers)
+    return (weights + batch * (entries + states)) * size
