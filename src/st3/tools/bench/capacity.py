@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from st3.cost import TextDims, as_needed, kv_allocated_bytes, with_headroom
+from st3.cost import TextDims, as_needed, kv_allocated_bytes, state_bytes, with_headroom
 from st3.cost.kv import bytes_per_value
 from st3.engine.kv.layout import capacity_for
+from st3.engine.plan import lay_out
+from st3.engine.wiring import Wiring
 from st3.methods.schedule import Schedule
 from st3.tools.bench import prompts
 from st3.tools.bench.clock import Deadline, in_turn, median
@@ -112,16 +114,17 @@ def largest_batch(
 
 def row_bytes(subject: Subject, workload: Workload, method: Method) -> int:
     """A row's bytes at the worst moment: some layer's activations and the KV cache written until
-    then, in the prefill, or the whole cache at the end of the generation."""
+    then, in the prefill, or the whole cache at the end of the generation; and its states."""
     dims = TextDims.from_config(subject.model.config)
-    schedule = None if method.policy is None else method.policy.schedule(dims.num_layers)
+    wiring = Wiring(dims.sources, dims.in_order)
+    schedule = None if method.policy is None else lay_out(method.policy, wiring)
     size = bytes_per_value(subject.dtype)
     text = subject.text_config
     wide = 8 * dims.hidden + 3 * getattr(text, "intermediate_size", 4 * dims.hidden)
     worst, stored = 0, 0
     for index, layer in enumerate(dims.layers):
         tokens = workload.text + _kept(schedule, index, workload.visual)
-        stored += 2 * layer.kv_heads * layer.head_dim * tokens
+        stored += layer.held * tokens
         worst = max(worst, stored + tokens * wide)
     end = kv_allocated_bytes(
         dims,
@@ -132,7 +135,7 @@ def row_bytes(subject: Subject, workload: Workload, method: Method) -> int:
         subject.dtype,
         rule=as_needed if schedule is None else with_headroom(capacity_for),
     )
-    return max(worst * size, end)
+    return max(worst * size, end) + state_bytes(dims, subject.dtype)
 
 
 def _kept(schedule: Schedule | None, layer: int, visual: int) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 
 import st3
 from st3.cost import TextDims, decode_bytes
+from st3.engine.plan import lay_out
+from st3.engine.wiring import Wiring
 from st3.methods.policies import Policy
 from st3.tools.bench import prompts
 from st3.tools.bench.measure import generation
@@ -64,7 +66,7 @@ def compiled_decode(
             dims,
             workload.text,
             workload.visual,
-            policy.schedule(dims.num_layers),
+            lay_out(policy, Wiring(dims.sources, dims.in_order)),
             max(1, workload.new_tokens // 2),
             subject.dtype,
             workload.batch,

@@ -12,6 +12,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from st3.hf.cache import TrimmedLayer
 from st3.hf.call import CACHE
+from st3.hf.states import has_state
 from st3.tools.bench.prompts import Prompt
 from st3.tools.common.clock import Marks, MarkSteps
 from st3.tools.common.memory import Peak
@@ -97,11 +98,12 @@ class WeightsOnly:
         ids = torch.ones(batch, 2, dtype=torch.long, device=model.device)
         self.token = ids[:, 1:]
         model(input_ids=ids, **{CACHE: self.cache}, use_cache=True)
+        self.stateful = any(map(has_state, self.cache.layers))
 
     @torch.no_grad()
     def __call__(self) -> None:
-        if self.cache.get_seq_length() > 2:
-            self.cache.crop(-1)
+        if self.cache.get_seq_length() > 2 and not self.stateful:
+            self.cache.crop(-1)  # (a state cannot forget: there the cache grows by a token a step)
         self.model(input_ids=self.token, **{CACHE: self.cache}, use_cache=True)
 
 
@@ -173,4 +175,5 @@ def _bytes_of(layer: Any) -> tuple[int, int]:
 
 
 def _tensors(layer: Any) -> Sequence[Tensor]:
-    return [t for t in (layer.keys, layer.values) if t is not None]
+    held = (getattr(layer, name, None) for name in ("keys", "values"))  # a state has neither
+    return [t for t in held if t is not None]

@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 
 from st3.cost.shapes import SHAPES as MODEL_SHAPES
 from st3.cost.shapes import Shape
+from st3.tools.bench.hybrids import SHAPES as HYBRIDS
 from st3.tools.common.load import load_model
 from st3.tools.common.memory import available_bytes
 
@@ -71,6 +72,7 @@ SHAPES: dict[str, Shape] = {
     "cpu-gqa-28-4": Shape(
         "cpu-gqa-28-4", partial(_grouped, 12, 28, 4, 128), 576, note="as InternVL3-8B, 12 layers"
     ),
+    **HYBRIDS,
     "tiny": Shape("tiny", _tiny, 16, text_tokens=8, note="to try the commands out"),
 }
 

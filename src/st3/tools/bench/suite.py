@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 
 from st3.cost import TextDims, prefill_flops
+from st3.engine.plan import lay_out
+from st3.engine.wiring import Wiring
 from st3.tools.bench import prompts
 from st3.tools.bench.bound import over_bound, read_bandwidth
 from st3.tools.bench.clock import Deadline, Ratio, in_turn, median, speed_up
@@ -255,7 +257,7 @@ def _flops(subject: Subject, method: Method, rows: Sequence[prompts.Row]) -> flo
         dims = TextDims.from_config(subject.model.config)
     except ValueError:  # a decoder that the cost model does not describe
         return None
-    schedule = method.policy.schedule(dims.num_layers)
+    schedule = lay_out(method.policy, Wiring(dims.sources, dims.in_order))
     full = sum(prefill_flops(dims, row.text, row.visual).total for row in rows)
     left = sum(prefill_flops(dims, row.text, row.visual, schedule).total for row in rows)
     return full / left

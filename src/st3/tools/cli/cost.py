@@ -58,8 +58,10 @@ def cost(
     st3 cost --model ./my-model --visual 1024 --new-tokens 300 --json
     """
     with stderr().status("importing transformers"):
-        from st3.cost import cost_table
+        from st3.cost import TextDims, cost_table
         from st3.cost.shapes import SHAPES, load_config
+        from st3.engine.plan import lay_out
+        from st3.engine.wiring import Wiring
         from st3.methods import policies
     shape = SHAPES.get(model)
     if visual is None and shape is None:
@@ -67,13 +69,14 @@ def cost(
         raise CliError(f"--visual says how many visual tokens; only shapes know it: {known}", 2)
     try:
         config = load_config(model)
-        layers = config.get_text_config(decoder=True).num_hidden_layers
+        dims = TextDims.from_config(config)
+        wiring = Wiring(dims.sources, dims.in_order)
         chosen = [policies.parse(name) for name in policy or DEFAULT_POLICIES]
         rows = cost_table(
             config,
             text,
             visual or (shape.visual_tokens if shape else 0),
-            {str(one): one.schedule(layers) for one in chosen},
+            {str(one): lay_out(one, wiring) for one in chosen},
             new_tokens,
             dtype,
             images or (shape.images if shape and visual is None else 1),

@@ -84,7 +84,7 @@ def evaluate(
     shares = None if budgets is None else _shares(budgets)
     console = stderr()
     with console.status("importing torch and transformers"):
-        from st3.models import find_parts
+        from st3.models import family_of
         from st3.tools.cli import _loading
         from st3.tools.common.conditions import conditions, versions
         from st3.tools.eval import (
@@ -104,7 +104,7 @@ def evaluate(
         loaded = _loading.load(model, device, dtype.value, trust_remote_code, attention=attention)
     with _one_line_errors(1):
         able, refused = usable(loaded.model, chosen)
-        rows, notes = entries(able, shares, len(find_parts(loaded.model).layers))
+        rows, notes = entries(able, shares, len(family_of(loaded.model).parts(loaded.model).layers))
         notes = refused + notes
         for note in notes:
             console.print(f"note: {note}", soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from st3.models import find_parts
+from st3.models import family_of
 from st3.models.places import Place
 from st3.tools.see.collect import Collector
 from st3.tools.see.result import Analysis, finish
@@ -40,7 +40,7 @@ def analyse(
         UnsupportedModelError: a model or attention kernel that st3 does not support.
         ValueError: no samples, or ``keep`` not between 0 and 1.
     """
-    collector = Collector(len(find_parts(model).layers), keep)
+    collector = Collector(len(family_of(model).parts(model).layers), keep)
     with Watch(model, collector):
         for inputs, places in samples:
             collector.place(places)

@@ -8,7 +8,7 @@ output is bitwise what it is without a watcher, on a bare model and on a trimmed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,9 +22,10 @@ from st3.engine.events import Observer, PassEvent, PromptEvent, StepEvent
 from st3.engine.kv.base import Store
 from st3.engine.masks import as_bool
 from st3.engine.prompt import Block
+from st3.engine.wiring import Wiring
 from st3.errors import TrimStateError, UnsupportedModelError
 from st3.methods.scores import LayerView
-from st3.models import find_parts
+from st3.models import family_of
 from st3.trimmer import Trimmer, trim, trimmer_of
 
 ONE_ROW = (
@@ -72,6 +73,9 @@ class Listener(Protocol):
 class Watch(Observer):
     """Attaches a listener to a model, trimmed or not, for the length of a ``with`` block.
 
+    A layer with a state looks at no token. In its place the listener gets the attention of the
+    latest layer that does, before the first of them that of the first; tokens are ranked by that.
+
     Raises:
         UnsupportedModelError: a model or attention kernel that st3 does not support.
         TrimStateError: on entering, if the model is being watched already or decodes compiled; in
@@ -83,7 +87,10 @@ class Watch(Observer):
     def __init__(self, model: nn.Module, listener: Listener) -> None:
         self.model = model
         self.listener = listener
-        self.parts = find_parts(model)
+        trimmer = trimmer_of(model)
+        self.parts = family_of(model).parts(model) if trimmer is None else trimmer.parts
+        self.wiring = Wiring(self.parts.sources)
+        self._shown = shown_by(self.parts.sources)
         self.count = len(self.parts.layers)
         self.current: Prompt | None = None
         self._stack = ExitStack()
@@ -148,7 +155,8 @@ class Watch(Observer):
         if not self._listening or prompt is None:
             return
         end = prompt.length + self._step  # of the untrimmed sequence, the new token included
-        store = self._stores.get(layer)
+        source = self.wiring.sources[layer]
+        store = None if source is None else self._stores.get(source)
         if block is not None and block.index is not None:
             columns = block.index[0]
         elif store is None:
@@ -157,7 +165,8 @@ class Watch(Observer):
             columns = self._stored_columns(store, end, call.key.device)
         valid = self._valid(layer, call.mask, columns, end)
         attention = last_row(layer, call.query, call.key, call.given, valid)
-        self.listener.layer(layer, attention, columns)
+        for shown in self._shown[layer]:
+            self.listener.layer(shown, attention, columns)
 
     def passed(self, event: PassEvent) -> None:
         if self._listening:
@@ -197,7 +206,27 @@ class Watch(Observer):
         """[M] columns of the prompt as the cache of a trimmed layer holds them: its visual tokens
         first, those that annealing drops first standing first. None if the layer is not trimmed, or
         before the first further token."""
-        return self._stored.get(layer)
+        source = self.wiring.sources[layer]
+        return self._stored.get(self._heard(layer) if source is None else source)
+
+    def _heard(self, layer: int) -> int:
+        """The layer whose attention stands for that of ``layer``."""
+        return next(i for i, shown in self._shown.items() if layer in shown)
+
+
+def shown_by(sources: Sequence[int | None]) -> dict[int, list[int]]:
+    """For each layer with attention the layers that it stands for: itself, layers with a state
+    behind it, and if it is the first also those before it."""
+    shown: dict[int, list[int]] = {}
+    waiting: list[int] = []
+    for layer, source in enumerate(sources):
+        if source is not None:
+            shown[layer], waiting = [*waiting, layer], []
+        elif shown:
+            shown[max(shown)].append(layer)
+        else:
+            waiting.append(layer)
+    return shown
 
 
 def check_watchable(trimmer: Trimmer) -> None:

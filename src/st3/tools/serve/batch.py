@@ -19,10 +19,15 @@ from st3.engine.kv.joined import (
 )
 from st3.engine.kv.store import KVStore
 from st3.engine.kv.timeline import Timeline
-from st3.hf.cache import JoinedCache, stores_of
+from st3.hf.cache import stores_of
 from st3.hf.call import CACHE, cache_of
+from st3.hf.joined import JoinedCache
+from st3.hf.states import RowState, has_state, joined, place, row_of, state_bytes
 from st3.tools.serve.kept import Spots, kept_of, nothing
 from st3.trimmer import Trimmer
+
+Held = SequenceEntries | RowState
+"""What one sequence holds in one decoder layer."""
 
 
 @dataclass
@@ -31,14 +36,14 @@ class Prefilled:
 
     Attributes:
         sequence: its own time.
-        entries: its KV entries, by layer; taken out one by one when it joins a batch.
+        entries: its KV entries, or its state, by layer; taken out one by one when it joins a batch.
         logits: of its first token, [V] float32.
         visual: its visual tokens.
         kept: what each layer saw of them, if that was asked for.
     """
 
     sequence: JoinedSequence
-    entries: list[SequenceEntries | None]
+    entries: list[Held | None]
     logits: Tensor
     visual: int
     kept: dict[str, Any] | None = None
@@ -83,11 +88,14 @@ def prefill(
         position=_next_position(positions[0], prompt),
         rerank=trimmer.policy.rerank if budgets else None,
     )
-    entries: list[SequenceEntries | None] = []
-    for index, window in enumerate(trimmer.parts.windows):
+    entries: list[Held | None] = []
+    sources = trimmer.wiring.sources
+    for index, window in enumerate(trimmer.parts.windows[: len(cache.layers)]):
         store, layer = stores.get(index), cache.layers[index]
         if isinstance(store, KVStore):
             entries.append(entries_of(store))
+        elif sources[index] != index:  # a state, a stand-in, or nothing
+            entries.append(RowState(layer))
         else:
             entries.append(plain_entries(layer.keys, layer.values, prompt, window))
     kept = None
@@ -116,12 +124,14 @@ class JoinedBatch:
 
     @property
     def layers(self) -> list[JoinedStore]:
-        return self.cache.joined
+        """The stores of the decoder layers that have KV entries of their own."""
+        return [held for held in self.cache.held if isinstance(held, JoinedStore)]
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of the batch's KV buffers."""
-        return sum(layer.allocated_bytes for layer in self.layers)
+        """Bytes of the batch's KV buffers and states."""
+        states = sum(map(state_bytes, self.cache.held))
+        return states + sum(layer.allocated_bytes for layer in self.layers)
 
     def change(
         self, leaving: set[int], new: Sequence[Prefilled], limits: Sequence[int] | None = None
@@ -139,22 +149,28 @@ class JoinedBatch:
             self._rebuild(leaving, new)
 
     def _has_room(self, new: Sequence[Prefilled], limits: Sequence[int] | None) -> bool:
-        for index, layer in enumerate(self.layers):
-            if limits is not None and layer.capacity > limits[index]:
+        for layer in self.layers:
+            if limits is not None and layer.capacity > limits[layer.layer]:
                 return False
-            entries = [prompt.entries[index] for prompt in new]
-            if any(one is None or one.columns > layer.width for one in entries):
-                return False
+            for prompt in new:
+                one = prompt.entries[layer.layer]
+                if not isinstance(one, SequenceEntries) or one.columns > layer.width:
+                    return False
         return True
 
     def _exchange(self, places: Sequence[int], new: Sequence[Prefilled]) -> None:
         """Newcomers take the places of those who leave: no other row is copied."""
-        for place, prompt in zip(places, new, strict=True):
-            self.rows[place] = prompt.sequence
-        for index, layer in enumerate(self.layers):
-            for place, prompt in zip(places, new, strict=True):
-                layer.place(place, _take(prompt, index))
-            layer.synchronise()
+        for row, prompt in zip(places, new, strict=True):
+            self.rows[row] = prompt.sequence
+        for index, held in enumerate(self.cache.held):
+            for row, prompt in zip(places, new, strict=True):
+                one = _take(prompt, index)
+                if isinstance(one, SequenceEntries):
+                    held.place(row, one)
+                else:
+                    place(held, row, one)
+            if isinstance(held, JoinedStore):
+                held.synchronise()
 
     def _rebuild(self, leaving: set[int], new: Sequence[Prefilled]) -> None:
         """Copy who stays and who comes into fresh buffers, one layer at a time; what annealing
@@ -162,17 +178,22 @@ class JoinedBatch:
         stay = [index for index in range(len(self.rows)) if index not in leaving]
         rows = [self.rows[index] for index in stay] + [prompt.sequence for prompt in new]
         timeline = Timeline()
-        before = self.layers
-        self.cache.joined = []
-        for index, window in enumerate(self.windows if rows else ()):
-            entries = [before[index].entries(row) for row in stay]
-            entries += [_take(prompt, index) for prompt in new]
-            fresh = JoinedStore(index, rows, timeline, window)
-            fresh.fill(entries)
-            del entries
-            if index < len(before):
+        before = self.cache.held
+        self.cache.clear()
+        count = len(before) if before else len(new[0].entries) if new else 0
+        for index in range(count if rows else 0):
+            held: list[Held] = [_row(before[index], row) for row in stay]
+            held += [_take(prompt, index) for prompt in new]
+            entries = [one for one in held if isinstance(one, SequenceEntries)]
+            if entries:
+                fresh = JoinedStore(index, rows, timeline, self.windows[index])
+                fresh.fill(entries)
+                self.cache.add(fresh)
+            else:
+                self.cache.add(joined([one for one in held if isinstance(one, RowState)]))
+            del held, entries
+            if before and isinstance(before[index], JoinedStore):
                 before[index].reset()
-            self.cache.add(fresh)
         self.rows = rows
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -204,7 +225,14 @@ class JoinedBatch:
         return positions if size == 1 else positions.T[..., None]
 
 
-def _take(prompt: Prefilled, layer: int) -> SequenceEntries:
+def _row(held: Any, row: int) -> Held:
+    """What a row holds in a layer of a batch."""
+    if isinstance(held, JoinedStore):
+        return held.entries(row)
+    return row_of(held, row) if has_state(held) else RowState(held)
+
+
+def _take(prompt: Prefilled, layer: int) -> Held:
     """A layer's entries, which the prompt then lets go of."""
     entries, prompt.entries[layer] = prompt.entries[layer], None
     if entries is None:

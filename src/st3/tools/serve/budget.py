@@ -15,7 +15,9 @@ from st3.cost import TextDims
 from st3.cost.kv import bytes_per_value
 from st3.engine.kv.joined import VisibleCounts
 from st3.engine.kv.layout import capacity_for
-from st3.hf.call import cache_of
+from st3.hf.cache import new_cache
+from st3.hf.call import CACHE
+from st3.hf.states import state_bytes
 
 Columns = tuple[int, ...]
 """For each decoder layer the columns that a row needs at most, free ones behind it included."""
@@ -39,17 +41,35 @@ def entry_bytes(model: Any, layers: int) -> tuple[int, ...]:
     except ValueError:  # a decoder without a cost model: look at what it stores
         return _probed(model, layers)
     size = bytes_per_value(model.dtype)
-    return tuple(layer.entry * size for layer in dims.layers)
+    return tuple(layer.held * size for layer in dims.layers)
+
+
+def row_bytes(model: Any) -> int:
+    """Bytes of a row's states, which are the same for every prompt."""
+    return sum(map(state_bytes, _probe(model).layers))
 
 
 def _probed(model: Any, layers: int) -> tuple[int, ...]:
+    held = [
+        (getattr(layer, "keys", None), getattr(layer, "values", None))
+        for layer in _probe(model).layers[:layers]
+    ]
+    held += [(None, None)] * (layers - len(held))
+    return tuple(
+        sum(t.shape[1] * t.shape[3] * t.element_size() for t in pair if t is not None)
+        for pair in held
+    )
+
+
+def _probe(model: Any) -> Any:
+    """The cache of a prompt of one token."""
     import torch
 
+    cache = new_cache(model.config.get_text_config(decoder=True))
     with torch.no_grad():
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        cache = cache_of(model(input_ids=token, use_cache=True))
-    pairs = [(layer.keys, layer.values) for layer in cache.layers[:layers]]
-    return tuple(sum(t.shape[1] * t.shape[3] * t.element_size() for t in pair) for pair in pairs)
+        model(input_ids=token, use_cache=True, **{CACHE: cache})
+    return cache
 
 
 @dataclass(frozen=True)
@@ -60,18 +80,21 @@ class Budget:
         total: how many there are.
         entries: bytes of one entry in each decoder layer.
         slack: share of its own bytes that a request may cost a lane in padding.
+        states: bytes of each row besides, whatever its length.
     """
 
     total: int
     entries: tuple[int, ...]
     slack: float = 0.25
+    states: int = 0
 
     def bytes(self, rows: Sequence[Columns]) -> int:
         """Bytes of a lane's buffers, at most."""
         return len(rows) * self._row(widest(rows)) if rows else 0
 
     def _row(self, columns: Columns) -> int:
-        return sum(size * n for size, n in zip(self.entries, columns, strict=True))
+        entries = sum(size * n for size, n in zip(self.entries, columns, strict=True))
+        return self.states + entries
 
     def place(self, lanes: Sequence[Sequence[Columns]], new: Columns, most_rows: int) -> int | None:
         """The lane for a new request: its index, ``len(lanes)`` for one of its own, None if it must

@@ -9,10 +9,11 @@ from queue import SimpleQueue
 from typing import Any
 
 from st3.engine.kv.joined import visible_counts
+from st3.errors import UnsupportedModelError
 from st3.methods import DEFAULT_POLICY
 from st3.methods.policies import parse
 from st3.tools.common.memory import available_bytes
-from st3.tools.serve.budget import Budget, columns_at_peak, entry_bytes
+from st3.tools.serve.budget import Budget, columns_at_peak, entry_bytes, row_bytes
 from st3.tools.serve.errors import overloaded, refused, unavailable
 from st3.tools.serve.kept import spots_of
 from st3.tools.serve.lane import Stats
@@ -73,6 +74,11 @@ class Engine:
         self.queue_limit, self.queue_bytes = queue_limit, queue_bytes
         # Also the trimmer of untrimmed requests: st3's cache, nothing dropped.
         self._decoder = Trimmer(model, "none", own_cache=True)
+        if self._decoder.wiring.in_order:
+            raise UnsupportedModelError(
+                f"{self._decoder.family.name} has indexes beside its KV entries, which cannot join "
+                "a running batch: answer with st3 batch instead"
+            )
         self._trimmers: OrderedDict[str, Trimmer] = OrderedDict()
         self._trimmers_lock = threading.Lock()
         with self.trimmer(self.policy):  # refuses now what it would refuse at the first request
@@ -85,7 +91,8 @@ class Engine:
         entries = entry_bytes(model, self._decoder.schedule.num_layers)
         if kv_budget_bytes < sum(entries):
             raise ValueError(f"a KV budget of {kv_budget_bytes} bytes does not hold one token")
-        self.budget = Budget(kv_budget_bytes, entries, slack)
+        states = row_bytes(model) if self._decoder.wiring.has_states else 0
+        self.budget = Budget(kv_budget_bytes, entries, slack, states)
         self.prompts = Prompts(model, processor, max_prompt_tokens)
         self._scheduler = Scheduler(
             model,
