@@ -217,7 +217,7 @@ def caption(session: Session) -> None:
         goal = 2.3 if visual == FEW else 3.3
         methods = [
             untouched(),
-            *([] if quick else [own_cache()]),
+            own_cache(),
             *own(session.given.caption_policy),
         ]
         rounds = session.given.repeats or (1 if quick else 3)

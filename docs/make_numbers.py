@@ -208,8 +208,22 @@ def steps() -> str:
     return markdown(head, rows)
 
 
+def vllm() -> str:
+    """vLLM with st3 and without, in equal bytes of KV cache."""
+    data = json.loads((RESULTS / "vllm-capacity.json").read_text(encoding="utf-8"))
+    head = ("policy", "requests at once", "tokens per second", "first token")
+    names = {"off": "vLLM alone", "balanced": "`balanced`", "st3-7b": "`st3-7b`"}
+    rows = []
+    for mode, name in {**names, "fastv": "`fastv`"}.items():
+        found = data["modes"][mode]
+        speed = f"{found['tokens_per_s']:.0f} ({found['throughput_ratio']:.2f} x)"
+        most = str(found["most_at_once"])
+        rows.append([name, most, speed, f"{found['first_token_speedup']:.2f} x"])
+    return markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (setting, lengths, possible, layers, prefills, steps)
+    f.__name__: f for f in (setting, lengths, possible, layers, prefills, steps, vllm)
 }
 BLOCK = re.compile(r"(<!-- table: (\w+) -->).*?(<!-- end -->)", re.S)
 
