@@ -1,4 +1,4 @@
-"""Write the measured tables of README.md and docs/benchmarks.md: python docs/make_numbers.py
+"""Write the measured tables of README.md and of pages in docs: python docs/make_numbers.py
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Each is made of files in
 benchmarks/results, which hold every sample, the machine and the command; tests/test_docs_numbers.py
@@ -17,7 +17,7 @@ from st3.tools.common.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "serving.md")
 OWN_CACHE = "untrimmed, st3's cache"
 SETTING = "balanced:budget=35%"
 
@@ -222,8 +222,26 @@ def vllm() -> str:
     return markdown(head, rows)
 
 
+def serving() -> str:
+    """The server in equal bytes of KV cache; ratios are to the untrimmed model."""
+    text = (RESULTS / "serving.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    held = {line[0]: line[1:] for line in lines if line[0] in ("none", "st3-7b")}
+    head = (
+        "policy", "requests at once", "answers per second", "first token, s", "KV of a request, MiB",
+    )  # fmt: skip
+    rows = []
+    for policy, (at_once, answers, _, first, size) in held.items():
+        more, faster = (
+            f"{float(now) / float(before):.2f} x"
+            for now, before in zip((at_once, answers), held["none"], strict=False)
+        )
+        rows.append([f"`{policy}`", f"{at_once} ({more})", f"{answers} ({faster})", first, size])
+    return markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (setting, lengths, possible, layers, prefills, steps, vllm)
+    f.__name__: f for f in (setting, lengths, possible, layers, prefills, steps, vllm, serving)
 }
 BLOCK = re.compile(r"(<!-- table: (\w+) -->).*?(<!-- end -->)", re.S)
 

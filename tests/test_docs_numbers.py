@@ -16,7 +16,7 @@ NUMBERS = runpy.run_path(str(ROOT / "docs" / "make_numbers.py"))
 BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", [ROOT / "docs" / "benchmarks.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize("page", NUMBERS["PAGES"], ids=lambda path: path.name)
 def test_tables_are_made_of_the_results(page: Path) -> None:
     """After a new measurement: python docs/make_numbers.py"""
     text = page.read_text(encoding="utf-8")

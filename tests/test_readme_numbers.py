@@ -82,9 +82,3 @@ def test_cost(shape: str) -> None:
     shown = [cell.strip() for cell in named.strip("|").split("|")][1:]
     assert shown[0].replace(",", "") == row[0].split()[0]
     assert shown[1:] == [row[i].replace("%", " %") for i in (3, 4, 6, 7)]
-
-
-@pytest.mark.parametrize(("row", "policy"), [("`none`", "none"), ("`st3-7b`", "st3-7b")])
-def test_serving(row: str, policy: str) -> None:
-    (held,) = cells((RESULTS / "serving.md").read_text(encoding="utf-8"), policy)
-    assert cells(README, row) == [[held[0], held[1], held[3]]]
