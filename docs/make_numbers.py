@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from st3.tools.common.tables import markdown
@@ -223,20 +224,17 @@ def vllm() -> str:
 
 
 def serving() -> str:
-    """The server in equal bytes of KV cache; ratios are to the untrimmed model."""
-    text = (RESULTS / "serving.md").read_text(encoding="utf-8")
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    held = {line[0]: line[1:] for line in lines if line[0] in ("none", "st3-7b")}
-    head = (
-        "policy", "requests at once", "answers per second", "first token, s", "KV of a request, MiB",
-    )  # fmt: skip
+    """The server in equal bytes of KV cache: medians; ratios are to the untrimmed one in its turn."""
+    arms = json.loads((RESULTS / "serving.json").read_text(encoding="utf-8"))["capacity"]["arms"]
+    head = ("policy", "requests at once", "answers per second", "first token, s", "KV, MiB")
     rows = []
-    for policy, (at_once, answers, _, first, size) in held.items():
-        more, faster = (
-            f"{float(now) / float(before):.2f} x"
-            for now, before in zip((at_once, answers), held["none"], strict=False)
-        )
-        rows.append([f"`{policy}`", f"{at_once} ({more})", f"{answers} ({faster})", first, size])
+    for arm in arms:
+        cells = [f"`{arm['policy']}`"]
+        for key, form in (("at_once", "{:.0f}"), ("requests_per_s", "{:.3f}")):
+            ratios = [a / b for a, b in zip(arm[key], arms[0][key], strict=True)]
+            cells.append(f"{form.format(median(arm[key]))} ({median(ratios):.2f} x)")
+        cells += [f"{median(arm['ttft']):.1f}", f"{arm['kv_bytes'] / 2**20:.1f}"]
+        rows.append(cells)
     return markdown(head, rows)
 
 
