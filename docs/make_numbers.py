@@ -224,7 +224,7 @@ def vllm() -> str:
 
 
 def serving() -> str:
-    """The server in equal bytes of KV cache: medians; ratios are to the untrimmed one in its turn."""
+    """The server in equal bytes of KV cache: medians; ratios are of the turns."""
     arms = json.loads((RESULTS / "serving.json").read_text(encoding="utf-8"))["capacity"]["arms"]
     head = ("policy", "requests at once", "answers per second", "first token, s", "KV, MiB")
     rows = []
