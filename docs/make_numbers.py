@@ -18,7 +18,10 @@ from st3.tools.common.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "serving.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "serving", "scale-out")),
+)
 OWN_CACHE = "untrimmed, st3's cache"
 SETTING = "balanced:budget=35%"
 
@@ -238,8 +241,16 @@ def serving() -> str:
     return markdown(head, rows)
 
 
+def scale_out() -> str:
+    """`st3 batch` by policy and batch size."""
+    data = json.loads((RESULTS / "scale-out.json").read_text(encoding="utf-8"))
+    head = list(data["rows"][0])
+    return markdown(head, [list(row.values()) for row in data["rows"]])
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (setting, lengths, possible, layers, prefills, steps, vllm, serving)
+    f.__name__: f
+    for f in (setting, lengths, possible, layers, prefills, steps, vllm, serving, scale_out)
 }
 BLOCK = re.compile(r"(<!-- table: (\w+) -->).*?(<!-- end -->)", re.S)
 
