@@ -97,7 +97,7 @@ def demo() -> None:
     )
     kept = report.kept[0]
     layers = (1, len(kept) // 2 + 1, len(kept) - 1)
-    panels = [("The picture: 144 visual tokens", image)]
+    panels = [("The picture: 144 visual tokens", fit(image))]
     for layer in layers:
         boxes = [box for i in report.kept_positions(layer).tolist() if (box := found[i].box)]
         panel = dimmed(fit(image), boxes)
@@ -110,7 +110,8 @@ def demo() -> None:
     )
     for theme in (LIGHT, DARK):
         with canvas((8, 11.4), font=15, theme=theme) as figure:
-            axes = figure.subplots(3, 2, gridspec_kw={"height_ratios": (4, 4, 2.6)})
+            figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)
+            axes = figure.subplots(3, 2, gridspec_kw={"height_ratios": (4, 4, 2.2)})
             for axis, (title, picture) in zip(axes[:2].flat, panels, strict=True):
                 axis.imshow(picture)
                 axis.set_title(title)
@@ -123,7 +124,7 @@ def demo() -> None:
                 lines = textwrap.wrap(text, 31)
                 shown = "\n".join(lines[:7]) + (" ..." if len(lines) > 7 else "")
                 axis.text(0.0, 1, shown, va="top", fontsize=15, transform=axis.transAxes)
-            figure.suptitle(f"\u201c{PROMPT}\u201d")
+            figure.suptitle(f"Asked: \u201c{PROMPT}\u201d")
             figure.supxlabel(facts, fontsize=17)
             figure.savefig(OUT / f"demo{suffix(theme)}.png", dpi=120)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
-from st3.tools.cli import _measure, app
+from st3.tools.cli import _loading, _measure, app
 from tests.test_cli import check_error, generate, st3
 from tests.test_pages import sample_run
 
@@ -40,6 +41,17 @@ def test_every_command_has_help_version_and_quiet(command: str) -> None:
 @pytest.mark.parametrize("command", LOADS)
 def test_the_attention_kernel_can_be_chosen_where_a_model_is_loaded(command: str) -> None:
     assert "--attention" in st3(command, "--help").stdout
+
+
+def test_threads_are_those_of_the_process(tiny_model: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        _loading.load(str(tiny_model), "cpu", "auto", False, threads=2)
+        assert torch.get_num_threads() == 2
+        _loading.load(str(tiny_model), "cpu", "auto", False)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_attention_kernel_gets_to_the_model(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from PIL import Image
 
 from st3.tools.cli._common import CliError
@@ -28,6 +29,7 @@ def load(
     device_map: str | None = None,
     tensor_parallel: int | None = None,
     attention: str | None = None,
+    threads: int | None = None,
 ) -> Loaded:
     """Load a folder or hub id (None: the bundled model). Raises CliError with the remedy.
 
@@ -35,7 +37,10 @@ def load(
         device_map: how accelerate spreads the layers over devices, in place of ``device``.
         tensor_parallel: processes that share each layer, in place of ``device``.
         attention: transformers' attention kernel; None: its choice.
+        threads: of the CPU, from now on in this process; None: torch's choice.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     where = _where(device, device_map, tensor_parallel)
     try:
         return loading.load(name, device, dtype, trust_remote_code, attention, **where)

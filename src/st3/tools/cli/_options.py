@@ -39,6 +39,9 @@ Attention = Annotated[
         metavar="KERNEL", help="sdpa, eager, flash_attention_2 ... Default: transformers' choice."
     ),
 ]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads of the model. Default: torch's choice.")
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
 ]

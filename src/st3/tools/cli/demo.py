@@ -17,6 +17,7 @@ from st3.tools.cli._options import (
     Model,
     PolicyName,
     Precision,
+    Threads,
     TrustRemoteCode,
 )
 from st3.tools.cli.serve import address, check_installed, listen
@@ -31,6 +32,7 @@ def demo(
         bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")
     ] = True,
     attention: Attention = None,
+    threads: Threads = None,
     device: Device = "auto",
     dtype: Precision = DType.auto,
     trust_remote_code: TrustRemoteCode = False,
@@ -52,7 +54,9 @@ def demo(
         from st3.tools.serve import Engine, Settings, create_app
         from st3.tools.serve.run import serve
     with console.status(f"loading {model or 'the bundled model'}"):
-        loaded = _loading.load(model, device, dtype.value, trust_remote_code, attention=attention)
+        loaded = _loading.load(
+            model, device, dtype.value, trust_remote_code, attention=attention, threads=threads
+        )
     listener = listen("127.0.0.1", port)
     try:
         engine = Engine(loaded.model, loaded.processor, policy)

@@ -13,7 +13,15 @@ import typer
 
 from st3.methods import DEFAULT_POLICY
 from st3.tools.cli._common import BUNDLED_MODEL, CliError, stderr, warn
-from st3.tools.cli._options import Attention, Device, DType, Model, Precision, TrustRemoteCode
+from st3.tools.cli._options import (
+    Attention,
+    Device,
+    DType,
+    Model,
+    Precision,
+    Threads,
+    TrustRemoteCode,
+)
 from st3.tools.common.errors import first_line
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -91,6 +99,7 @@ def serve(
     ] = None,
     gpus_per_replica: Annotated[float, typer.Option(min=0, help="GPUs of a model on Ray.")] = 0,
     attention: Attention = None,
+    threads: Threads = None,
     device: Device = "auto",
     dtype: Precision = DType.auto,
     trust_remote_code: TrustRemoteCode = False,
@@ -113,7 +122,13 @@ def serve(
         from st3.tools.serve import Engine, Settings, create_app
         from st3.tools.serve.run import serve as run
     load = functools.partial(
-        _loading.load, model, device, dtype.value, trust_remote_code, attention=attention
+        _loading.load,
+        model,
+        device,
+        dtype.value,
+        trust_remote_code,
+        attention=attention,
+        threads=threads,
     )
     try:
         settings = Settings(

@@ -83,7 +83,7 @@ def _finish(axis: Any, xlabel: str, ylabel: str) -> None:
 
 
 def _layer_ticks(axis: Any, count: int) -> None:
-    step = max(1, -(-count // 16))
+    step = max(1, -(-count // 8))
     axis.set_xticks(range(0, count, step))
 
 
@@ -242,7 +242,7 @@ def _pairs(analysis: Analysis, suggestion: Suggestion) -> Figure:
         title,
         "Cosine similarity of two layers' attention over the visual tokens. The table is of the "
         f"{pairs[-1][0]}.",
-        _draw(title, _matrices(pairs, "cosine, 1 is equal"), high=4.3, shades=True),
+        _draw(title, _matrices(pairs, "cosine, 1 is equal"), high=3.6, shades=True),
         head,
         rows,
     )
@@ -289,7 +289,7 @@ def _overlap(analysis: Analysis, suggestion: Suggestion) -> Figure:
         f"A layer's kept set is the {analysis.keep:.0%} of the visual tokens that it attends to "
         f"most; drawn is the part that two layers share. Chance gives {analysis.keep:.0%}. The "
         "table is of the prefill.",
-        _draw(title, _matrices(pairs, unit), high=4.3, shades=True),
+        _draw(title, _matrices(pairs, unit), high=3.6, shades=True),
         head,
         rows,
     )
@@ -362,11 +362,8 @@ def _places(analysis: Analysis, suggestion: Suggestion) -> Figure:
             axis.set_title(name)
             axis.set_ylim(0, 1.08 * top)
             axis.set_xticks(range(1, PLACES + 1))
-            ends = {"from top to bottom": "top", "from left to right": "left edge"}
             _finish(
-                axis,
-                f"place in the image, 1 to {PLACES}; 1 is the {ends.get(name, 'first')}",
-                "attention, 1 is even" if axis is axes[0] else "",
+                axis, f"place, 1 to {PLACES}", "attention, 1 is even" if axis is axes[0] else ""
             )
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)

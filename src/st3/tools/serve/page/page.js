@@ -234,7 +234,7 @@ async function start(again = false) {
     button.addEventListener("click", () => { $("question").value = text; });
     return button;
   }));
-  $("samples").hidden = !server.samples.length;
+  $("samples").hidden = $("small").hidden = !server.samples.length;
   $("samples").replaceChildren(...server.samples.map((name, number) => {
     const image = Object.assign(new Image(), { src: `page/samples/${name}`, alt: `Sample ${number + 1}` });
     const button = Object.assign(document.createElement("button"), { type: "button" });
