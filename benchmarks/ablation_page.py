@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from st3.tools.common.conditions import in_words
+from st3.tools.common.conditions import check_current, in_words
 from st3.tools.common.palette import INK, color
 from st3.tools.common.style import canvas
 from st3.tools.common.tables import markdown
@@ -25,7 +25,8 @@ THIRDS = (("first", "first third"), ("middle", "middle"), ("last", "last third")
 INTRO = """# Ablations
 
 What each choice of the default policy, `balanced`, does to the answers of the bundled model,
-st3-tiny, on {items} questions and descriptions of its bundled scenes, greedy. **KL** is the
+st3-tiny, on {items} questions and descriptions of the half of its bundled scenes that settings are
+chosen on, greedy. **KL** is the
 divergence (nats a token) of the next token's distribution from the untrimmed model's, along the
 untrimmed answers: it moves long before an answer changes. Intervals are 95 % bootstrap over images;
 *differences are paired, to the first row of each table*. A small model of 16 layers is no
@@ -47,7 +48,12 @@ python -m benchmarks.ablations --page      # this page from benchmarks/results/a
 
 
 def write_page(results: dict[str, Any]) -> list[Path]:
-    """Write the page and a picture for each ablation; the paths written."""
+    """Write the page and a picture for each ablation; the paths written.
+
+    Raises:
+        ValueError: results of a tree with changes, or of another version of the core.
+    """
+    check_current(results["conditions"])
     PICTURES.mkdir(parents=True, exist_ok=True)
     items = sum(kind["items"] for kind in results["untrimmed"].values())
     lines = [INTRO.format(items=items), _untrimmed(results["untrimmed"])]

@@ -22,7 +22,16 @@ import st3
 from benchmarks.ablation_page import write_page
 from st3.methods.policies import Policy, Random, parse
 from st3.tools.common.conditions import conditions
-from st3.tools.eval import Entry, Evaluation, Store, bundled_scenes, fingerprint, summarise, to_dict
+from st3.tools.eval import (
+    SEEDS,
+    Entry,
+    Evaluation,
+    Store,
+    bundled_scenes,
+    fingerprint,
+    summarise,
+    to_dict,
+)
 
 RESULTS = Path("benchmarks/results/ablations.json")
 ITEMS = Path("runs/ablations")  # finished items, not committed
@@ -64,6 +73,21 @@ ABLATIONS = (
         "share",
         "How much of the choice is attention's: one of so many tokens, the others those of a grid",
         _scores("mixed", "attention", *(f"mixed{n}" for n in (2, 3, 4, 8, 12)), "grid"),
+        budget=BUDGET,
+        random=True,
+    ),
+    Ablation(
+        "covered",
+        "What `covered` is made of: the vision tower beside the grid, and fewer tokens with depth",
+        {
+            "half by the tower, 60 % left": "covered",
+            "a third by the tower": "covered:tower=0.333",
+            "two thirds by the tower": "covered:tower=0.667",
+            "all by the tower": "covered:tower=1",
+            "none by the tower": "covered:tower=0",
+            "no drop within the decoder": "covered:taper=1",
+            "the grid alone, no drop within the decoder": "grid",
+        },
         budget=BUDGET,
         random=True,
     ),
@@ -213,12 +237,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model.to(args.device)
     processor = AutoProcessor.from_pretrained(args.model)
     layers = model.config.get_text_config().num_hidden_layers
-    data = bundled_scenes().only(limit=args.limit)
+    data = bundled_scenes().half("choose").only(limit=args.limit)
     data = type(data)(
         data.path, tuple(item for item in data.items if item.kind in KINDS), data.vocabulary
     )
-    given = conditions(model.device, model.dtype) | {"items": len(data.items), "batch": args.batch}
-    store = Store(args.items, {"model": fingerprint(model), "data": data.fingerprint()})
+    given = conditions(model.device, model.dtype) | {
+        "items": len(data.items), "batch": args.batch, "half": "choose", "seeds": SEEDS,
+    }  # fmt: skip
+    settings = {"model": fingerprint(model), "data": data.fingerprint(), "engine": given["engine"]}
+    store = Store(args.items, settings)
     chosen = [a for a in ABLATIONS if args.only is None or a.name in args.only]
     rows = {ablation.name: entries_of(ablation, layers) for ablation in chosen}
     everything = {e.label: e for group in rows.values() for e in group}

@@ -45,11 +45,29 @@ class Seen:
     scores: dict[int, Tensor]  # [B, T], of earlier layers
     keys: dict[int, Tensor]  # [B, KV heads, T, D] after RoPE, of earlier layers
     plain: dict[tuple[int, str], Tensor]  # "q" and "k" [B, T, ..] as projected, before RoPE
+    queries: dict[int, tuple[Tensor, float, float | None]]  # after RoPE, scaling, softcap
+    parts: dict[tuple[int, str], tuple[Tensor, Tensor]]  # into and out of attention and MLP
+    kept_in: dict[int, Tensor]  # bool [B, T], by layer
+    schedule: Schedule
+    layers: int
     scaling: float = 1.0
     softcap: float | None = None
     query: Tensor = field(default_factory=Tensor)  # [B, H, T, D], after RoPE
     key: Tensor = field(default_factory=Tensor)  # [B, H, T, D], after RoPE; KV heads repeated
     attention: Tensor = field(default_factory=Tensor)  # [B, T], of the last row, mean over heads
+
+    def attention_in(self, layer: int, row: int, position: int) -> Tensor:
+        """Softmax attention of a position in an earlier layer, [heads, T]."""
+        query, scaling, softcap = self.queries[layer]
+        key = self.keys[layer][row].repeat_interleave(
+            query.shape[1] // self.keys[layer].shape[1], 0
+        )
+        logits = torch.einsum("hd,htd->ht", query[row, :, position], key) * scaling
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        hidden = ~self.kept_in[layer][row]
+        hidden = hidden | (torch.arange(len(hidden)) > position)
+        return logits.masked_fill(hidden, -torch.inf).softmax(-1)
 
     @property
     def last(self) -> list[int]:
@@ -63,6 +81,7 @@ class Score:
 
     of: Callable[[Seen], Tensor]
     stage: str = "attention"
+    later: Callable[[Seen], Tensor] | None = None  # in each layer's attention, for drops behind it
 
 
 class Schedule(Protocol):
@@ -117,11 +136,14 @@ class _Pass:
     inputs: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
     plain: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    queries: dict[int, tuple[Tensor, float, float | None]] = field(default_factory=dict)
+    parts: dict[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layers: int = 0
 
     def seen(self, layer: int, kept: Tensor, **more: Any) -> Seen:
         return Seen(
             layer, self.inputs, kept, self.visual, self.valid, self.spans, self.scores, self.keys,
-            self.plain, **more,
+            self.plain, self.queries, self.parts, self.kept, self.schedule, self.layers, **more,
         )  # fmt: skip
 
     def early(self, layer: int, below: int | None) -> None:
@@ -226,6 +248,7 @@ def _measure(now: _Pass, layer: int, query: Tensor, key: Tensor, kwargs: dict[st
     that are there, without any sliding window or chunk."""
     rows = torch.arange(len(query))
     now.keys[layer] = key
+    now.queries[layer] = (query, kwargs["scaling"], kwargs.get("softcap"))
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     positions = torch.arange(now.valid.shape[1])
     last = (now.valid * positions).argmax(-1)
@@ -236,11 +259,11 @@ def _measure(now: _Pass, layer: int, query: Tensor, key: Tensor, kwargs: dict[st
     attention = logits.float().softmax(-1).mean(1)
     if now.score is None:
         now.scores[layer] = attention
-    elif now.score.stage == "attention":
+    elif now.score.stage == "attention" or now.score.later is not None:
         seen = now.seen(layer, now.kept[layer], scaling=kwargs["scaling"])
         seen.softcap = kwargs.get("softcap")
         seen.query, seen.key, seen.attention = query, key, attention
-        now.scores[layer] = now.score.of(seen)
+        now.scores[layer] = (now.score.later or now.score.of)(seen)
 
 
 def _recall(now: _Pass, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
@@ -298,7 +321,21 @@ def _watch(model: PreTrainedModel, now: _Pass) -> Iterator[Any]:
 
         return hook
 
+    def note_part(layer: int, name: str) -> Any:
+        def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            given = args[0] if args else kwargs["hidden_states"]
+            if given.shape[1] == now.valid.shape[1]:
+                made = output[0] if isinstance(output, tuple) else output
+                now.parts[layer, name] = (given, made)
+
+        return hook
+
+    now.layers = len(text.layers)
     for i, layer in enumerate(text.layers):
+        for name in ("self_attn", "mlp"):
+            if isinstance(getattr(layer, name, None), torch.nn.Module):
+                part = getattr(layer, name)
+                yield part.register_forward_hook(note_part(i, name), with_kwargs=True)
         yield layer.register_forward_pre_hook(note_input(i), with_kwargs=True)
         for name in ("q", "k"):
             norm = getattr(layer.self_attn, f"{name}_norm", None)

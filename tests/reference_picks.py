@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.reference import Seen
-from tests.zoo import Family
+from tests.reference_layout import frames_of, shape_of
 
 
 def row_of(per_row: Any, seen: Seen, row: int) -> Any:
@@ -124,44 +125,142 @@ def scope(seen: Seen, row: int, scorer: Any, weights: Tensor) -> Tensor:
     return ordered(seen, row, pick)
 
 
-def tower_weights(model: Any, batch: Any, family: Family) -> Tensor:
-    """[B, T]: what the tower's class token attends to, from attention maps of the whole tower."""
-    inner, config = model.model, model.config
-    tower = inner.vision_tower
-    pixels = batch["pixel_values"]
-    tiles = [1] * len(pixels)
-    if pixels.dim() == 5:  # images of several tiles, filled up with empty ones
-        tiles = [int(image.flatten(1).any(1).sum()) for image in pixels]
-        pixels = torch.cat([image[:n] for image, n in zip(pixels, tiles, strict=True)])
-    before = tower.config._attn_implementation
-    tower.config._attn_implementation = "eager"
-    with torch.no_grad():
-        maps = tower(pixels, output_attentions=True).attentions
-    tower.config._attn_implementation = before
-    name = "vision_feature_layer"  # ViP-LLaVA's is in the plural on transformers 5.17
-    feature_layer = getattr(config, name if hasattr(config, name) else f"{name}s")
-    if not isinstance(feature_layer, int):  # several layers, of which the last one counts
-        feature_layer = feature_layer[-1]
-    index = feature_layer if feature_layer < 0 else feature_layer - 1
-    patches = maps[index][:, :, 0, 1:].mean(1)
-    if hasattr(inner, "pixel_shuffle"):
-        side = math.isqrt(patches.shape[1])
-        number = torch.arange(patches.shape[1]).float().view(1, side, side, 1)
-        joined = inner.pixel_shuffle(number, scale_factor=config.downsample_ratio)
-        tokens = [p[joined.flatten(0, 2).long()].mean(-1) for p in patches]
-    elif "image_sizes" in batch:
-        numbers = torch.arange(1, patches.numel() + 1).float().view(*patches.shape, 1)
-        packed, _ = inner.pack_image_features(
-            torch.split(numbers, tiles),
-            batch["image_sizes"],
-            vision_feature_select_strategy="default",
-            image_newline=torch.zeros(1),
-        )
-        table = torch.cat([torch.zeros(1), patches.flatten()])
-        tokens = [table[p.flatten().long()] for p in packed]
-    else:
-        tokens = list(patches)
-    visual = family.visual_mask(model, batch)
-    weights = torch.zeros(visual.shape)
-    weights[visual] = torch.cat(tokens)
-    return weights
+def vispruner(seen: Seen, row: int, scorer: Any, weights: Tensor) -> Tensor:
+    unit = torch.nn.functional.normalize(seen.inputs[0][row].double(), dim=-1)
+    looked_at = row_of(weights, seen, row)
+    score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
+    for there in groups(seen, row):
+        order = sorted(there, key=lambda i: -float(looked_at[i]))
+        left = 1 if scorer.keep is None else half_up(scorer.keep, len(there))
+        first = 0 if scorer.keep is None else int(left * scorer.important)
+        rest, gone = order[first:], list[int]()
+        while len(rest) > max(1, left - first):
+            ones, others = rest[::2], rest[1::2]
+            alike = {i: max(float(unit[i] @ unit[j]) for j in others) for i in ones}
+            ones = sorted(ones, key=lambda i: -alike[i])
+            drop = min(8, len(rest) - (left - first), len(ones))
+            gone += ones[:drop]
+            rest = ones[drop:] + others
+        turn = order[:first] + rest + gone[::-1]
+        for token in there:
+            score[token] = -turn.index(token)
+            if scorer.keep is None:
+                places = (
+                    order.index(token) / scorer.important,
+                    turn.index(token) / (1 - scorer.important),
+                )
+                score[token] = -min(places)
+    return score
+
+
+def hiprune(seen: Seen, row: int, scorer: Any, weights: list[Tensor], layout: Any) -> Tensor:
+    middle, end = (row_of(one, seen, row) for one in weights)
+    score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
+    near = neighbours(seen, row, layout)
+    for there in groups(seen, row):
+        by_middle = sorted(there, key=lambda i: -float(middle[i]))
+        by_end = sorted(there, key=lambda i: -float(end[i]))
+        if scorer.keep is None:
+            for i in there:
+                places = by_middle.index(i) / scorer.alpha, by_end.index(i) / (1 - scorer.alpha)
+                score[i] = -min(places)
+            continue
+        kept = half_up(scorer.keep, len(there))
+        anchors = by_middle[: half_up(scorer.alpha / 5, kept)]
+        buffers = {j for i in anchors for j in near[i] if j in there} - set(anchors)
+        turn = anchors + [i for i in by_end if i in buffers]
+        turn += [i for i in by_end if i not in turn]
+        for place, token in enumerate(turn):
+            score[token] = -place
+    return score
+
+
+def vscan(seen: Seen, row: int, scorer: Any, weights: list[Tensor], layout: Any) -> Tensor:
+    shallow, deep = (row_of(one, seen, row) for one in weights)
+    score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
+    where = places(seen, row, layout)
+    for there in groups(seen, row):
+        turns = {}
+        for token in there:
+            picture, y, x = where[token]
+            window = [
+                i for i in there
+                if (where[i][0], where[i][1] // scorer.side, where[i][2] // scorer.side)
+                == (picture, y // scorer.side, x // scorer.side)
+            ]  # fmt: skip
+            window.sort(key=lambda i: -float(shallow[i]))
+            turns[token] = (window.index(token) + 0.5) / len(window)
+        by_turn = sorted(there, key=lambda i: turns[i])
+        by_deep = sorted(there, key=lambda i: -float(deep[i]))
+        if scorer.keep is None:
+            for i in there:
+                score[i] = -min(by_turn.index(i) / scorer.local,
+                                by_deep.index(i) / (1 - scorer.local))  # fmt: skip
+            continue
+        half = half_up(scorer.local, half_up(scorer.keep, len(there)))
+        order = by_turn[:half] + [i for i in by_deep if i not in by_turn[:half]]
+        for place, token in enumerate(order):
+            score[token] = -place
+    return score
+
+
+def salient(seen: Seen, row: int, scorer: Any, weights: list[Tensor], cover: Tensor) -> Tensor:
+    there = visuals(seen, row)
+    looked_at = row_of(weights[0], seen, row)
+    by_tower = sorted(there, key=lambda i: -float(looked_at[i]))
+    by_grid = sorted(there, key=lambda i: -float(cover[i]))
+    score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
+    for i in there:
+        places = [by_tower.index(i) / scorer.share] if scorer.share else []
+        if scorer.share < 1:
+            places.append(by_grid.index(i) / (1 - scorer.share))
+        score[i] = -min(places)
+    return score
+
+
+def places(seen: Seen, row: int, layout: Any) -> dict[int, tuple[int, int, int]]:
+    """Picture, row and column of each visual token; what is no grid is one row."""
+    found = {}
+    for number, image in enumerate(row_of(layout, seen, row)):
+        frames = frames_of(image, layout)
+        high, wide = shape_of(image, layout) or (1, len(image) // frames)
+        for place, token in enumerate(image):
+            frame, rest = divmod(place, high * wide)
+            found[token] = (100 * number + frame, *divmod(rest, wide))
+    return found
+
+
+def neighbours(seen: Seen, row: int, layout: Any) -> dict[int, list[int]]:
+    where = places(seen, row, layout)
+    return {
+        i: [j for j, (picture, y, x) in where.items()
+            if picture == where[i][0] and abs(y - where[i][1]) + abs(x - where[i][2]) == 1]
+        for i in where
+    }  # fmt: skip
+
+
+def transprune(seen: Seen, row: int, scorer: Any) -> Tensor:
+    there = visuals(seen, row)
+    turned = torch.zeros(seen.valid.shape[1], dtype=torch.double)
+    drops = [i for i in range(seen.layers) if seen.schedule.kept(i, 10**6)
+             < (seen.schedule.kept(i - 1, 10**6) if i else 10**6)]  # fmt: skip
+    first, last = (max(0, drops[0] - 1), drops[-1]) if drops else (0, seen.layers)
+    for layer in range(first, min(last, seen.layer)):
+        then = (seen.visual[row] & seen.kept_in[layer][row]).nonzero().flatten().tolist()
+        for name in ("self_attn", "mlp"):
+            given, made = (part[row].double() for part in seen.parts[layer, name])
+            each = 1 - torch.nn.functional.cosine_similarity(given, made, dim=-1)
+            share = torch.zeros_like(turned)
+            share[then] = each[then].softmax(0)
+            turned += made.norm(dim=-1) / given.norm(dim=-1) * share
+    score = turned / turned[there].sum() if turned[there].sum() else turned
+    if seen.layer:
+        rows = question(seen, row)
+        each_row = [seen.attention_in(seen.layer - 1, row, q).mean(0) for q in rows]
+        looked = torch.stack(each_row).mean(0).double()
+        score = score + looked / looked[there].sum()
+    return score
+
+
+def half_up(share: float, count: int) -> int:
+    return math.floor(Fraction(str(share)) * count + Fraction(1, 2))

@@ -6,9 +6,7 @@ but a formula of a token's place.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from fractions import Fraction
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,21 +15,28 @@ import torch
 from torch import Tensor
 
 from st3.methods import scores
+from st3.methods.scores.looks import looks_of
 from tests.reference import Score, Seen
 from tests.reference_layout import frames_of, image_rows, shape_of
 from tests.reference_picks import (
     cdpruner,
     divprune,
     groups,
+    half_up,
+    hiprune,
     marginal_relevance,
     question,
     relevance,
     row_of,
+    salient,
     scope,
     texts,
-    tower_weights,
+    transprune,
+    vispruner,
     visuals,
+    vscan,
 )
+from tests.reference_tower import tower_weights
 from tests.zoo import Family
 
 GOLDEN = 0.6180339887498949
@@ -43,7 +48,14 @@ def reference_score(scorer: Any, family: Family, model: Any, batch: Any) -> Scor
     if scorer == scores.Attention():
         return None
     of, stage = formula(scorer, family, model, batch)
-    return Score(lambda seen: torch.stack([of(seen, row) for row in range(len(seen.valid))]), stage)
+    later = getattr(scorer, "later", None)
+    if later is None:
+        return Score(all_rows(of), stage)
+    return Score(all_rows(of), stage, all_rows(formula(later, family, model, batch)[0]))
+
+
+def all_rows(of: Formula) -> Callable[[Seen], Tensor]:
+    return lambda seen: torch.stack([of(seen, row) for row in range(len(seen.valid))])
 
 
 def formula(scorer: Any, family: Family, model: Any, batch: Any) -> tuple[Formula, str]:
@@ -53,8 +65,16 @@ def formula(scorer: Any, family: Family, model: Any, batch: Any) -> tuple[Formul
         inner, stage = formula(scorer.of, family, model, batch)
         return partial(marginal_relevance, scorer=scorer, inner=inner), stage
     if kind in TOWER:
-        weights = tower_weights(model, batch, family)
-        return partial(TOWER[kind], scorer=scorer, weights=weights), "embeds"
+        looks = [tower_weights(model, batch, family, look) for look in looks_of(scorer)]
+        if kind is scores.Salient:
+            layout = image_rows(family, model, batch)
+            return lambda seen, row: salient(
+                seen, row, scorer, looks, grid(seen, row, scores.Grid(), layout)
+            ), "embeds"
+        if kind in (scores.Hierarchy, scores.LocalGlobal):
+            layout = image_rows(family, model, batch)
+            return partial(TOWER[kind], scorer=scorer, weights=looks, layout=layout), "embeds"
+        return partial(TOWER[kind], scorer=scorer, weights=looks[0]), "embeds"
     if kind in LAID_OUT:
         of, stage = LAID_OUT[kind]
         return partial(of, scorer=scorer, layout=image_rows(family, model, batch)), stage
@@ -198,10 +218,6 @@ def in_turn(lists: list[list[int]], left: int) -> list[int]:
     return taken
 
 
-def half_up(share: float, count: int) -> int:
-    return math.floor(Fraction(str(share)) * count + Fraction(1, 2))
-
-
 def feather(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
     there = visuals(seen, row)
     score = without_rope(seen, row, there).mean(0)
@@ -324,8 +340,16 @@ TABLE: dict[type, tuple[Formula, str]] = {
     scores.MaxMin: (divprune, "embeds"),
     scores.ConditionalDPP: (cdpruner, "embeds"),
     scores.Relevance: (relevance, "embeds"),
+    scores.Transition: (transprune, "input"),
 }
-TOWER: dict[type, Formula] = {scores.ClassAttention: visionzip, scores.Scope: scope}
+TOWER: dict[type, Formula] = {
+    scores.ClassAttention: visionzip,
+    scores.Scope: scope,
+    scores.Distinct: vispruner,
+    scores.Hierarchy: hiprune,
+    scores.LocalGlobal: vscan,
+    scores.Salient: salient,
+}
 LAID_OUT: dict[type, tuple[Formula, str]] = {
     scores.Feather: (feather, "attention"),
     scores.Grid: (grid, "embeds"),

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import st3
+from st3.methods.scores.looks import Look
 from st3.models import base_model, family_of, find_parts
 from tests.helpers import ST3
 from tests.zoo import I, T, build
@@ -50,7 +51,7 @@ def test_a_peft_model_is_found_inside_its_wrapper() -> None:
     assert family_of(wrapped) is family_of(model)
     assert find_parts(wrapped) == find_parts(model)
     family = family_of(wrapped)
-    tap = family.class_attention(wrapped, family.parts(wrapped))
+    tap = family.tower(wrapped, family.parts(wrapped), (Look(),))
     assert tap.inner is model.model
 
 

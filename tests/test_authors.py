@@ -37,7 +37,7 @@ def shown(seed: int, visual: int = N, **more: Any) -> TokenView:
         last=torch.tensor([count - 1]),
         images=((visual,),),
         keys=torch.randn(1, 4, count, 8, generator=generator),
-        tower=torch.rand(1, count, generator=generator),
+        towers=torch.rand(2, 1, count, generator=generator),
         **more,
     )
 

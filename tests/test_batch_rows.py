@@ -172,10 +172,10 @@ def test_what_answered_is_recorded_and_not_mixed(
 
 
 def test_a_policy_that_does_not_fit_is_refused_at_the_start(pictures: Path, tmp_path: Path) -> None:
-    """The tower of the bundled model has no class token, whose attention visionzip looks at."""
-    result = invoke(pictures, "-o", tmp_path / "out", "-p", PROMPT, "--policy", "visionzip")
+    refused = "pyramiddrop:own_layer=true"
+    result = invoke(pictures, "-o", tmp_path / "out", "-p", PROMPT, "--policy", refused)
     assert result.exit_code == 2
-    assert "class token" in result.output
+    assert "ranks in the layer that drops" in result.output
     assert "again" not in result.output
     assert (tmp_path / "out" / "errors.jsonl").read_text() == ""
 

@@ -49,6 +49,7 @@ from st3.tools.bench.bars import as_markdown as bars_table
 from st3.tools.bench.compiled import compiled_decode
 from st3.tools.bench.fastv_official import fastv_official
 from st3.tools.bench.measure import Footprint, Generation, WeightsOnly, footprint, generation
+from st3.tools.bench.methods import downsample, trimmed
 from st3.tools.bench.overhead import (
     MODEL,
     RANGES,
@@ -235,8 +236,27 @@ def test_the_peers_are_always_beside() -> None:
         "fastv",
         "fastv (authors' way)",
         "vtw",
+        "downsample",
     ]
+    assert "downsample" not in [m.label for m in compare(["none"])]
     assert [m.label for m in compare(["balanced", "balanced"], peers=False)][2:] == ["balanced"]
+
+
+def test_downsampling_gets_the_mean_share_of_the_visual_tokens(subject: Subject) -> None:
+    work = Workload(visual=40, text=8, images=2, new_tokens=2, repeats=1)
+    policy = st3.parse("fastv:layer=1,drop=0.5")
+    methods = [untouched(), trimmed(policy), downsample(policy)]
+    result = run(subject, work, methods)
+    layers = subject.model.config.get_text_config(decoder=True).num_hidden_layers
+    share = policy.schedule(layers).mean_share
+    whole, _, small = result.rows
+    assert whole.footprint is not None
+    assert small.footprint is not None
+    tokens = 8 + 2 * round(20 * share)
+    assert small.footprint.kv_live[0] / whole.footprint.kv_live[0] == pytest.approx(tokens / 48)
+    assert small.flops_ratio is not None
+    assert small.flops_ratio > 1
+    assert small.policy == "none"
 
 
 @pytest.mark.parametrize("method", [own_cache(), attached()], ids=lambda m: m.label)

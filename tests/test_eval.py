@@ -135,7 +135,7 @@ def test_answers_are_those_of_generate(loaded: tuple[Any, Any], folder: Path) ->
     runner = Runner(*loaded)
     for item in data.items:
         for entry in work.entries:
-            (text,), (tokens,) = runner.answers([item], entry.policy, 6)
+            (text,), (tokens,) = runner.answers([item], entry.policy, 6, entry.shrink)
             record = records[(item.task, item.number, entry.label)]
             assert record.answers == [text]
             first = records[(item.task, item.number, "none")]
@@ -186,7 +186,7 @@ def test_a_killed_run_goes_on(loaded: tuple[Any, Any], folder: Path, tmp_path: P
 
 def test_random_stands_beside_every_policy_at_its_counts() -> None:
     rows, notes = entries(
-        label_policies(["balanced", "vtw", "random", "none", "fastv"]), None, LAYERS
+        label_policies(["balanced", "vtw", "random", "none", "fastv"]), None, LAYERS, False
     )
     assert [row.label for row in rows] == ["none", "balanced", "random", "vtw", "fastv",
                                            "random:like=(fastv)"]  # fmt: skip
@@ -196,26 +196,28 @@ def test_random_stands_beside_every_policy_at_its_counts() -> None:
 
 
 def test_budgets_are_reached() -> None:
-    rows, notes = entries(label_policies(["st3", "fastv", "pyramiddrop"]), [0.45, 0.6], 32)
+    chosen = label_policies(["st3", "fastv", "pyramiddrop"])
+    rows, notes = entries(chosen, [0.45, 0.6], 32, baselines=False)
     shares = [row.policy.schedule(32).mean_share for row in rows[1:]]
     assert shares == pytest.approx([0.45, 0.45, 0.6, 0.6] * 3, abs=1e-6)
     assert not notes
     rows, notes = entries(label_policies(["st3-7b", "fastv"]), [0.08], 32)
-    assert [row.source for row in rows] == ["none", "fastv", "random like fastv"]
+    names = ["none", "fastv", "random like fastv", "grid", "downsample"]
+    assert [row.source for row in rows] == names
     assert "at 8% is left out: a mean share of 8.0% cannot be had" in notes[0]
     with pytest.raises(ValueError, match="cannot be had"):
         entries(label_policies(["st3-7b"]), [0.05], 32)
 
 
 def test_policies_that_a_model_cannot_have_are_left_out() -> None:
-    from transformers import AutoModelForImageTextToText
+    from tests.zoo import build
 
-    model = AutoModelForImageTextToText.from_pretrained(st3.bundled_model())
+    model = build("mistral3", 0)[1]
     able, notes = usable(model, label_policies(["visionzip", "fastv"]))
     assert [str(policy) for policy in able] == ["fastv"]
     assert "visionzip is left out" in notes[0]
-    assert "class token" in notes[0]
-    with pytest.raises(ValueError, match="class token"):
+    assert "cannot be followed" in notes[0]
+    with pytest.raises(ValueError, match="cannot be followed"):
         usable(model, label_policies(["visionzip"]))
 
 
@@ -261,7 +263,12 @@ def test_command_prints_and_writes(folder: Path, tiny_model: Path, tmp_path: Pat
     data = json.loads((tmp_path / "quality.json").read_text())
     assert data["kinds"].keys() == {"questions", "several images", "descriptions"}
     rows = data["kinds"]["descriptions"]["rows"]
-    assert [row["policy"] for row in rows] == ["none", POLICY, f"random:like=({POLICY})"]
+    assert [row["policy"] for row in rows] == [
+        "none", POLICY, f"random:like=({POLICY})", "grid:keep=0.34", "downsample:keep=0.34",
+    ]  # fmt: skip
+    given = data["conditions"]
+    assert given["st3"] == st3.__version__
+    assert {"commit", "engine", "seeds"} <= given.keys()
     assert rows[1]["mean_share"] == pytest.approx((1 + 7 * 0.25) / 8)
     assert rows[1]["time"] > 0
     assert {"recall", "made_up", "cider", "bleu4", "rouge_l", "kl"} <= rows[1]["values"].keys()

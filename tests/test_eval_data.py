@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from benchmarks.scenes import START, harder
 from st3.tools.eval import bundled_scenes, load_folder
 from st3.tools.eval.data import CAPTION, IMAGES, KINDS, QUESTION, TURNS
 from st3.tools.eval.text import mentioned
-from train.scenes import HELD_OUT
+from train.scenes import HELD_OUT, SIZE_RANGES
+from train.world import PLACES
 
 
 def write(folder: Path, *rows: Any, name: str = "set.jsonl") -> Path:
@@ -27,7 +29,8 @@ def test_the_bundled_scenes() -> None:
     data = bundled_scenes()
     assert {item.kind for item in data.items} == set(KINDS)
     single = {item.task for item in data.items if item.kind == QUESTION}
-    assert single == {"place", "count", "exists", "relation", "digit", "letter", "colour"}
+    hard = {"small object", "small print", "dense text"}
+    assert single == {"place", "count", "exists", "relation", "digit", "letter", "colour", *hard}
     size = sum(file.stat().st_size for file in data.path.parent.iterdir())
     assert size < 1.5e6
     for item in data.items:
@@ -40,7 +43,6 @@ def test_the_bundled_scenes() -> None:
 
 def test_no_scene_of_training_or_of_another_set() -> None:
     """The images are those of the command, drawn from seeds of their own."""
-    from benchmarks.scenes import START
     from train.scenes import FONT_FILE, draw, sample_scene
 
     assert START > HELD_OUT
@@ -48,6 +50,38 @@ def test_no_scene_of_training_or_of_another_set() -> None:
         pytest.skip("drawing needs the emoji font")
     image = Image.open(bundled_scenes().items[0].images[0]).convert("RGB")
     assert image.tobytes() == draw(sample_scene(START)).tobytes()
+    scenes, rows = harder(80)
+    last = Image.open(bundled_scenes().path.parent / rows[-1]["image"]).convert("RGB")
+    assert last.tobytes() == draw(scenes[-1]).tobytes()
+
+
+def test_harder_scenes_than_training_drew() -> None:
+    """Smaller objects and print, and more text; what is asked for is there."""
+    scenes, rows = harder(80)
+    by_name = {f"{80 + number:03d}.webp": scene for number, scene in enumerate(scenes)}
+    assert len({scene.seed for scene in scenes}) == len(scenes)
+    for row in rows:
+        scene = by_name[row["image"]]
+        assert scene.seed > HELD_OUT
+        thing = scene.find(row["answer"])
+        assert thing is not None
+        assert PLACES[thing.cell] in row["question"]
+        if row["task"] == "dense text":
+            assert sum(thing.kind != "emoji" for thing in scene.things) == 6
+        else:
+            assert thing.size < SIZE_RANGES["small"][0]
+    asked = [row for row in bundled_scenes().items if row.task in {r["task"] for r in rows}]
+    assert len(asked) == len(rows)
+    assert {item.half for item in asked} == {"choose", "report"}
+
+
+def test_a_line_may_say_its_half(tmp_path: Path) -> None:
+    rows = [{"image": "a.png", "question": "what?", "answer": "x", "half": "report"},
+            {"image": "b.png", "question": "what?", "answer": "x", "half": "choose"}]  # fmt: skip
+    data = load_folder(write(tmp_path, *rows))
+    assert [item.images[0].name for item in data.half("report").items] == ["a.png"]
+    with pytest.raises(ValueError, match="must be choose or report"):
+        load_folder(write(tmp_path, {**rows[0], "half": "both"}))
 
 
 def test_lines_of_each_kind(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from st3.hf.cache import stores_of
 from st3.hf.call import cache_of
 from st3.methods.policies import parse
 from st3.methods.scores import SCORES, Attention, score_named, stage_of
+from st3.models import tower_attention
 from tests.helpers import ANNEAL, METHODS, SCORED, Case, images
 from tests.test_cover import image_of
 from tests.test_forward import gradients
@@ -23,18 +24,21 @@ from tests.zoo import FAMILIES, I, T, V
 # windows and images that attend both ways.
 FEW = ["llava", "internvl", "qwen3_vl", "gemma3"]
 CLASS_TOKEN = ["llava", "internvl", "llava_next", "vipllava"]
+# Windows and merged patches; DeepStack; averaged patches; a pixel shuffle.
+TOWERS = [*CLASS_TOKEN, "qwen2_5_vl", "qwen3_vl", "gemma3", "smolvlm"]
+MORE_TOWERS = ["qwen2_vl", "pixtral", "paligemma", "llava_onevision", "idefics3"]
 SEVERAL = [[T(2), I(), T(3), I(), I(), T(4)], [I(), T(6)], [T(3), I(), T(2)]]
 NEW = {**METHODS, **SCORED}
 
 
-def needs_class_token(policy: st3.Policy) -> bool:
+def looks_at_the_tower(policy: st3.Policy) -> bool:
     return "tower" in getattr(policy.scorer(), "needs", ())
 
 
 MATRIX = [
     (family, method)
     for method, policy in METHODS.items()
-    for family in (CLASS_TOKEN if needs_class_token(policy) else FEW)
+    for family in (TOWERS if looks_at_the_tower(policy) else FEW)
 ]
 
 
@@ -43,6 +47,31 @@ def test_methods(name: str, method: str) -> None:
     case = Case.of(name)
     case.check_prefill(METHODS[method])
     case.check_generate(METHODS[method], 8)
+
+
+@pytest.mark.parametrize("name", [name for name in MORE_TOWERS if name in FAMILIES])
+def test_what_a_vision_tower_attends_to(name: str) -> None:
+    """In two of its layers, whatever the way from its patches to the visual tokens."""
+    Case.of(name).check_prefill(METHODS["hiprune"])
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_tower_in_small_blocks_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tower_attention, "_NUMBERS", 40)
+    Case.of(name).check_prefill(METHODS["hiprune"])
+
+
+def test_flash_attention_gets_the_parts_of_a_row_at_once() -> None:
+    """As if each had been a call of its own."""
+    query, key = torch.randn(2, 1, 2, 9, 4).unbind()
+    given = {"cu_seq_lens_q": torch.tensor([0, 4, 9])}
+    whole = tower_attention._received(query, key, 0.5, None, tower_attention._ends(given, 9))
+    parts = [
+        tower_attention._received(query[:, :, a:b], key[:, :, a:b], 0.5, None, [b - a])
+        for a, b in ((0, 4), (4, 9))
+    ]
+    torch.testing.assert_close(whole, torch.cat(parts, 1))
+    torch.testing.assert_close(whole[:, :4].sum(), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("method", ["evs", "vidcom2", "grid"])
@@ -62,13 +91,41 @@ def test_scores_on_another_schedule(score: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["dart", "divprune", "sparsevlm", "feather", "grid", "scope", "mmr", "vidcom2"]
+    "method",
+    [
+        "dart",
+        "divprune",
+        "sparsevlm",
+        "feather",
+        "grid",
+        "scope",
+        "mmr",
+        "vidcom2",
+        "hiprune",
+        "vispruner",
+        "vscan",
+        "transprune",
+    ],
 )
 def test_several_images_in_a_prompt(method: str) -> None:
     Case.of("llava", SEVERAL).check_prefill(METHODS[method])
 
 
-@pytest.mark.parametrize("method", ["divprune", "v2drop", "visionzip", "dart", "scope", "mmr"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "divprune",
+        "v2drop",
+        "visionzip",
+        "dart",
+        "scope",
+        "mmr",
+        "hiprune",
+        "vispruner",
+        "vscan",
+        "transprune",
+    ],
+)
 def test_a_budget_for_each_image(method: str) -> None:
     case = Case.of("llava", SEVERAL)
     spans = images(case)
@@ -76,7 +133,9 @@ def test_a_budget_for_each_image(method: str) -> None:
     case.check_generate(METHODS[method], 4, spans=spans)
 
 
-@pytest.mark.parametrize("method", ["divprune", "dart", "feather", "visionzip"])
+@pytest.mark.parametrize(
+    "method", ["divprune", "dart", "feather", "visionzip", "vscan", "transprune"]
+)
 def test_beam_search(method: str) -> None:
     Case.of("llava").check_generate(METHODS[method], 8, num_beams=3)
 
@@ -98,7 +157,7 @@ def test_random_choice_at_the_counts_of_each(method: str) -> None:
     assert parse(str(policy)) == policy
 
 
-@pytest.mark.parametrize("method", ["divprune", "v2drop", "dart"])
+@pytest.mark.parametrize("method", ["divprune", "v2drop", "dart", "vscan", "transprune"])
 def test_gradient_checkpointing(method: str) -> None:
     case = Case.of("llava")
     plain = gradients(case, METHODS[method], None)
@@ -119,16 +178,17 @@ def test_methods_take_nothing_that_they_do_not_need() -> None:
         assert isinstance(current, Prefill)
         taken = current.ranker
         assert (taken._keys, taken._carried, taken._prepared, taken.tower) == (None,) * 4
+        assert (taken._noted, taken._turned, list(current.plan.turns)) == (None, None, [])
         assert attachment._tower is None
 
 
 # -- what is refused ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "smolvlm", "pixtral"])
-def test_towers_without_a_class_token(name: str) -> None:
+@pytest.mark.parametrize("name", ["mistral3", "glm4v"])
+def test_towers_whose_way_to_the_tokens_is_not_known(name: str) -> None:
     with (
-        pytest.raises(st3.UnsupportedModelError, match="such as score=divprune"),
+        pytest.raises(st3.UnsupportedModelError, match=r"cannot be followed .* score=divprune"),
         st3.trim(Case.of(name).model, "visionzip"),
     ):
         pass

@@ -344,11 +344,11 @@ def test_wrong_usage_is_one_line(tiny_model: Path, options: list[str], message: 
 
 
 def test_a_policy_that_cannot_be_attached_is_refused_at_the_start() -> None:
-    """The tower of the bundled model has no class token, whose attention visionzip looks at."""
-    command = [sys.executable, "-m", "st3.tools.cli", "serve", "--policy", "visionzip"]
+    refused = "pyramiddrop:own_layer=true"
+    command = [sys.executable, "-m", "st3.tools.cli", "serve", "--policy", refused]
     done = subprocess.run([*command, "--port", "0"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "class token" in done.stderr
+    assert "ranks in the layer that drops" in done.stderr
     assert "Traceback" not in done.stderr
 
 

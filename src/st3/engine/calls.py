@@ -62,7 +62,7 @@ class Chunk:
         candidates: trailing tokens of the pass that assisted decoding puts up for a check.
         cache: the KV cache, or None.
         past: logical length of the cache before the pass.
-        tower: gives what the vision tower's class token attends to, [B, T], for visual tokens
+        tower: gives what the vision tower attends to, [looks, B, T], for visual tokens
             [B, T] bool.
         late: features that are added between decoder layers, or None.
     """

@@ -18,7 +18,7 @@ from st3.methods.laid import lay
 from st3.methods.policies import Policy
 from st3.methods.policies.base import check_ranked
 from st3.methods.schedule import Schedule
-from st3.methods.scores import Score, Stage, TokenView, needs_of, stage_of
+from st3.methods.scores import LayerView, Score, Stage, TokenView, needs_of, stage_of
 
 Unrotate = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
@@ -62,6 +62,31 @@ class Plan:
         return stage_of(self.score)
 
     @cached_property
+    def by_attention(self) -> Score | None:
+        """What is taken in the layers' attention: the score itself, or the one that it names for
+        the drops within the decoder; None if there is none."""
+        later: Score | None = getattr(self.score, "later", None)
+        return self.score if later is None and self.stage == "attention" else later
+
+    @cached_property
+    def note(self) -> Callable[[LayerView], Tensor] | None:
+        """What the score takes of a layer's attention for the layer behind it."""
+        return getattr(self.score, "note", None)
+
+    @cached_property
+    def turn(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """What the score takes of the attention and the MLP of each layer of :attr:`turns`."""
+        return getattr(self.score, "turn", None)
+
+    @cached_property
+    def turns(self) -> range:
+        """The layers whose parts are looked at: from the one before the first drop on."""
+        drops = [layer for layer, prunes in enumerate(self.prunes) if prunes]
+        if self.turn is None:
+            return range(0)
+        return range(max(0, drops[0] - 1), drops[-1]) if drops else range(self.num_layers)
+
+    @cached_property
     def needs(self) -> frozenset[str]:
         """What the score asks for."""
         return needs_of(self.score)
@@ -74,7 +99,7 @@ class Plan:
     @cached_property
     def users(self) -> dict[int, list[int]]:
         """The decoder layers that use a layer's score: itself, and perhaps later ones."""
-        source = getattr(self.score, "source", lambda layer: layer)
+        source = getattr(self.by_attention, "source", lambda layer: layer)
         users: dict[int, list[int]] = {}
         scorers, sources = self.wiring.scorers, self.wiring.sources
         for layer in range(self.num_layers):
@@ -87,9 +112,9 @@ class Plan:
     def deferrable(self) -> tuple[bool, ...]:
         """For each layer whether its score can wait until the prompt is written to the cache: when
         no drop and no later layer asks for it, and ranks would not wait for each other."""
-        if self.stage != "attention" or self.ranks is not None:
+        if self.by_attention is None or self.ranks is not None:
             return (False,) * self.num_layers
-        last_row = getattr(self.score, "last_row", False)
+        last_row = getattr(self.by_attention, "last_row", False)
         return tuple(
             last_row and len(self.users.get(layer, ())) == 1 and not drops
             for layer, drops in enumerate(self.drops_behind)

@@ -54,7 +54,7 @@ class Prefill:
         rows, block: what was read of the prompt.
         attention_mask: [B, T] of this chunk, or None when all is valid.
         stores: the KV stores to fill, by decoder layer; None without a cache.
-        tower: [B, T], what the vision tower's class token attends to; None unless the score asks.
+        tower: [looks, B, T], what the vision tower attends to; None unless the score asks.
 
     Attributes:
         block: columns of the layer under way.
@@ -183,7 +183,7 @@ class Prefill:
         # Flash attention takes no mask per query: there candidates see what the prompt sees.
         if self.rows.tail and self.ordered[layer] and self.plan.kind != "flash":
             call.mask = self._candidates_mask(layer, call)
-        chooses = self.plan.drops_behind[layer] and self.plan.stage == "attention"
+        chooses = self.plan.drops_behind[layer] and self.plan.by_attention is not None
         if chooses and layer + 1 not in self.blocks:
             self._drop(layer + 1)
         with self.events.span("model"):

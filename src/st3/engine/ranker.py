@@ -49,7 +49,7 @@ class Ranker:
     Args:
         rows: the batch.
         orders: for each layer whether its cache wants an order of the visual tokens.
-        tower: [B, T], what the vision tower's class token attends to; None unless the score asks.
+        tower: [looks, B, T], what the vision tower attends to; None unless the score asks.
 
     Attributes:
         scores: what each layer orders its cache by, and the layer behind it drops by: [B, N] of
@@ -63,7 +63,10 @@ class Ranker:
         self.scores: dict[int, Tensor | DeferredScore] = {}
         self._carried: Tensor | None = None  # of the present columns, for later layers
         self._prepared: Tensor | None = None
+        self._noted: Tensor | None = None  # of the layer before
+        self._turned: Tensor | None = None  # sums over the layers so far
         self._keys: Tensor | None = None  # of the layer before
+        self._released = False
         self._hidden: Tensor | None = None  # the input of the layer under way, or of the one before
         self._tables: Any = None
         self._orders = orders
@@ -112,7 +115,12 @@ class Ranker:
             self._keys = key[:, :, key.shape[2] - query.shape[2] :].detach()
         if layer in self.scores:  # gradient checkpointing runs it again
             return
-        users = plan.users.get(layer) if plan.stage == "attention" else None
+        wanted = any(self._orders) or plan.drops_behind[layer]
+        if plan.note is not None and wanted and not self._released:
+            with torch.no_grad():
+                view = self._layer_view(layer, block, query, key, key_valid, given)
+                self._noted = mean_over_ranks(plan.note(view), plan.ranks)
+        users = plan.users.get(layer) if plan.by_attention is not None else None
         if users is None:  # an earlier layer's score, or one of the input
             if self._wants[layer] and self._carried is not None:
                 self.scores[layer] = self._carried.to(query.device)
@@ -124,24 +132,34 @@ class Ranker:
             return
         with torch.no_grad():
             view = self._layer_view(layer, block, query, key, key_valid, given)
-            score = mean_over_ranks(cast(Any, plan.score)(view), plan.ranks)
+            score = mean_over_ranks(cast(Any, plan.by_attention)(view), plan.ranks)
         self.scores[layer] = score
         if len(users) > 1:
             self._carried = score
 
+    @torch.no_grad()
+    def observe_part(self, layer: int, block: Block, given: Tensor, made: Tensor) -> None:
+        """See what goes into the attention or the MLP of ``layer`` and what comes out of it, before
+        it is added to the stream: [B, N, hidden size]."""
+        if self.plan.turn is None or self._released:  # gradient checkpointing runs it again
+            return
+        turned = self.plan.turn(given, made, block.visual.to(given.device))
+        self._turned = turned if self._turned is None else self._turned.to(turned.device) + turned
+
     def for_drop(self, layer: int) -> Tensor | None:
         """The score by which tokens are dropped before ``layer``; None if it was not taken."""
-        if self.plan.stage != "attention" or self.plan.wiring.states[layer - 1]:
+        plan = self.plan
+        if plan.by_attention is None or layer == 0 or plan.wiring.states[layer - 1]:
             return self._carried
         score = self.scores.get(layer - 1)
         return score if isinstance(score, Tensor) else None
 
     def dropped(self, columns: Tensor) -> None:
         """Only ``columns`` [B, N'] are left."""
-        if self._carried is not None:
-            self._carried = self._carried.gather(1, columns.to(self._carried.device))
-        if self._prepared is not None:
-            self._prepared = self._prepared.gather(1, columns.to(self._prepared.device))
+        self._carried, self._prepared, self._noted, self._turned = (
+            None if each is None else each.gather(1, columns.to(each.device))
+            for each in (self._carried, self._prepared, self._noted, self._turned)
+        )
         if self._keys is not None and self.plan.wiring.has_states:
             # A layer with a state shows no keys: those of a layer before it stay the latest.
             index = columns[:, None, :, None].to(self._keys.device)
@@ -150,7 +168,8 @@ class Ranker:
 
     def release(self) -> None:
         """Let go of what only the layers needed."""
-        self._tables = self._keys = self._hidden = self.tower = None
+        self._tables = self._keys = self._hidden = self.tower = self._noted = self._turned = None
+        self._released = True
 
     def _deferred(
         self, layer: int, block: Block, query: Tensor, given: Mapping[str, Any]
@@ -158,7 +177,7 @@ class Ranker:
         row = last_rows(query.detach(), block.last, self._at_end(block)).clone()
         facts = {"layer": layer, "hidden": None, "key_valid": block.valid}
         return DeferredScore(
-            self.plan.score,
+            cast(Score, self.plan.by_attention),
             row,
             {name: given.get(name) for name in ("scaling", "softcap")},
             facts | self._columns(block),
@@ -191,7 +210,9 @@ class Ranker:
             hidden=hidden,
             before=_to(self._hidden, device),
             keys=_to(self._keys, device),
-            tower=_to(self.tower, device),
+            towers=_to(self.tower, device),
+            noted=_to(self._noted, device),
+            turned=_to(self._turned, device),
             wanted=self._most_kept(layer, block),
             **self._columns(block.to(device)),
         )

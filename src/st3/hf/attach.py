@@ -22,6 +22,8 @@ from st3.hf.cache import CacheSeam, new_cache
 from st3.hf.compile import compiled_forward
 from st3.hf.generation import checked_prefill, narrowed_deepstack, noticed_candidates
 from st3.hf.hooks import Hooks
+from st3.hf.layer_parts import listen_to_parts
+from st3.methods.scores.looks import looks_of
 from st3.models import Family, Parts
 
 
@@ -70,7 +72,7 @@ class Attachment:
             hooks.replace(self.model, "_get_candidate_generator", make)
         self.visual.listen(hooks)
         if session.active and "tower" in session.plan.needs:
-            self._tower = self.family.class_attention(self.model, parts)
+            self._tower = self.family.tower(self.model, parts, looks_of(session.plan.score))
             self._tower.listen(hooks)
         for module, before in (
             (self.model, self._on_model),
@@ -124,6 +126,7 @@ class Attachment:
             hooks.assign(config, "_attn_implementation", name)
         for index, layer in enumerate(self.parts.layers):
             hooks.before(layer, self._layer_hook(index))
+        listen_to_parts(hooks, self.parts.layers, self.session)
 
     def _install_generation(self, hooks: Hooks) -> None:
         text = self.parts.text

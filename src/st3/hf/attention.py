@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 WRAPPED = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 PREFIX = "st3_"
 ATTRIBUTE = "_st3_layer"
+TOWER = "_st3_tower"
+"""Hangs on an attention module of the vision tower whose queries and keys are looked at: called
+with them, the mask and the keyword arguments."""
 
 
 class LayerHandle:
@@ -100,7 +103,10 @@ def _attention(
     if kwargs.get("indices") is not None or kwargs.get("block_indices") is not None:
         attention_mask = index_mask(module, query, key, attention_mask, kwargs)
     handle: LayerHandle | None = getattr(module, ATTRIBUTE, None)
-    if handle is None:  # another model, which shares the config of the one that is trimmed
+    if handle is None:  # the tower, or another model that shares the config of the trimmed one
+        looks = getattr(module, TOWER, None)
+        if looks is not None:
+            looks(query, key, attention_mask, kwargs)
         base = base_attention(attention_of(module.config), module)
         return base(module, query, key, value, attention_mask, **kwargs)
     current = handle.session.current

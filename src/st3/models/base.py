@@ -11,15 +11,17 @@ from torch import nn
 from st3.cost.dims import Lookahead, TextDims
 from st3.cost.vision import VisionDims, vision_flops
 from st3.errors import UnsupportedModelError
-from st3.models.class_attention import REMEDY, ClassAttentionTap
+from st3.methods.scores.looks import Look
 from st3.models.decoders import closed_form
 from st3.models.grids import Grids, grids_of, no_grids
 from st3.models.layouts import Layout, UnknownPlaces
 from st3.models.meta import counted, counted_crop
 from st3.models.parts import Parts, base_model, find_parts
 from st3.models.rotary import Unrotate, inverse_rotation
+from st3.models.tower_attention import REMEDY, TowerTap
 from st3.models.towers import has_class_token, tower_of
 from st3.models.visual import Encoded, VisualTokens
+from st3.models.ways import Way
 
 _NOT_UNDERSTOOD = (UnknownPlaces, KeyError, IndexError, RuntimeError, AttributeError, TypeError)
 
@@ -35,9 +37,8 @@ class Family:
         notes: what a user should know.
         video: whether videos are trimmed too.
         layout: how an image becomes visual tokens.
-        class_order: whether the visual tokens stand in the order of the tower's patches, or go the
-            way of ``pack_image_features`` or ``pixel_shuffle``, so that the class token's attention
-            can be followed to them.
+        way: from the tower's patches to visual tokens, so that what the tower attends to can be
+            followed to them; None where it is not known.
     """
 
     model_type: str
@@ -45,7 +46,7 @@ class Family:
     notes: str = ""
     video: bool = False
     layout: Layout = Layout()  # noqa: RUF009 (it holds nothing)
-    class_order: bool = False
+    way: Way | None = None
 
     # Where things are --------------------------------------------------------------------------
 
@@ -61,22 +62,22 @@ class Family:
         """What listens for which tokens of a prompt are visual."""
         return VisualTokens(base_model(model), parts.inner)
 
-    def class_attention(self, model: nn.Module, parts: Parts) -> ClassAttentionTap:
-        """What listens for the attention of the vision tower's class token.
+    def tower(self, model: nn.Module, parts: Parts, looks: Sequence[Look]) -> TowerTap:
+        """What listens for what the vision tower attends to.
 
         Raises:
-            UnsupportedModelError: if the tower has none, or the family's way from patches to visual
-                tokens is not known.
+            UnsupportedModelError: if the family's way from patches to visual tokens is not known,
+                or its tower's layers are not.
         """
         config: Any = base_model(model).config
         vision = getattr(config, "vision_config", None)
-        if not self.class_order or not has_class_token(vision):
+        if self.way is None:
             tower = getattr(vision, "model_type", "") or "unknown"
             raise UnsupportedModelError(
-                f"{self.model_type}: its vision tower ({tower}) gives no attention of a class "
-                f"token over the visual tokens: {REMEDY}"
+                f"{self.model_type}: what its vision tower ({tower}) attends to cannot be followed "
+                f"to the visual tokens: {REMEDY}"
             )
-        return ClassAttentionTap(config, parts.inner)
+        return TowerTap(config, parts.inner, looks, self.way, has_class_token(vision))
 
     def inverse_rotation(self, parts: Parts) -> Unrotate:
         """What takes RoPE off queries and keys.

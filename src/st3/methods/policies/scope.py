@@ -16,8 +16,6 @@ from st3.methods.scores.scope import Scope
 class SCOPE(BeforeDecoder):
     """SCOPE: before the decoder, keep what the vision tower attends to and what covers the rest.
 
-    Needs a tower with a class token (CLIP, InternViT); others are refused.
-
     Args:
         keep: share kept.
         alpha: power to which the tower's attention is raised.

@@ -17,8 +17,6 @@ from st3.methods.scores.class_attention import ClassAttention
 class VisionZip(BeforeDecoder):
     """VisionZip: before the decoder, keep what the vision tower's class token attends to.
 
-    Needs a tower with a class token (CLIP, InternViT); others are refused.
-
     Args:
         keep: share kept; papers report 192, 128 and 64 of 576 tokens (0.333, 0.222, 0.111).
         dominant: share of these that the class token chooses; the others are every n-th one.

@@ -41,7 +41,10 @@ class TokenView:
             the whole order counts.
         before: [B, N, hidden size], the input of the layer before; None in layer 0.
         keys: [B, KV heads, N, head size], the keys of the layer before; for those that need "keys".
-        tower: [B, N], what the vision tower's class token attends to; for those that need "tower".
+        towers: [looks, B, N], what the vision tower attends to, by each of the score's looks; for
+            those that need "tower". ``tower`` [B, N] is the first of them.
+        noted: [B, N], what the score's ``note`` returned in the attention of the layer before.
+        turned: [B, N], sums of what the score's ``turn`` returned in the layers before.
         prepared: [B, N], what the score's ``prepare`` returned in layer 0.
     """
 
@@ -59,8 +62,14 @@ class TokenView:
     wanted: int | None = None
     before: Tensor | None = None
     keys: Tensor | None = None
-    tower: Tensor | None = None
+    towers: Tensor | None = None
+    noted: Tensor | None = None
+    turned: Tensor | None = None
     prepared: Tensor | None = None
+
+    @property
+    def tower(self) -> Tensor | None:
+        return None if self.towers is None else self.towers[0]
 
     @property
     def text(self) -> Tensor:
@@ -220,6 +229,15 @@ class Score(Protocol):
         needs: what it asks for beyond the view's own fields: "keys", "grids", "rotary", "tower".
         last_row: True if of a layer's attention it reads :meth:`LayerView.last_row_logits` alone:
             where only the cache asks for it, it is taken when the first further token comes.
+        looks: what it wants of the vision tower, for those that need "tower"; see
+            :mod:`st3.methods.scores.looks`.
+        later: another score, of the stage "attention", for the drops within the decoder and for the
+            caches: then this one, of the stage "embeds", is for the drop before the decoder alone.
+        note: a function of a layer's :class:`LayerView`, whose result [B, N] the view of the next
+            layer's input carries as ``noted``.
+        turn: a function of what goes into an attention or an MLP, of what comes out of it, [B, N,
+            hidden size], and of the view's ``visual``, whose results [B, N] add up to ``turned``
+            from the layer before the first drop to the one before the last.
         keep: the share of the visual tokens that it is made for, if its choice depends on it.
         prepare: a function of the :class:`TokenView` of layer 0, whose result [B, N] later views
             carry as ``prepared``.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from st3.methods.schedule import check_share
 from st3.methods.scores.base import Stage, TokenView, ranks, share_of
+from st3.methods.scores.picks import interleaved
 from st3.methods.scores.registry import register
 from st3.methods.scores.uniform import even_spread
 
@@ -30,7 +31,8 @@ class ClassAttention:
     Source: VisionZip (arXiv 2412.04467) and its code, which keeps 54 dominant and 10 contextual
     tokens. Departures: nothing is merged into the contextual tokens, they are kept as they are; the
     class token itself, which the code keeps as one of the dominant ones, is no visual token in
-    transformers' models, so that one patch more takes its place.
+    transformers' models, so that one patch more takes its place. Where the tower has no class
+    token, what counts is the attention that a token receives.
     """
 
     dominant: float = 54 / 64
@@ -67,10 +69,5 @@ class ClassAttention:
         return torch.where(by_class < dominant, by_class, behind)
 
     def _any_number(self, view: TokenView, tower: Tensor) -> Tensor:
-        place = ranks(tower, view.visual).float()
-        if self.dominant == 1:
-            return -place
         spread = ranks(even_spread(view.ordinal), view.visual).float()
-        if self.dominant == 0:
-            return -spread
-        return -(place / self.dominant).minimum(spread / (1 - self.dominant))
+        return interleaved(ranks(tower, view.visual).float(), self.dominant, spread)

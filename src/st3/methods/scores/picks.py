@@ -50,3 +50,11 @@ def strangers(view: TokenView) -> Tensor:
     if view.group is not None:
         pair = pair & (view.group[:, :, None] == view.group[:, None])
     return ~pair
+
+
+def interleaved(first: Tensor, share: float, second: Tensor) -> Tensor:
+    """Scores by the better of two places, ``first`` and ``second`` [..., N] from 0 on: of any
+    number of tokens kept, about ``share`` are there by the first one."""
+    if share in (0, 1):
+        return -(first if share == 1 else second)
+    return -(first / share).minimum(second / (1 - share))

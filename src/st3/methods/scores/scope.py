@@ -16,7 +16,8 @@ from st3.methods.scores.registry import register
 @dataclass(frozen=True)
 class Scope:
     """Saliency and coverage: each token picked adds most to how well all visual tokens are covered
-    by the ones picked, the gain counted times the attention that it draws in the vision tower.
+    by the ones picked, the gain counted times the attention that it draws in the vision tower (its
+    class token's, or all of its tokens', where it has none).
 
     A token covers another by their cosine, and a token is covered as well as the best of those
     picked covers it. With each pick the host waits for the device.
@@ -24,8 +25,9 @@ class Scope:
     Args:
         alpha: power to which the attention is raised.
 
-    Source: SCOPE, as in its code in Tencent/AngelSlim; there the attention is that which a token
-    receives in a layer of the tower, here the class token's of the layer behind the features.
+    Source: SCOPE, as in its code in Tencent/AngelSlim: the class token's attention where there is
+    one, else what a token receives; in a layer that the code is told, here the one behind the
+    features.
     """
 
     alpha: float = 1.0

@@ -10,6 +10,7 @@ from st3.cost.dims import Lookahead
 from st3.cost.vision import VisionDims
 from st3.models.base import Family
 from st3.models.layouts import Positioned, Squares
+from st3.models.ways import Blocks, Way
 
 
 class PaliGemma(Family):
@@ -41,18 +42,26 @@ class Gemma4(Family):
         return "image" if ahead and window is not None else "none"
 
 
+def _pooled(config: Any) -> int:
+    """Patches along the side of what Gemma 3 averages to one token."""
+    vision = config.vision_config
+    return int(vision.image_size // vision.patch_size / config.mm_tokens_per_image**0.5)
+
+
 FAMILIES = (
     PaliGemma(
         "paligemma",
         "PaliGemma 1, 2",
         "the whole prompt attends in both directions",
         layout=Squares(),
+        way=Way(),
     ),
     Gemma3(
         "gemma3",
         "Gemma 3",
         "sliding windows; an image attends in both directions",
         layout=Squares(),
+        way=Blocks(_pooled),
     ),
     Gemma4(
         "gemma4",

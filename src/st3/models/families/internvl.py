@@ -8,6 +8,7 @@ from st3.cost.vision import VisionDims
 from st3.models.base import Family
 from st3.models.layouts import Squares
 from st3.models.towers import shuffled
+from st3.models.ways import Shuffled
 
 
 class InternVL(Family):
@@ -17,6 +18,6 @@ class InternVL(Family):
 
 
 FAMILIES = (
-    InternVL("internvl", "InternVL 2.5, 3, 3.5", layout=Squares(), class_order=True),
+    InternVL("internvl", "InternVL 2.5, 3, 3.5", layout=Squares(), way=Shuffled()),
     Family("qianfan_ocr", "Qianfan-OCR", layout=Squares()),
 )

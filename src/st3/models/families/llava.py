@@ -9,6 +9,7 @@ from st3.models.base import Family
 from st3.models.layouts import Squares, SquaresOrPixtral
 from st3.models.tiled import AnyRes
 from st3.models.towers import two_linear
+from st3.models.ways import Packed, Way
 
 
 class Llava(Family):
@@ -21,18 +22,24 @@ FAMILIES = (
         "llava",
         "LLaVA 1.5, Pixtral (transformers layout)",
         layout=SquaresOrPixtral(),
-        class_order=True,
+        way=Way(),
     ),
     Llava(
         "llava_next",
         "LLaVA-NeXT (1.6)",
         "tiles and newline tokens are visual tokens",
         layout=AnyRes(),
-        class_order=True,
+        way=Packed(),
     ),
-    Llava("llava_onevision", "LLaVA-OneVision", video=True, layout=AnyRes(newlines=1, aspect=True)),
-    Llava("llava_next_video", "LLaVA-NeXT-Video", video=True, layout=AnyRes(), class_order=True),
-    Family("vipllava", "ViP-LLaVA", layout=Squares(), class_order=True),
+    Llava(
+        "llava_onevision",
+        "LLaVA-OneVision",
+        video=True,
+        layout=AnyRes(newlines=1, aspect=True),
+        way=Packed(),
+    ),
+    Llava("llava_next_video", "LLaVA-NeXT-Video", video=True, layout=AnyRes(), way=Packed()),
+    Family("vipllava", "ViP-LLaVA", layout=Squares(), way=Way()),
     Family("video_llava", "Video-LLaVA", layout=Squares(placed=False)),
     Family("fast_vlm", "FastVLM", layout=Squares(placed=False)),
 )

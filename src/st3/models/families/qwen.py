@@ -7,6 +7,7 @@ from typing import Any
 from st3.cost.vision import VisionDims
 from st3.models.base import Family
 from st3.models.tiled import Patches
+from st3.models.ways import Merged
 
 
 class QwenVL(Family):
@@ -17,12 +18,12 @@ class QwenVL(Family):
 _MROPE = "multimodal RoPE"
 _STATES = "linear attention in three of four layers"
 FAMILIES = (
-    QwenVL("qwen2_vl", "Qwen2-VL", _MROPE, video=True, layout=Patches()),
-    QwenVL("qwen2_5_vl", "Qwen2.5-VL", _MROPE, video=True, layout=Patches()),
-    QwenVL("qwen3_vl", "Qwen3-VL", "DeepStack", video=True, layout=Patches()),
-    QwenVL("qwen3_5", "Qwen3.5", _STATES, video=True, layout=Patches()),
-    QwenVL("qwen3_5_moe", "Qwen3.5 MoE", _STATES, video=True, layout=Patches()),
-    QwenVL("qwen3_vl_moe", "Qwen3-VL MoE", "DeepStack", video=True, layout=Patches()),
+    QwenVL("qwen2_vl", "Qwen2-VL", _MROPE, True, Patches(), way=Merged()),
+    QwenVL("qwen2_5_vl", "Qwen2.5-VL", _MROPE, True, Patches(), way=Merged(windowed=True)),
+    QwenVL("qwen3_vl", "Qwen3-VL", "DeepStack", True, Patches(), way=Merged()),
+    QwenVL("qwen3_5", "Qwen3.5", _STATES, True, Patches(), way=Merged()),
+    QwenVL("qwen3_5_moe", "Qwen3.5 MoE", _STATES, True, Patches(), way=Merged()),
+    QwenVL("qwen3_vl_moe", "Qwen3-VL MoE", "DeepStack", True, Patches(), way=Merged()),
     Family(
         "qwen2_5_omni_thinker",
         "Qwen2.5-Omni (thinker)",

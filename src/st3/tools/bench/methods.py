@@ -17,6 +17,7 @@ Attach = Callable[[Any, Prompt], AbstractContextManager[Any]]
 UNTOUCHED = "untouched"
 OWN_CACHE = "untrimmed, st3's cache"
 ATTACHED = "attached, drops nothing"
+DOWNSAMPLE = "downsample"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Method:
         own_engine: whether st3's engine trims.
         equal_rows: whether it needs rows of equal layout.
         asked: whether it is a policy that was asked for, and no reference or peer.
+        fewer: a policy whose mean share of the visual tokens is all that its prompts have.
     """
 
     label: str
@@ -39,6 +41,7 @@ class Method:
     own_engine: bool = False
     equal_rows: bool = False
     asked: bool = False
+    fewer: Policy | None = None
 
 
 def untouched() -> Method:
@@ -74,6 +77,12 @@ def trimmed(policy: Policy) -> Method:
     return Method(str(policy), attach, policy, own_engine=not isinstance(policy, NoTrim))
 
 
+def downsample(policy: Policy) -> Method:
+    """The untouched model on as few visual tokens as ``policy`` keeps on average: what an image
+    made smaller gives, where a model makes fewer tokens of it."""
+    return Method(DOWNSAMPLE, lambda model, prompt: nullcontext(), fewer=policy)
+
+
 def fastv_by_its_authors(policy: FastV) -> Method:
     """FastV by ``output_attentions``, see :mod:`st3.tools.bench.fastv_official`."""
 
@@ -85,7 +94,8 @@ def fastv_by_its_authors(policy: FastV) -> Method:
 
 def compare(policies: Sequence[str | Policy], peers: bool = True) -> list[Method]:
     """The rows for these policies: the references first and, with ``peers``, random choice at the
-    first policy's counts, FastV on this engine and as its authors do it, and VTW.
+    first policy's counts, the image made smaller to its mean share, FastV on this engine and as its
+    authors do it, and VTW.
 
     Raises:
         ValueError: no policy, or one that :func:`st3.methods.policies.parse` refuses.
@@ -94,7 +104,7 @@ def compare(policies: Sequence[str | Policy], peers: bool = True) -> list[Method
     asked = {str(policy) for policy in chosen}
     if not chosen:
         raise ValueError("no policy to measure: give at least one, such as st3")
-    methods = [untouched(), own_cache()]
+    methods, first = [untouched(), own_cache()], chosen[0]
     if peers:
         chosen += [Random(like=chosen[0]), FastV(), parse("vtw")]
     seen: set[str] = set()
@@ -104,4 +114,6 @@ def compare(policies: Sequence[str | Policy], peers: bool = True) -> list[Method
             methods.append(replace(trimmed(policy), asked=str(policy) in asked))
         if isinstance(policy, FastV) and peers:
             methods.append(fastv_by_its_authors(policy))
+    if peers and not isinstance(first, NoTrim):
+        methods.append(downsample(first))
     return list({method.label: method for method in methods}.values())

@@ -192,7 +192,9 @@ BRIEF_GAINS = _gains(_brief_gain, _brief_layers)  # the paired ratios alone, for
 NOTES = """\
 Times are medians over the rounds; methods take turns within a round. prefill: the text decoder
 alone, on a prompt without pixels. TTFT and end to end: generate() with the vision tower's time
-added, which is measured apart and the same in all rows. TPOT: median time of a further token. peak:
+added, which is measured apart and the same in all rows. downsample: the untouched model on as many
+visual tokens as the first policy keeps on average, as an image made smaller gives where a model
+makes fewer tokens of it. TPOT: median time of a further token. peak:
 memory above that before the call. KV: bytes over the untouched model's, both averaged over the
 prefill and the steps. selection: st3's own part of the trimmed prefill (choosing, gathering,
 scoring, writing keys and values), timed in runs of its own. Speed-ups are over the first row, the

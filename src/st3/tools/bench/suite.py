@@ -186,18 +186,23 @@ def run(
     methods = [m for m in methods if not (m.equal_rows and workload.ragged)]
     rows = workload.rows()
     model, tokens = subject.model, workload.new_tokens
-    prompt = prompts.build(rows, subject.vocab, subject.device)
+    of = {m.label: _rows_of(m, rows, model) for m in methods}
+    made = {label: prompts.build(own, subject.vocab, subject.device) for label, own in of.items()}
     table = {m.label: Row(m.label, _policy(m), _flops(subject, m, rows)) for m in methods}
     result = Result(subject.name, workload, list(table.values()))
 
-    def attached(method: Method, what: Callable[[], Any]) -> Callable[[], Any]:
+    def attached(method: Method, what: Callable[[prompts.Prompt], Any]) -> Callable[[], Any]:
+        prompt = made[method.label]
+
         def call() -> Any:
             with method.attach(model, prompt):
-                return what()
+                return what(prompt)
 
         return call
 
-    def measure(what: Callable[[], Any], untimed: Callable[[], Any], name: str) -> Iterator[Any]:
+    def measure(
+        what: Callable[[prompts.Prompt], Any], untimed: Callable[[prompts.Prompt], Any], name: str
+    ) -> Iterator[Any]:
         """(row, untimed result, timed results) of each method."""
         first = {}
         for method in methods:
@@ -211,27 +216,28 @@ def run(
         result.bandwidth = bandwidth or read_bandwidth(subject.device)
         result.tower = _run_tower(subject, workload)
     if prefills:
-        once = partial(prefill, model, prompt)
+        once = partial(prefill, model)
         for row, _, seconds in measure(once, once, "prefill"):
             row.prefill = seconds
         for method in methods:
-            table[method.label].overhead = selection_overhead(model, prompt, method)
+            table[method.label].overhead = selection_overhead(model, made[method.label], method)
             on_step("selection")
         for method in methods if workload.layer_rounds and not workload.ragged else []:
             if method.asked and method.own_engine:
                 table[method.label].possible = possible(
                     model,
-                    prompt,
+                    made[method.label],
                     method,
                     workload.layer_rounds,
                     partial(on_step, "layers"),
                     deadline,
                 )
     if tokens:
-        several = partial(generation, model, prompt, tokens)
-        watched = partial(footprint, model, prompt, tokens, WeightsOnly(model, workload.batch))
-        for row, held, made in measure(several, watched, "generation"):
-            row.footprint, row.generations = held, made
+        several = partial(generation, model, new_tokens=tokens)
+        spare = WeightsOnly(model, workload.batch)
+        watched = partial(footprint, model, new_tokens=tokens, spare=spare)
+        for row, held, generations in measure(several, watched, "generation"):
+            row.footprint, row.generations = held, generations
     return result
 
 
@@ -249,15 +255,29 @@ def _policy(method: Method) -> str:
     return "none" if method.policy is None else str(method.policy)
 
 
+def _rows_of(method: Method, rows: Sequence[prompts.Row], model: Any) -> list[prompts.Row]:
+    """The rows that a method gets: all visual tokens, or fewer."""
+    if method.fewer is None:
+        return list(rows)
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    share = method.fewer.schedule(layers).mean_share
+    return [
+        prompts.Row(row.text, tuple(max(1, round(share * n)) for n in row.images)) for row in rows
+    ]
+
+
 def _flops(subject: Subject, method: Method, rows: Sequence[prompts.Row]) -> float | None:
     """FLOPs of the untrimmed prefill over those of this method, all rows."""
-    if method.policy is None:
+    if method.policy is None and method.fewer is None:
         return 1.0
     try:
         dims = TextDims.from_config(subject.model.config)
     except ValueError:  # a decoder that the cost model does not describe
         return None
-    schedule = lay_out(method.policy, Wiring(dims.sources, dims.in_order))
+    schedule = None
+    if method.policy is not None:
+        schedule = lay_out(method.policy, Wiring(dims.sources, dims.in_order))
+    own = _rows_of(method, rows, subject.model)
     full = sum(prefill_flops(dims, row.text, row.visual).total for row in rows)
-    left = sum(prefill_flops(dims, row.text, row.visual, schedule).total for row in rows)
+    left = sum(prefill_flops(dims, row.text, row.visual, schedule).total for row in own)
     return full / left

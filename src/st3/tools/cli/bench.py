@@ -36,7 +36,7 @@ def bench(
         str, typer.Option(metavar="P,P,...", help="Policies to measure; see `st3 policies`.")
     ] = DEFAULT_POLICY,
     peers: Annotated[
-        bool, typer.Option(help="Also random choice, FastV (both ways) and VTW.")
+        bool, typer.Option(help="Also random choice, a smaller image, FastV (both ways) and VTW.")
     ] = True,
     batch: Annotated[
         str, typer.Option(metavar="N,N,...", help="Batch sizes, one after the other.")

@@ -49,6 +49,13 @@ def evaluate(
         str | None,
         typer.Option(metavar="S,S,...", help="Set each policy to these mean visual shares (0..1)."),
     ] = None,
+    half: Annotated[
+        str | None,
+        typer.Option(
+            metavar="choose|report",
+            help="One half of the images: choose settings on one, report on the other.",
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="The first N items of each task.")
     ] = None,
@@ -71,13 +78,16 @@ def evaluate(
 ) -> None:
     """Measure how much of the untrimmed model's answers each policy keeps.
 
-    The untrimmed model, and random choice at each policy's counts, are in every table.
+    The untrimmed model, random choice at each policy's counts, an even grid and the image made
+    smaller are in every table.
 
     [bold]Examples[/bold]
 
     st3 eval --limit 10
 
     st3 eval --policies all --budgets 0.35,0.5 --out results
+
+    st3 eval --half choose --policies balanced,balanced:stride=1
 
     st3 eval -m ./llava-1.5-7b-hf --data ./my-images --policies "st3-7b,fastv:drop=0.75"
     """
@@ -88,6 +98,7 @@ def evaluate(
         from st3.tools.cli import _loading
         from st3.tools.common.conditions import conditions, versions
         from st3.tools.eval import (
+            SEEDS,
             Evaluation,
             Store,
             entries,
@@ -99,7 +110,7 @@ def evaluate(
         )
     with _one_line_errors(2):
         chosen = label_policies(split_policies(policies))
-        questions = _questions(data, tasks, limit)
+        questions = _questions(data, tasks, half, limit)
     with console.status(f"loading {model or 'the bundled model'}"):
         loaded = _loading.load(model, device, dtype.value, trust_remote_code, attention=attention)
     with _one_line_errors(1):
@@ -108,19 +119,23 @@ def evaluate(
         notes = refused + notes
         for note in notes:
             console.print(f"note: {note}", soft_wrap=True)
+        given = conditions(loaded.model.device, loaded.model.dtype)
         settings = {
             "model": fingerprint(loaded.model),
             "data": questions.fingerprint(),
             "max_new_tokens": max_new_tokens,
             "dtype": str(loaded.model.dtype),
             "device": loaded.model.device.type,
+            "engine": given["engine"],
             **{key: version for key, version in versions().items() if key != "python"},
         }
-        given = conditions(loaded.model.device, loaded.model.dtype) | {
+        given |= {
             "model": loaded.name,
             "data": "the bundled scenes" if data is None else str(data),
+            "half": half,
             "items": len(questions.items),
             "batch": batch,
+            "seeds": SEEDS,
         }
         work = Evaluation(
             loaded.model,
@@ -152,10 +167,13 @@ def _shares(text: str) -> list[float]:
     return shares
 
 
-def _questions(data: Path | None, tasks: str | None, limit: int | None) -> Dataset:
+def _questions(
+    data: Path | None, tasks: str | None, half: str | None, limit: int | None
+) -> Dataset:
     from st3.tools.eval import bundled_scenes, load_folder
 
     found = bundled_scenes() if data is None else load_folder(data)
+    found = found if half is None else found.half(half)
     return found.only(None if tasks is None else [t.strip() for t in tasks.split(",")], limit)
 
 

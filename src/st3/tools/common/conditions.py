@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
+import functools
+import hashlib
 import os
 import platform
 import shlex
@@ -23,6 +26,7 @@ def conditions(device: torch.device, dtype: torch.dtype, attention: str = "sdpa"
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
+        "engine": engine(),
         "machine": _machine(device),
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
@@ -43,6 +47,51 @@ def versions() -> dict[str, str]:
     }
 
 
+@functools.cache
+def engine() -> str:
+    """Tells versions of the core apart: a hash of the code that decides what is kept and computed,
+    comments and docstrings aside."""
+    root = Path(st3.__file__).parent
+    digest = hashlib.sha256()
+    for folder in CORE:
+        for path in sorted((root / folder).rglob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                body = getattr(node, "body", None)
+                if isinstance(body, list):
+                    node.body = [part for part in body if not _is_text(part)]  # type: ignore[attr-defined]
+            digest.update(f"{path.relative_to(root).as_posix()} {ast.dump(tree)}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+CORE = ("methods", "engine", "hf", "models")
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def check_current(given: dict[str, Any]) -> None:
+    """Refuse results that no commit stands for, or that another version of the core made.
+
+    Args:
+        given: the conditions in a result file.
+
+    Raises:
+        ValueError: a tree that had changes, no commit, or another version of st3 or its core.
+    """
+    commit = given.get("commit")
+    if not commit:
+        raise ValueError("these results name no commit: measure them in a checkout, committed")
+    if commit.endswith("-dirty"):
+        raise ValueError(f"these results are of a tree with changes ({commit}): commit, then run")
+    if (given.get("st3"), given.get("engine")) != (st3.__version__, engine()):
+        raise ValueError(
+            f"these results are of st3 {given.get('st3')}, core {given.get('engine')} (commit "
+            f"{commit}), and this is {st3.__version__}, core {engine()}: run them again"
+        )
+
+
 def in_words(given: dict[str, Any]) -> str:
     """One sentence of conditions."""
     threads = given["threads"]
@@ -60,7 +109,10 @@ def in_words(given: dict[str, Any]) -> str:
     if given["load_average"] is not None:
         parts.append(f"load average at the start {given['load_average']:.1f}")
     if given["commit"]:
-        parts.append(f"commit {given['commit']}")
+        parts.append(f"st3 {given.get('st3')}, commit {given['commit']}")
+    if given.get("seeds"):
+        drawn = ", ".join(f"{what} {seed}" for what, seed in given["seeds"].items())
+        parts.append(f"seeds: {drawn}")
     if "remark" in given:  # written into a result by hand
         parts.append(given["remark"])
     return "; ".join(parts)

@@ -7,12 +7,13 @@
 
 from st3.tools.eval.budget import Entry, entries, usable
 from st3.tools.eval.data import Dataset, Item, bundled_scenes, load_folder
-from st3.tools.eval.evaluate import Evaluation, label_policies
+from st3.tools.eval.evaluate import SEEDS, Evaluation, label_policies
 from st3.tools.eval.report import as_markdown
 from st3.tools.eval.store import Record, Store, fingerprint
 from st3.tools.eval.summary import Row, Summary, summarise, to_dict
 
 __all__ = [
+    "SEEDS",
     "Dataset",
     "Entry",
     "Evaluation",

@@ -1,7 +1,8 @@
 """What is asked: the bundled scenes, or any folder of images with a JSONL file of questions.
 
 One JSON object a line, one of three kinds (``image`` is a file name beside the JSONL file, or a
-list of them; ``task`` is optional and names the row of the tables)::
+list of them; ``task`` is optional and names the row of the tables, ``half`` is optional, too, and
+is the half of the set that the line belongs to, "choose" or "report")::
 
     {"image": "a.jpg", "question": "what colour is the car?", "answer": "red", "task": "colour"}
     {"image": "a.jpg", "captions": ["a red car on a road."], "objects": ["car"]}
@@ -32,6 +33,8 @@ CAPTION_PROMPT = "Describe the image in detail."
 QUESTION, IMAGES, TURNS, CAPTION = "questions", "several images", "conversations", "descriptions"
 KINDS = (QUESTION, IMAGES, TURNS, CAPTION)
 
+HALVES = ("choose", "report")
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -50,6 +53,7 @@ class Item:
         number: its place in the set, from 0; with ``task`` it names the item.
         captions: references of a description.
         objects: what a description should name, in the references' order; None: not known.
+        half: the half of the set that it belongs to, if the set says so.
     """
 
     number: int
@@ -58,6 +62,7 @@ class Item:
     turns: tuple[Turn, ...]
     captions: tuple[str, ...] = ()
     objects: tuple[str, ...] | None = None
+    half: str | None = None
 
     @property
     def kind(self) -> str:
@@ -98,6 +103,53 @@ class Dataset:
         for task in wanted:
             items += [item for item in self.items if item.task == task][:limit]
         return Dataset(self.path, tuple(items), self.vocabulary)
+
+    def half(self, name: str) -> Dataset:
+        """One half of the images with all that is asked about them, in order of the file: "choose"
+        is the first one, to choose settings on, "report" the other, for the figures that are
+        printed. Images that a question shows together are in one half. Where each line of the set
+        has a "half", that is the one.
+
+        Raises:
+            ValueError: another name, or a set that cannot be cut.
+        """
+        if name not in HALVES:
+            raise ValueError(f"no half {name!r} of a set: use {' or '.join(HALVES)}")
+        if all(item.half for item in self.items):
+            own = tuple(item for item in self.items if item.half == name)
+            return Dataset(self.path, own, self.vocabulary)
+        scenes = _shown_together(self.items)
+        sizes = dict.fromkeys(scenes.values(), 0)
+        for root in scenes.values():
+            sizes[root] += 1
+        first, seen = set(), 0
+        for root, size in sizes.items():
+            if seen < len(scenes) / 2:
+                first.add(root)
+            seen += size
+        if len(first) == len(sizes):
+            raise ValueError(f"{self.path} cannot be cut in two: its images are shown together")
+        items = tuple(
+            item for item in self.items if (scenes[item.images[0]] in first) == (name == HALVES[0])
+        )
+        return Dataset(self.path, items, self.vocabulary)
+
+
+def _shown_together(items: Sequence[Item]) -> dict[Path, Path]:
+    """For each image, in order, the first one of those that it is tied to by questions."""
+    tied: dict[Path, Path] = {}
+
+    def root(image: Path) -> Path:
+        while tied[image] != image:
+            image = tied[image]
+        return image
+
+    for item in items:
+        for image in item.images:
+            tied.setdefault(image, image)
+            ends = root(item.images[0]), root(image)
+            tied[max(ends)] = min(ends)
+    return {image: root(image) for image in tied}
 
 
 def bundled_scenes() -> Dataset:
@@ -158,7 +210,10 @@ def _item(row: Any, number: int, folder: Path) -> Item:
         default = "question" if len(images) == 1 else "several images"
     if not turns:
         raise ValueError("a conversation needs at least one turn")
-    return Item(number, str(row.get("task", default)), images, turns, captions, objects)
+    half = row.get("half")
+    if half not in (None, *HALVES):
+        raise ValueError(f'"half" must be {" or ".join(HALVES)}, got {half!r}')
+    return Item(number, str(row.get("task", default)), images, turns, captions, objects, half)
 
 
 def _turn(row: Any) -> Turn:

@@ -15,6 +15,8 @@ from st3.tools.eval.store import Record, Store
 
 ANSWER_TOKENS, CAPTION_TOKENS = 16, 160
 _WARM_UP = 2
+SEEDS = {"random choice": 0, "bootstrap": 0}
+"""What is drawn in an evaluation: answers are greedy."""
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Evaluation:
             ValueError: the model, a policy or an image cannot be used, or the store holds results
                 of another policy of the same label.
         """
-        self.store.use({entry.label: repr(entry.policy) for entry in self.entries})
+        self.store.use({entry.label: entry.identity for entry in self.entries})
         for batch, missing in self._batches():
             if not self._warm:  # the first call of a process pays for what later ones find ready
                 self.runner.reference(batch[:1], _WARM_UP)
@@ -116,12 +118,13 @@ class Evaluation:
         tokens: list[list[int]],
         longest: int,
     ) -> list[Record]:
-        led = self.runner.follow(items, entry.policy, reference)
+        led = self.runner.follow(items, entry.policy, reference, entry.shrink)
         # Greedy answers are the untrimmed ones as long as every token would have been chosen.
         answers, own = list(texts), list(tokens)
         strayed = [i for i, row in enumerate(tokens) if led.agree[i] < len(row)]
         if strayed:
-            given = self.runner.answers([items[i] for i in strayed], entry.policy, longest)
+            own_items = [items[i] for i in strayed]
+            given = self.runner.answers(own_items, entry.policy, longest, entry.shrink)
             for i, text, row in zip(strayed, *given, strict=True):
                 answers[i], own[i] = text, row
         seconds = led.seconds / len(items)
@@ -137,7 +140,9 @@ class Evaluation:
         untrimmed = self.runner.converse(item, self.entries[0].policy, longest)
         for entry in missing:
             first = entry is self.entries[0]
-            talk = untrimmed if first else self.runner.converse(item, entry.policy, longest)
+            talk = untrimmed
+            if not first:
+                talk = self.runner.converse(item, entry.policy, longest, entry.shrink)
             yield [
                 _record(item, entry, talk.answers, talk.tokens, untrimmed.tokens,
                         None, None, talk.seconds, talk.kept)

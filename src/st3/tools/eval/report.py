@@ -15,7 +15,10 @@ Column = tuple[str, Callable[[Row], str]]
 
 NOTES = """
 [low, high]: 95 % bootstrap interval over images, 2,000 draws; differences to the untrimmed model
-are paired. random: the counts of the policy above it, chosen at random. mean share: visual tokens
+are paired. random: the counts of the policy above it, chosen at random. downsample: untrimmed, the
+image made smaller to that share of its pixels (where a model makes as many tokens of any image,
+brought to its old size again, so that it saves nothing). hard: of the answers, or objects, that
+untrimmed has right and downsample at this budget has wrong. mean share: visual tokens
 that a decoder layer sees at prefill. KV: live KV entries over the whole generation; FLOPs: of the
 prefill; time: of the whole generation, the vision tower included, along the untrimmed answers (in
 conversations: of each one's own answers); all of the untrimmed model's. loyal: answers, or tokens
@@ -51,6 +54,13 @@ def _change(name: str) -> Callable[[Row], str]:
     return cell
 
 
+def _hard(row: Row) -> str:
+    """``40.0% [21.1, 60.0] of 30``; the image made smaller has none of them, by choice."""
+    if "hard" not in row.values or row.entry.shrink is not None:
+        return "-"
+    return f"{with_interval(row.values['hard'])} of {row.hard}"
+
+
 _COST: list[Column] = [
     ("policy", lambda row: row.entry.title),
     ("mean share", lambda row: percent(row.share)),
@@ -62,6 +72,7 @@ _ANSWERS: list[Column] = [
     *_COST,
     ("right", _value("accuracy")),
     ("to untrimmed", _change("accuracy")),
+    ("hard", _hard),
     ("loyal", _plain("loyal_answers")),
     ("agree", _plain("agreement")),
     ("KL", _plain("kl", 1, 3)),
@@ -70,6 +81,7 @@ _CAPTIONS: list[Column] = [
     *_COST,
     ("objects named", _value("recall")),
     ("to untrimmed", _change("recall")),
+    ("hard", _hard),
     ("last third", _plain("last")),
     ("made up", _plain("made_up")),
     ("CIDEr-D", _plain("cider", 10)),
@@ -82,8 +94,10 @@ _CAPTIONS: list[Column] = [
 
 
 # What a terminal has room for, and what it shows without its interval.
-_BRIEF = ("policy", "mean share", "time", "right", "objects named", "to untrimmed", "loyal", "KL")
-_SHORT = ("right", "objects named")
+_BRIEF = (
+    "policy", "mean share", "time", "right", "objects named", "to untrimmed", "hard", "loyal", "KL"
+)  # fmt: skip
+_SHORT = ("right", "objects named", "hard")
 
 
 def columns(kind: str, rows: Sequence[Row], brief: bool) -> list[Column]:

@@ -18,6 +18,7 @@ from st3.tools.common.chats import Asker, Chat, ask
 from st3.tools.common.clock import Marks
 from st3.tools.common.images import open_image
 from st3.tools.eval.data import Item
+from st3.tools.eval.shrink import Downsampler
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,34 @@ class _Follow(LogitsProcessor):
 
 
 class Runner(Asker):
-    """A model and its processor, asked in left-padded batches, greedily."""
+    """A model and its processor, asked in left-padded batches, greedily.
+
+    ``shrink`` is the share of their pixels that images are made smaller to first, None to leave
+    them as they are.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__(model, processor)
+        self._smaller = Downsampler(self)
+
+    def _chats(self, items: Sequence[Item], shrink: float | None = None) -> list[Chat]:
+        if shrink is None:
+            return [_chat(item) for item in items]
+        chats = []
+        for item in items:
+            images = [self._smaller(open_image(path), shrink) for path in item.images]
+            chats.append(ask(images, item.turns[0].question))
+        return chats
+
+    def _kept(
+        self, trimmer: Any, items: Sequence[Item], shrink: float | None, new_tokens: int
+    ) -> Kept:
+        if shrink is not None:
+            chats = self._chats(items), self._chats(items, shrink)
+            left = self._smaller.share(*chats, shrink, new_tokens)
+            return Kept(left.tokens, left.kv, left.flops)
+        report = trimmer.report
+        return Kept(report.mean_share, report.kv_mean_ratio, report.prefill_flops_ratio)
 
     def _generate(self, inputs: Any, max_new_tokens: int, **more: Any) -> tuple[Tensor, float]:
         """New tokens [B, n], and seconds."""
@@ -115,18 +143,24 @@ class Runner(Asker):
         valid = end.cumsum(1) - end == 0
         return Reference(tokens, valid, follow.scores, seconds)
 
-    def follow(self, items: Sequence[Item], policy: Policy, reference: Reference) -> Followed:
+    def follow(
+        self,
+        items: Sequence[Item],
+        policy: Policy,
+        reference: Reference,
+        shrink: float | None = None,
+    ) -> Followed:
         """Lead the trimmed model along the untrimmed answers (teacher forcing, step by step, so
         that annealing runs as in generation)."""
         follow = _Follow(reference.tokens)
         length = reference.tokens.shape[1]
         with st3.trim(self.model, policy) as trimmer:
             _, seconds = self._generate(
-                self.encode([_chat(item) for item in items]),
+                self.encode(self._chats(items, shrink)),
                 length,
                 logits_processor=LogitsProcessorList([follow]),
             )
-            kept = _kept(trimmer)
+            kept = self._kept(trimmer, items, shrink, length)
         kl = torch.zeros(len(items))
         agree = torch.zeros(len(items), dtype=torch.long)
         for step, (wanted, given) in enumerate(zip(reference.scores, follow.scores, strict=True)):
@@ -138,23 +172,29 @@ class Runner(Asker):
         return Followed(kl.tolist(), agree.tolist(), seconds, kept)
 
     def answers(
-        self, items: Sequence[Item], policy: Policy, max_new_tokens: int
+        self,
+        items: Sequence[Item],
+        policy: Policy,
+        max_new_tokens: int,
+        shrink: float | None = None,
     ) -> tuple[list[str], list[list[int]]]:
         """What the trimmed model answers by itself, as text and as tokens with the end token."""
         with st3.trim(self.model, policy):
-            tokens, _ = self._generate(self.encode([_chat(item) for item in items]), max_new_tokens)
+            tokens, _ = self._generate(self.encode(self._chats(items, shrink)), max_new_tokens)
         return self.texts(tokens), [self.cut(row) for row in tokens]
 
     # Conversations --------------------------------------------------------------------------------
 
-    def converse(self, item: Item, policy: Policy, max_new_tokens: int) -> Talk:
+    def converse(
+        self, item: Item, policy: Policy, max_new_tokens: int, shrink: float | None = None
+    ) -> Talk:
         """Ask the turns one after the other on ONE cache: what the first question dropped is gone
         for the later ones. The history is the model's own.
 
         Raises:
             ValueError: a chat template that changes the tokens of earlier turns.
         """
-        chat, cache = _chat(item), DynamicCache(config=self.model.config)
+        (chat,), cache = self._chats([item], shrink), DynamicCache(config=self.model.config)
         answers: list[str] = []
         tokens: list[list[int]] = []
         seconds, past = 0.0, None
@@ -180,13 +220,10 @@ class Runner(Asker):
                 seconds += took
                 tokens.append(self.cut(new[0]))
                 answers += self.texts(new)
-            kept = _kept(trimmer) if trimmer.active else Kept(1.0, 1.0, 1.0)
+            kept = Kept(1.0, 1.0, 1.0)
+            if trimmer.active or shrink is not None:
+                kept = self._kept(trimmer, [item], shrink, sum(map(len, tokens)))
         return Talk(answers, tokens, seconds, kept)
-
-
-def _kept(trimmer: Any) -> Kept:
-    report = trimmer.report
-    return Kept(report.mean_share, report.kv_mean_ratio, report.prefill_flops_ratio)
 
 
 def _chat(item: Item) -> Chat:

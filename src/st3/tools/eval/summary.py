@@ -25,6 +25,7 @@ class Row:
         values: by name, see :data:`NAMES`.
         differences: to the untrimmed model, of those that it has.
         tasks: accuracy of each task.
+        hard: how many answers, or objects, are hard at this budget.
         share, kv, flops: what is left on average, of 1; None: no cost model of this decoder.
         seconds: for each item, on average; the same number of tokens for every policy, except in
             conversations.
@@ -35,6 +36,7 @@ class Row:
     values: dict[str, Estimate]
     differences: dict[str, Estimate]
     tasks: dict[str, Estimate]
+    hard: int
     share: float
     kv: float
     flops: float | None
@@ -59,6 +61,7 @@ NAMES: dict[str, str] = {
     "middle": "of those in the second third",
     "last": "of those in the last third",
     "made_up": "objects named that are not there, of all named",
+    "hard": "right, or named, of what untrimmed is and with the image made smaller is not",
     "cider": "CIDEr-D",
     "bleu4": "BLEU-4",
     "rouge_l": "ROUGE-L",
@@ -82,9 +85,17 @@ def summarise(
         rows[kind] = []
         base: dict[str, Metric] = {}
         untrimmed = 0.0
+        all_pairs = {
+            entry.label: [(i, by_key[(i.task, i.number, entry.label)]) for i in items]
+            for entry in entries
+        }
         for entry in entries:
-            pairs = [(item, by_key[(item.task, item.number, entry.label)]) for item in items]
+            pairs = all_pairs[entry.label]
             metrics = _metrics(kind, pairs, data.vocabulary)
+            smaller = _smaller(entry, entries, pairs)
+            if smaller is not None:
+                whole, small = all_pairs[entries[0].label], all_pairs[smaller.label]
+                metrics |= hard(kind, pairs, whole, small, data.vocabulary)
             seconds = sum(record.seconds for _, record in pairs) / len(pairs)
             if not rows[kind]:
                 base, untrimmed = metrics, seconds
@@ -114,8 +125,9 @@ def _row(
     return Row(
         entry=entry,
         values={name: one.estimate() for name, one in metrics.items()},
-        differences={name: one.difference(base[name]) for name, one in metrics.items()},
+        differences={n: one.difference(base[n]) for n, one in metrics.items() if n in base},
         tasks=tasks,
+        hard=int(metrics["hard"].parts[:, 1].sum()) if "hard" in metrics else 0,
         share=sum(record.share for _, record in pairs) / len(pairs),
         kv=sum(record.kv for _, record in pairs) / len(pairs),
         flops=sum(flops) / len(flops) if len(flops) == len(pairs) else None,
@@ -155,15 +167,55 @@ def _labelled(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def _accuracy(pairs: Sequence[Pair]) -> Metric:
-    def right(item: Item, record: Record) -> tuple[int, int]:
-        known = [
-            (turn.answers, own)
-            for turn, own in zip(item.turns, record.answers, strict=True)
-            if turn.answers
-        ]
-        return sum(text.is_right(own, answers) for answers, own in known), len(known)
+    return _each(pairs, lambda i, r: _share(_hits(i.kind, (i, r), {})))
 
-    return _each(pairs, right)
+
+def _share(hits: list[bool]) -> tuple[int, int]:
+    return sum(hits), len(hits)
+
+
+def _smaller(entry: Entry, entries: Sequence[Entry], pairs: Sequence[Pair]) -> Entry | None:
+    """The row whose images show as much as this one's budget; None if there is none."""
+    share = entry.shrink or entry.budget or sum(record.share for _, record in pairs) / len(pairs)
+    near = [one for one in entries if one.shrink is not None and abs(one.shrink - share) < _NEAR]
+    return min(near, key=lambda one: abs((one.shrink or 0) - share), default=None)
+
+
+_NEAR = 0.03  # methods that have whole layers only miss their budget by less
+
+
+def hard(
+    kind: str,
+    pairs: Sequence[Pair],
+    whole: Sequence[Pair],
+    small: Sequence[Pair],
+    vocabulary: dict[str, str],
+) -> dict[str, Metric]:
+    """The share that is right of the hard answers (of descriptions: named, of the hard objects):
+    those that are right untrimmed, ``whole``, and wrong with the image made as ``small`` as the
+    budget. Where a smaller image is as good, no method shows what it is for.
+
+    Source: group A of VTC-Bench (arXiv 2510.07143).
+    """
+    parts = []
+    for own, first, second in zip(pairs, whole, small, strict=True):
+        each = zip(*(_hits(kind, pair, vocabulary) for pair in (own, first, second)), strict=True)
+        asked = [hit for hit, there, missed in each if there and not missed]
+        parts.append((sum(asked), len(asked)))
+    if not any(count for _, count in parts):
+        return {}
+    return {"hard": metric(parts, _clusters(pairs))}
+
+
+def _hits(kind: str, pair: Pair, vocabulary: dict[str, str]) -> list[bool]:
+    """Of each turn whose answer is known whether it is right, or of each object whether it is
+    named."""
+    item, record = pair
+    if kind == CAPTION:
+        said = text.mentioned(record.answers[0], vocabulary)
+        return [vocabulary.get(name, name) in said for name in item.objects or ()]
+    answers = zip(item.turns, record.answers, strict=True)
+    return [text.is_right(own, turn.answers) for turn, own in answers if turn.answers]
 
 
 def _object_metrics(pairs: Sequence[Pair], vocabulary: dict[str, str]) -> dict[str, Metric]:
@@ -220,6 +272,7 @@ def _row_dict(row: Row) -> dict[str, Any]:
         "policy": row.entry.label,
         "budget": row.entry.budget,
         "random_beside": row.entry.beside,
+        "source": row.entry.source,
         "mean_share": row.share,
         "kv_mean": row.kv,
         "prefill_flops": row.flops,
@@ -228,4 +281,5 @@ def _row_dict(row: Row) -> dict[str, Any]:
         "values": {name: value.to_list() for name, value in row.values.items()},
         "differences": {name: value.to_list() for name, value in row.differences.items()},
         "tasks": {name: value.to_list() for name, value in row.tasks.items()},
+        "hard_items": row.hard,
     }
