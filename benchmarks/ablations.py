@@ -80,8 +80,8 @@ ABLATIONS = (
         "covered",
         "What `covered` is made of: the vision tower beside the grid, and fewer tokens with depth",
         {
-            "half by the tower, 60 % left": "covered",
-            "a third by the tower": "covered:tower=0.333",
+            "a third by the tower, 60 % left": "covered",
+            "half by the tower": "covered:tower=0.5",
             "two thirds by the tower": "covered:tower=0.667",
             "all by the tower": "covered:tower=1",
             "none by the tower": "covered:tower=0",

@@ -2,7 +2,7 @@
 
 Runs what ``st3 eval`` runs, with every method for images, on the half of the bundled scenes that no
 setting was chosen on, at 35 % and at 20 % of the visual tokens, in float32. Writes
-benchmarks/results/quality-st3-tiny.json and .md, docs/quality.md and its pictures. A killed run
+benchmarks/results/quality-reported.json and .md, docs/quality.md and its pictures. A killed run
 goes on where it was; ``--page`` only writes the page anew. Results of a tree with changes or of
 another version of the core are refused.
 """
@@ -44,7 +44,7 @@ from st3.tools.eval.data import KINDS
 from st3.tools.eval.plot import draw_all
 
 ITEMS = Path("runs/quality")  # finished items, not committed
-RESULTS = Path("benchmarks/results/quality-st3-tiny.json")
+RESULTS = Path("benchmarks/results/quality-reported.json")
 PICTURES = Path("docs/img")
 BUDGETS = (0.35, 0.2)
 HALF = "report"

@@ -49,7 +49,7 @@ REPRODUCE = """
 <!-- no-test: takes an hour on one core -->
 ```bash
 python -m benchmarks.quality          # goes on where it was
-python -m benchmarks.quality --page   # this page from benchmarks/results/quality-st3-tiny.json
+python -m benchmarks.quality --page   # this page from benchmarks/results/quality-reported.json
 ```
 """
 

@@ -34,7 +34,7 @@ class Covered(Policy):
 
     keep: float = 0.4375
     taper: float = 0.6
-    tower: float = 0.5
+    tower: float = 0.333
 
     name: ClassVar[str] = "covered"
     paper: ClassVar[str] = "this project"

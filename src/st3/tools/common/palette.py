@@ -33,10 +33,10 @@ _LOOKS: dict[str, tuple[str, str]] = {
     "downsample": ("#555511", "_"),
     "hiprune": ("#cc6677", "1"),
     "vispruner": ("#ee7733", "2"),
-    "vscan": ("#228833", "3"),
+    "vscan": ("#a6761d", "3"),
     "transprune": ("#004488", "4"),
     "evict": ("#882255", "s"),
-    "covered": ("#117733", "D"),
+    "covered": ("#7b3294", "*"),
     "scope": ("#66ccee", "P"),
     "mmr": ("#ee6677", "h"),
     # Rows of st3 bench beside the policies.

@@ -50,7 +50,7 @@ class Entry:
 
 def usable(model: Any, policies: Sequence[Policy]) -> tuple[list[Policy], list[str]]:
     """The policies that can be attached to this model, and a note on each that cannot: some need
-    what not every model has, such as a class token in the vision tower.
+    what not every model has, such as a known way from the vision tower to the tokens.
 
     Raises:
         ValueError: none of them can.
