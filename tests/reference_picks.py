@@ -162,8 +162,7 @@ def hiprune(seen: Seen, row: int, scorer: Any, weights: list[Tensor], layout: An
         by_end = sorted(there, key=lambda i: -float(end[i]))
         if scorer.keep is None:
             for i in there:
-                places = by_middle.index(i) / scorer.alpha, by_end.index(i) / (1 - scorer.alpha)
-                score[i] = -min(places)
+                score[i] = better_of(by_middle, scorer.alpha, by_end, i)
             continue
         kept = half_up(scorer.keep, len(there))
         anchors = by_middle[: half_up(scorer.alpha / 5, kept)]
@@ -194,8 +193,7 @@ def vscan(seen: Seen, row: int, scorer: Any, weights: list[Tensor], layout: Any)
         by_deep = sorted(there, key=lambda i: -float(deep[i]))
         if scorer.keep is None:
             for i in there:
-                score[i] = -min(by_turn.index(i) / scorer.local,
-                                by_deep.index(i) / (1 - scorer.local))  # fmt: skip
+                score[i] = better_of(by_turn, scorer.local, by_deep, i)
             continue
         half = half_up(scorer.local, half_up(scorer.keep, len(there)))
         order = by_turn[:half] + [i for i in by_deep if i not in by_turn[:half]]
@@ -211,11 +209,16 @@ def salient(seen: Seen, row: int, scorer: Any, weights: list[Tensor], cover: Ten
     by_grid = sorted(there, key=lambda i: -float(cover[i]))
     score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
     for i in there:
-        places = [by_tower.index(i) / scorer.share] if scorer.share else []
-        if scorer.share < 1:
-            places.append(by_grid.index(i) / (1 - scorer.share))
-        score[i] = -min(places)
+        score[i] = better_of(by_tower, scorer.share, by_grid, i)
     return score
+
+
+def better_of(first: list[int], share: float, second: list[int], token: int) -> float:
+    """Minus the better of two places, each over its share."""
+    part = Fraction(str(share))
+    places = [Fraction(first.index(token)) / part] if part else []
+    places += [Fraction(second.index(token)) / (1 - part)] if part < 1 else []
+    return -float(min(places))
 
 
 def places(seen: Seen, row: int, layout: Any) -> dict[int, tuple[int, int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from st3.methods.schedule import exact
 from st3.methods.scores.base import TokenView, ranks
 
 
@@ -53,8 +54,12 @@ def strangers(view: TokenView) -> Tensor:
 
 
 def interleaved(first: Tensor, share: float, second: Tensor) -> Tensor:
-    """Scores by the better of two places, ``first`` and ``second`` [..., N] from 0 on: of any
-    number of tokens kept, about ``share`` are there by the first one."""
-    if share in (0, 1):
-        return -(first if share == 1 else second)
-    return -(first / share).minimum(second / (1 - share))
+    """Scores by the better of two places, ``first`` and ``second`` [..., N], whole numbers from 0
+    on: of any number of tokens kept, about ``share`` are there by the first one. Of equals the
+    earlier token is the better."""
+    part = exact(share).limit_denominator(1000)
+    if part in (0, 1):
+        return -(first if part == 1 else second)
+    # Whole numbers, so that what is equal is equal on any device.
+    ahead, behind = part.denominator - part.numerator, part.numerator
+    return -torch.minimum(first * ahead, second * behind)
