@@ -145,11 +145,7 @@ def vispruner(seen: Seen, row: int, scorer: Any, weights: Tensor) -> Tensor:
         for token in there:
             score[token] = -turn.index(token)
             if scorer.keep is None:
-                places = (
-                    order.index(token) / scorer.important,
-                    turn.index(token) / (1 - scorer.important),
-                )
-                score[token] = -min(places)
+                score[token] = better_of(order, scorer.important, turn, token)
     return score
 
 
