@@ -68,10 +68,21 @@ def prefill_flops(
     """FLOPs of the prefill of a prompt of ``n_text + n_visual`` tokens.
 
     Layer ``l`` computes on ``n_text + schedule.kept(l, n_visual)`` tokens; ``schedule=None`` is
-    the untrimmed model. ``images`` matters only where the tokens of an image see each other both
-    ways (Gemma 3): they are taken to be of equal size.
+    the untrimmed model.
 
-    Raises ValueError for negative counts and for a schedule of another model.
+    Args:
+        dims: of the text decoder.
+        n_text, n_visual: tokens of the prompt.
+        schedule: of as many decoder layers; None: the untrimmed model.
+        attention: "useful" counts the pairs that the mask allows, "full" all of them.
+        images: matters only where the tokens of an image see each other both ways (Gemma 3): they
+            are taken to be of equal size.
+
+    Returns:
+        FLOPs (two for a multiply-add) of each layer, of the head for one position, of the inputs.
+
+    Raises:
+        ValueError: negative counts, or a schedule of another number of layers.
     """
     check(dims, n_text, n_visual, schedule)
     layers = []
@@ -102,8 +113,16 @@ def prefill_flops(
 def decode_flops(
     dims: TextDims, n_text: int, n_visual: int, schedule: Schedule | None = None, step: int = 1
 ) -> int:
-    """FLOPs of decode step ``step`` (1 is the first: it feeds back the first generated token and
-    attends to the prompt's live entries and itself). Head included."""
+    """FLOPs of one decode step of one sequence, the head included.
+
+    Args:
+        dims, n_text, n_visual, schedule: as for :func:`prefill_flops`.
+        step: 1 is the first: it feeds back the first generated token and attends to the prompt's
+            live entries and itself.
+
+    Raises:
+        ValueError: negative counts, a schedule of another number of layers, or a step below 1.
+    """
     check(dims, n_text, n_visual, schedule)
     total = 2 * (dims.inputs + dims.lm_head)
     for layer, keys in zip(dims.layers, read(dims, n_text, n_visual, schedule, step), strict=True):

@@ -35,12 +35,18 @@ def kv_entries(
     *,
     windows: bool = True,
 ) -> list[int]:
-    """Live KV entries of each layer after decode step ``step`` (0: after the prefill).
+    """Live KV entries of each layer: what a later step can still see.
 
-    Live is what a later step can still see: in a layer with a sliding window at most ``window - 1``
-    entries, which is what transformers' DynamicCache keeps. ``windows=False`` counts such layers
-    like all others: what st3's own cache layers keep of prompts shorter than the window, and more
-    than they keep of longer ones.
+    Args:
+        dims, n_text, n_visual, schedule: as for :func:`~st3.cost.flops.prefill_flops`.
+        step: decode steps so far; 0: after the prefill.
+        windows: count at most ``window - 1`` entries in a layer with a sliding window, as
+            transformers' DynamicCache keeps them. False counts such layers like all others: what
+            st3's own cache layers keep of prompts shorter than the window, and more than they keep
+            of longer ones.
+
+    Raises:
+        ValueError: negative counts or steps, or a schedule of another number of layers.
     """
     check(dims, n_text, n_visual, schedule)
     if step < 0:
@@ -65,8 +71,15 @@ def kv_bytes(
     *,
     windows: bool = True,
 ) -> int:
-    """Bytes of the live KV entries of one sequence after decode step ``step`` (0: after the
-    prefill): keys and values of all layers. ``windows`` as in :func:`kv_entries`."""
+    """Bytes of the live KV entries of one sequence: keys and values of all layers.
+
+    Args:
+        dims, n_text, n_visual, schedule, step, windows: as for :func:`kv_entries`.
+        dtype: of an entry, a torch dtype or its name.
+
+    Raises:
+        ValueError: as :func:`kv_entries`, or an unknown dtype.
+    """
     size = bytes_per_value(dtype)
     live = kv_entries(dims, n_text, n_visual, schedule, step, windows=windows)
     return sum(layer.held * n * size for layer, n in zip(dims.layers, live, strict=True))
@@ -89,8 +102,16 @@ def mean_kv_bytes(
     *,
     windows: bool = True,
 ) -> float:
-    """Mean of :func:`kv_bytes` over a generation of ``new_tokens`` tokens: after the prefill,
-    which gives the first of them, and after each of the ``new_tokens - 1`` decode steps."""
+    """Mean of :func:`kv_bytes` over a generation: after the prefill, which gives the first token,
+    and after each of the ``new_tokens - 1`` decode steps.
+
+    Args:
+        dims, n_text, n_visual, schedule, dtype, windows: as for :func:`kv_bytes`.
+        new_tokens: at least 1.
+
+    Raises:
+        ValueError: as :func:`kv_bytes`, or no new token.
+    """
     if new_tokens < 1:
         raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
     held = (
@@ -111,8 +132,12 @@ def kv_allocated_bytes(
     rule: AllocationRule,
     windows: bool = True,
 ) -> int:
-    """Bytes of the buffers that hold the live KV entries after decode step ``step``; ``rule`` says
-    how a cache allocates: :func:`as_needed` (DynamicCache) or :func:`with_headroom` (st3)."""
+    """Bytes of the buffers that hold the live KV entries of one sequence.
+
+    Args:
+        dims, n_text, n_visual, schedule, step, dtype, windows: as for :func:`kv_bytes`.
+        rule: how a cache allocates: :func:`as_needed` (DynamicCache) or :func:`with_headroom` (st3).
+    """
     size = bytes_per_value(dtype)
     history = [
         kv_entries(dims, n_text, n_visual, schedule, s, windows=windows) for s in range(step + 1)
@@ -165,6 +190,11 @@ def decode_bytes(
     once, and the KV entries that attention sees and the states, for each of ``batch`` equal rows.
 
     Of a mixture of experts, at most ``batch * experts_per_token`` different experts are read.
+
+    Args:
+        dims, n_text, n_visual, schedule, step: as for :func:`~st3.cost.flops.decode_flops`.
+        dtype: of weights and entries.
+        batch: rows of the step.
     """
     check(dims, n_text, n_visual, schedule)
     size = bytes_per_value(dtype)
