@@ -136,7 +136,7 @@ def kv_allocated_bytes(
 
     Args:
         dims, n_text, n_visual, schedule, step, dtype, windows: as for :func:`kv_bytes`.
-        rule: how a cache allocates: :func:`as_needed` (DynamicCache) or :func:`with_headroom` (st3).
+        rule: how a cache allocates: :func:`as_needed` (DynamicCache), :func:`with_headroom` (st3).
     """
     size = bytes_per_value(dtype)
     history = [
