@@ -29,7 +29,7 @@ from st3.tools.common.memory import keep_freed_memory
 RESULTS = Path(__file__).with_name("results")
 CPU = torch.device("cpu")
 SETTING = "balanced:budget=35%"
-OTHERS = ("balanced:budget=50%", "grid:budget=35%", "fastv:budget=35%")
+OTHERS = ("balanced:budget=20%", "grid:budget=35%", "fastv:budget=35%")
 SHORT = Workload(visual=576, text=64, new_tokens=32)
 PREFILL = dataclasses.replace(SHORT, new_tokens=0, repeats=1)
 PARTS: dict[str, tuple[tuple[str, ...], list[Workload]]] = {
