@@ -77,7 +77,7 @@ def setting() -> str:
     answers = quality()
     head = (
         "policy and budget", "FLOPs left", "KV left", "first token", "answer of 32 tokens",
-        "answers right", "points lost [95 %]",
+        "answers right", "points to untrimmed [95 %]",
     )  # fmt: skip
     rows = [["untrimmed", "100 %", "100 %", "1", "1", answers["none", None][0], "-"]]
     policies = (SETTING, "balanced:budget=20%", "grid:budget=35%", "fastv:budget=35%")
@@ -114,7 +114,7 @@ def answers() -> str:
         if (name, 0.35) in found
     ]
     rows.sort(key=lambda row: -float(row[1].split()[0]))
-    head = ("at 35 % of the visual tokens", "answers right", "points lost [95 %]")
+    head = ("at 35 % of the visual tokens", "answers right", "points to untrimmed [95 %]")
     return markdown(head, [["untrimmed, 100 %", found["none", None][0], "-"], *rows])
 
 
