@@ -9,7 +9,9 @@ from typing import Any
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 FENCE = re.compile(r"(^```.*?^```$)", re.M | re.S)
-PICTURE = re.compile(r"^!\[[^\]]*\]\((?!https?:)[^)]*\)\n+", re.M)
+PICTURE = re.compile(
+    r"^(?:!\[[^\]]*\]\((?!https?:)[^)]*\)|<picture>\n(?:(?!https?:).)*?</picture>)\n+", re.M | re.S
+)
 LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#|mailto:)[^)\s]+\)")
 
 

@@ -35,7 +35,14 @@ def test_the_wheel_is_small_and_whole(tmp_path: Path) -> None:
     assert not [name for name in names if name.endswith(".safetensors")]
     source = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "st3").rglob("*.py")}
     assert source <= set(names)
-    for kept in ("st3/py.typed", "st3/assets/samples/000.png", "st3/assets/scenes/scenes.jsonl"):
+    for kept in (
+        "st3/py.typed",
+        "st3/assets/samples/000.png",
+        "st3/assets/scenes/scenes.jsonl",
+        "st3/tools/see/pages/report.js",
+        "st3/tools/serve/page/page.html",
+        "st3/tools/serve/page/page.js",
+    ):
         assert kept in names
     metadata = next(name for name in names if name.endswith("METADATA"))
     text = zipfile.ZipFile(made).read(metadata).decode()
@@ -54,7 +61,9 @@ def test_links_of_the_repository_become_words() -> None:
     hatch_build = pytest.importorskip("hatch_build", reason="hatchling builds the wheel")
     text = (
         "See [Cost](docs/cost.md#a), [paper](https://arxiv.org/abs/1) and [below](#there).\n\n"
-        "![What it does](docs/img/demo.png)\n\nNext.\n```python\nx = y[0](z)\n```\n"
+        "![What it does](docs/img/demo.png)\n\n"
+        '<picture>\n<source srcset="docs/img/dark.png">\n<img src="docs/img/a.png">\n</picture>\n\n'
+        "Next.\n```python\nx = y[0](z)\n```\n"
     )
     assert hatch_build.for_index(text) == (
         "See Cost, [paper](https://arxiv.org/abs/1) and [below](#there).\n\n"

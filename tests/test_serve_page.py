@@ -12,7 +12,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import st3
-from st3.tools.serve import Engine, Settings, create_app, kept
+from st3.tools.serve import Engine, Settings, create_app, kept, page
 from tests.browser import PROGRAM, Browser
 from tests.serving import CHAT, body, check, live, load, picture, until
 
@@ -169,6 +169,17 @@ def test_the_bundled_model_comes_with_its_pictures() -> None:
         assert client.get("/page/samples/scenes.jsonl").status_code == 404
     finally:
         engine.close()
+
+
+def test_without_the_bundled_models_package_there_are_no_pictures(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> Path:
+        raise FileNotFoundError("not installed")
+
+    monkeypatch.setattr(page, "bundled_model", none)
+    client = TestClient(create_app(engine, Settings()))
+    assert client.get("/page/about").json()["samples"] == []
 
 
 # In a browser -------------------------------------------------------------------------------------

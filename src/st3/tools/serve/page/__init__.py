@@ -62,7 +62,10 @@ def add_page(app: FastAPI, engine: Engine, settings: Settings) -> None:
     @functools.cache
     def samples() -> dict[str, bytes]:
         """Pictures for the bundled model, which knows nothing else."""
-        bundled = Path(str(getattr(engine.model.config, "_name_or_path", ""))) == bundled_model()
+        try:
+            bundled = Path(str(engine.model.config._name_or_path)) == bundled_model()
+        except (AttributeError, FileNotFoundError):  # a model made in memory; not installed
+            bundled = False
         return {path.name: path.read_bytes() for path in sample_images()} if bundled else {}
 
     async def about() -> Response:
