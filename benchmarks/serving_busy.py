@@ -128,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from st3.tools.common.conditions import conditions, in_words
     from st3.tools.common.tables import markdown
 
+    torch.set_num_threads(CORES)  # not those of this process, which measures nothing
     where = conditions(torch.device("cpu"), torch.bfloat16)
     rows = []
     for name, states in found.items():
