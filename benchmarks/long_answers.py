@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 import st3
@@ -35,62 +37,68 @@ from train.world import EMOJI
 RESULTS = Path("benchmarks/results/long-answers.json")
 ITEMS = Path("runs/long-answers.jsonl")  # finished descriptions, not committed
 DISTANCES = (0, 100, 200, 400)  # tokens between the prompt and the description
-BUDGET, LONGEST, SCENES = 0.35, 160, 6
+BUDGET, LONGEST, SCENES = 0.35, 160, 16
 POLICIES = {
     "untrimmed": "none",
     "annealed alone": "balanced:first_drop=0,final_keep=1",
     "trimmed, not annealed": f"balanced:curve=none,budget={BUDGET}",
     "balanced": f"balanced:budget={BUDGET}",
     "balanced, floor 20 %": f"balanced:budget={BUDGET},floor=0.2",
+    "evicted after the prefill": f"evict:budget={BUDGET}",
 }
 PARTS = ("recall", "first", "middle", "last", "made_up")
 
 
 class Talker(Asker):
-    """A model that is asked for a description behind a conversation."""
+    """A model that is asked for descriptions behind a conversation, all images side by side: the
+    questions in between are of one length, so that no row needs padding."""
 
-    def describe(self, item: Item, policy: Policy, distance: int) -> tuple[str, int]:
-        """The description, and the tokens between the first prompt and its own begin."""
-        images = [open_image(path) for path in item.images]
-        question = item.turns[0].question
-        if not distance:
-            with st3.trim(self.model, policy):
-                inputs = self.encode([ask(images, question)])
-                new, _ = self._answer(inputs, DynamicCache(config=self.model.config), LONGEST)
-            return self.texts(new)[0], 0
-        turns = self._idle(item)
-        first = next(turns)
+    def describe(
+        self, items: Sequence[Item], policy: Policy, distance: int
+    ) -> tuple[list[str], int]:
+        """The descriptions, and the tokens between the first prompt and their own begin."""
+        images = [[open_image(path) for path in item.images] for item in items]
+        question = items[0].turns[0].question
+        cache = DynamicCache(config=self.model.config)
         with st3.trim(self.model, policy):
-            cache = DynamicCache(config=self.model.config)
-            chat = ask(images, first)
-            inputs = self.encode([chat])
+            if not distance:
+                inputs = self.encode([ask(own, question) for own in images])
+                return self.texts(self._answer(inputs, cache, LONGEST)), 0
+            turns = [_idle(item) for item in items]
+            chats = [ask(own, next(more)) for own, more in zip(images, turns, strict=True)]
+            inputs = self.encode(chats)
             prompt = inputs["input_ids"].shape[1]
-            new, ids = self._answer(inputs, cache, 4)
-            chat = _said(chat, self.texts(new)[0])
-            while self.encode([chat + ask([], question)])["input_ids"].shape[1] < prompt + distance:
-                chat = _said(chat + ask([], next(turns)), "no")
-            whole = self.encode([chat + ask([], question)])["input_ids"]
-            seen = cache.get_seq_length()
-            if not torch.equal(whole[:, :seen], ids[:, :seen]):
+            self._answer(inputs, cache, 1)  # of which the cache takes nothing but the prompt
+            chats = [_said(chat, "no") for chat in chats]
+            while self._whole(chats[:1], question).shape[1] < prompt + distance:
+                chats = [
+                    _said(chat + ask([], next(more)), "no")
+                    for chat, more in zip(chats, turns, strict=True)
+                ]
+            whole = self._whole(chats, question)
+            if not torch.equal(whole[:, :prompt], inputs["input_ids"]):
                 raise ValueError("the chat template changes the tokens of earlier turns")
-            more = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
-            new, _ = self._answer(more, cache, LONGEST)
-        return self.texts(new)[0], whole.shape[1] - prompt
+            inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
+            return self.texts(self._answer(inputs, cache, LONGEST)), whole.shape[1] - prompt
 
-    def _answer(self, inputs: Any, cache: Any, longest: int) -> tuple[Any, Any]:
+    def _whole(self, chats: Sequence[Chat], question: str) -> Tensor:
+        ids: Tensor = self.encode([chat + ask([], question) for chat in chats])["input_ids"]
+        return ids
+
+    def _answer(self, inputs: Any, cache: Any, longest: int) -> Tensor:
         with torch.no_grad():
-            ids = self.model.generate(
+            ids: Tensor = self.model.generate(
                 **inputs, **{CACHE: cache}, max_new_tokens=longest, do_sample=False
             )
-        return ids[:, inputs["input_ids"].shape[1] :], ids
+        return ids[:, inputs["input_ids"].shape[1] :]
 
-    def _idle(self, item: Item) -> Any:
-        """Questions about objects that are not there, none twice."""
-        rng = random.Random(item.number)
-        absent = [name for name in EMOJI if name not in (item.objects or ())]
-        rng.shuffle(absent)
-        for name in absent:
-            yield rng.choice(EXISTS).format(a=article(name))
+
+def _idle(item: Item) -> Iterator[str]:
+    """Questions about objects that are not there, none twice, of the same words in every image."""
+    absent = [name for name in EMOJI if name not in (item.objects or ())]
+    random.Random(item.number).shuffle(absent)
+    for number, name in enumerate(absent):
+        yield EXISTS[number % len(EXISTS)].format(a=article(name))
 
 
 def _said(chat: Chat, text: str) -> Chat:
@@ -126,16 +134,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for label, text in POLICIES.items():
         policy = with_budget(parse(text), layers)
         for distance in DISTANCES:
-            found, behind = [], []
-            for item in items:
-                key = (label, distance, item.number)
-                if key not in done:
-                    done[key] = talker.describe(item, policy, distance)
-                    _keep(args.items, given["engine"], key, done[key])
-                found.append(done[key][0])
-                behind.append(done[key][1])
+            key = (label, distance)
+            if key not in done:
+                done[key] = talker.describe(items, policy, distance)
+                _keep(args.items, given["engine"], key, done[key])
+            found, behind = done[key]
             row = {"policy": label, "string": str(policy), "distance": distance}
-            row |= {"tokens": sum(behind) / len(behind), "values": figures(items, found, data)}
+            row |= {"tokens": behind, "values": figures(items, found, data)}
             rows.append(row | {"visible": _visible(policy, layers, row["tokens"])})
     return {"conditions": given, "rows": rows}
 
@@ -162,18 +167,18 @@ def figures(items: Any, texts: list[str], data: Any) -> dict[str, list[float]]:
     return {name: metric(rows, clusters).estimate().to_list() for name, rows in parts.items()}
 
 
-def _finished(path: Path, engine: str) -> dict[Any, tuple[str, int]]:
+def _finished(path: Path, engine: str) -> dict[Any, tuple[list[str], int]]:
     if not path.is_file():
         return {}
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    return {tuple(one["key"]): (one["text"], one["tokens"]) for one in lines
+    return {tuple(one["key"]): (one["texts"], one["tokens"]) for one in lines
             if one["engine"] == engine}  # fmt: skip
 
 
-def _keep(path: Path, engine: str, key: Any, found: tuple[str, int]) -> None:
+def _keep(path: Path, engine: str, key: Any, found: tuple[list[str], int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        row = {"engine": engine, "key": key, "text": found[0], "tokens": found[1]}
+        row = {"engine": engine, "key": key, "texts": found[0], "tokens": found[1]}
         file.write(json.dumps(row) + "\n")
 
 

@@ -29,8 +29,8 @@ cache.
 * **made up**: of the objects named those that are not there (as CHAIR counts them).
 * **first, middle, last**: objects by third of the reference's order, and so by place in the answer.
 * **still seen**: visual tokens that a layer shows half way through the description, of all of them.
-* *annealed alone* drops nothing in the prefill. The other rows keep 35 % there, on average over the
-  layers.
+* *annealed alone* drops nothing in the prefill. *Evicted after the prefill* does not either, and
+  then keeps 35 % in each layer. The other rows keep 35 % in the prefill, on average over layers.
 
 ![Objects named and made up, by tokens between prompt and description](img/{picture})
 
@@ -38,7 +38,7 @@ cache.
 REPRODUCE = """
 ## Reproduce
 
-<!-- no-test: takes some ten minutes on one core -->
+<!-- no-test: takes minutes on one core -->
 ```bash
 python -m benchmarks.long_answers          # goes on where it was
 python -m benchmarks.long_answers --page   # this page from benchmarks/results/long-answers.json
