@@ -233,16 +233,13 @@ def prefills() -> str:
 def steps() -> str:
     """Decode steps over the time in which memory can deliver what they read."""
     head = ("method", "batch", "visual tokens", "TPOT, ms", "step / bound")
+    works = [one for one in held("cpu-quick") if one["workload"]["new_tokens"] == 32]
+    works += [one for one in held("cpu-decode-2880") if one["workload"]["batch"] == 8]
     rows = []
-    for name in ("front-policies", "front-batch", "front-long"):
-        (work,) = held(name)
-        chosen = {
-            "untouched": work["by"]["untouched"],
-            OWN_CACHE: work["by"][OWN_CACHE],
-            f"`{SETTING}`": trimmed(work["by"], SETTING),
-        }
-        for label, found in chosen.items():
-            load = work["workload"]
+    for work in works:
+        load = work["workload"]
+        for label in ("untouched", OWN_CACHE, "balanced"):
+            found = work["by"][label]
             rows.append(
                 [
                     label,
