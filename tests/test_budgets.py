@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 
 import st3
-from st3.methods.policies import available, parse, with_budget
+from st3.methods.policies import available, parse, read_budget, with_budget
 from tests.helpers import Case
 
 BUDGETED = [name for name in available() if name != "none"]
@@ -97,16 +99,26 @@ def test_a_trimmer_at_a_budget() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("st3:budget=1.2", "must lie between 0 and 1"),
-        ("st3:budget=120%", "must lie between 0 and 1"),
+        ("st3:budget=1.2", "budget 1.2 is no share"),
+        ("st3:budget=120%", "budget 120% is no share"),
         ("st3:budget=half", "write 35% or 0.35"),
         ("st3:budget=5%%", "write 35% or 0.35"),
-        ("st3:budget=-5%", "must lie between 0 and 1"),
+        ("st3:budget=-5%", "budget -5% is no share"),
     ],
 )
 def test_bad_budgets(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(text)
+
+
+def test_one_function_reads_every_budget() -> None:
+    for given in ("35%", "0.35", " 35 % ", 0.35, Fraction(7, 20)):
+        assert read_budget(given) == pytest.approx(0.35, abs=1e-12)
+    assert read_budget(1) == 1.0
+    for bad in (35, "35", True, None, float("nan"), "nan", "", "%", [0.3], "9" * 5000):
+        with pytest.raises(ValueError, match=r"^budget .{,50} is no share") as failed:
+            read_budget(bad)
+        assert len(str(failed.value)) < 120
 
 
 def test_a_budget_that_the_model_cannot_have() -> None:

@@ -287,8 +287,9 @@ def test_command_prints_and_writes(folder: Path, tiny_model: Path, tmp_path: Pat
     ("options", "message"),
     [
         (["--policies", "nonsense"], "unknown policy 'nonsense'"),
-        (["--budgets", "half"], "give shares with commas"),
+        (["--budgets", "half"], "budget half is no share"),
         (["--budgets", "1.5"], "1.5 is no share"),
+        (["--budget", "35%,0%"], "0 is no share"),
         (["--tasks", "nonsense"], "no task 'nonsense'"),
         (["--data", "/nowhere"], "no such folder or file"),
         (["--policies", "st3:first_layer=20"], "first_layer"),

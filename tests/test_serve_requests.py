@@ -116,6 +116,14 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "a policy that does not fit": ({"st3": {"policy": "fastv:layer=99"}}, "layer"),
     "a policy of nothing but brackets": ({"st3": {"policy": "random:like=" + "(" * 180}}, ""),
     "an endless policy": ({"st3": {"policy": "st3:" + "tau=1," * 99}}, "policy"),
+    "a policy in a file": ({"st3": {"policy": "/etc/policy.json"}}, "unknown policy"),
+    "a policy in a file within another": (
+        {"st3": {"policy": "random:like=(/etc/policy.json)"}}, "unknown policy"),
+    "no share": ({"st3": {"budget": 35}}, "budget 35 is no share"),
+    "a share in words": ({"st3": {"budget": "half"}}, "budget half is no share"),
+    "a true share": ({"st3": {"budget": True}}, "budget True is no share"),
+    "a share that the policy cannot have": (
+        {"st3": {"budget": "1%", "policy": "fastv"}}, "cannot be had"),
     "an unknown extension": ({"st3": {"magic": 1}}, "magic"),
 }  # fmt: skip
 
@@ -126,6 +134,17 @@ def test_fields_of_wrong_types_and_values(client: TestClient, name: str) -> None
     request = body(**fields)
     # Not by httpx, which cannot write half a character.
     check(client, client.post(CHAT, content=json.dumps(request), headers=JSON), 400, word)
+
+
+def test_a_budget_is_of_the_policy_named_or_of_the_servers_own(client: TestClient) -> None:
+    for given, policy in (
+        ({"budget": 0.5}, "balanced:budget=0.5"),
+        ({"budget": "50%", "policy": "fastv"}, "fastv:budget=0.5"),
+    ):
+        asked = body("describe", picture(), st3=given, max_tokens=2)
+        found = client.post(CHAT, json=asked).json()["st3"]
+        assert found["policy"] == policy
+        assert found["mean_share"] == pytest.approx(0.5, abs=0.02)  # of 16 tokens
 
 
 def test_a_policy_of_a_huge_number_is_the_clients_fault(client: TestClient) -> None:

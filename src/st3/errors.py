@@ -7,3 +7,7 @@ class UnsupportedModelError(ValueError):
 
 class TrimStateError(RuntimeError):
     """A trimmed cache or a trimmer was used in a way that would give wrong answers."""
+
+
+class OtherModelWarning(Warning):
+    """A policy's file was made for a model of another name, or by an st3 with other defaults."""

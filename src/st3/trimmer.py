@@ -25,9 +25,9 @@ from st3.hf.check import check
 from st3.hf.generation import check_generation
 from st3.hf.hooks import Hooks
 from st3.methods import DEFAULT_POLICY
-from st3.methods.policies import Policy, parse, with_budget
+from st3.methods.policies import Policy, check_model, parse, with_budget
 from st3.methods.scores import needs_of
-from st3.models import base_model, family_of
+from st3.models import base_model, family_of, model_facts
 from st3.models.visual import check_visual_mask
 from st3.report import Report, Reporter
 
@@ -41,7 +41,8 @@ class Trimmer:
     Args:
         model: any supported ``AutoModelForImageTextToText``, or a PeftModel around one; it is not
             modified.
-        policy: an st3 policy, or a string such as ``"st3-7b"`` or ``"fastv:layer=2,drop=0.5"``.
+        policy: an st3 policy, a string such as ``"st3-7b"`` or ``"fastv:layer=2,drop=0.5"``, or
+            the name of a file that ``st3 tune`` wrote, ``"policy.json"``.
         per_image: give each image of a prompt the policy's share of its own tokens, in place of
             one budget for all of a prompt's images.
         own_cache: use st3's preallocated cache also if the policy drops nothing.
@@ -87,6 +88,7 @@ class Trimmer:
         self.decode_bucket = decode_bucket
         self.family = family_of(model, untested)
         self.parts = self.family.parts(model)
+        check_model(given, model_facts(self.model.config))
         self._policy = with_budget(given, len(self.parts.layers))
         if per_image and self.policy.rerank:
             raise ValueError(

@@ -1,6 +1,7 @@
 """All that differs between model families: one object for each."""
 
 from st3.models.base import Family
+from st3.models.facts import model_facts
 from st3.models.grids import Grids
 from st3.models.layouts import Layout, Tile, UnknownPlaces
 from st3.models.parts import Parts, base_model, find_parts
@@ -25,5 +26,6 @@ __all__ = [
     "families",
     "family_of",
     "find_parts",
+    "model_facts",
     "register",
 ]

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from st3.methods import DEFAULT_POLICY
-from st3.methods.policies import Policy, parse, with_budget
+from st3.methods.policies import Policy, check_model, parse, read_budget, with_budget
 from st3.methods.policies.base import check_ranked
 from st3.methods.scores import Attention, KeyNorm, Mixed, needs_of, stage_of
+from st3.models import model_facts
 from st3.vllm.plan import Plan
 
 KEY = "st3"
-OPTIONS = ("policy", "layers_per_group")
+OPTIONS = ("policy", "budget", "layers_per_group")
 
 #: Scores of embeddings and places that are tested.
 EARLY = ("grid", "uniform", "random", "divprune", "cdpruner")
@@ -58,17 +59,27 @@ class Settings:
         check_ranked(policy, schedule)
         size = self.layers_per_group
         if size is None:
-            return Plan.choose(str(self.policy), num_layers)
+            return Plan.choose(str(policy), num_layers)
         if num_layers % size:
             raise ValueError(
                 f"st3: layers_per_group={size} does not divide this model's {num_layers} layers"
             )
-        return Plan(str(self.policy), num_layers, size)
+        return Plan(str(policy), num_layers, size)
+
+    def plan_for(self, model_config: Any) -> Plan | None:
+        """:meth:`plan` on a model of vLLM.
+
+        Raises:
+            ValueError: also a file's policy that was found for another model.
+        """
+        check_model(self.policy, model_facts(model_config.hf_config))
+        return self.plan(model_config.hf_text_config.num_hidden_layers)
 
 
 def read(additional_config: Any) -> Settings | None:
-    """``{"st3": {"policy": "fastv:layer=2,drop=0.5"}}``; None where st3 is not asked for, the
-    default policy where ``{"st3": {}}`` names none.
+    """``{"st3": {"policy": "fastv:layer=2,drop=0.5"}}``, ``{"st3": {"policy": "policy.json"}}`` or
+    ``{"st3": {"budget": 0.35}}``; None where st3 is not asked for, the default policy where
+    ``{"st3": {}}`` names none.
 
     Raises:
         ValueError: an unknown option or policy.
@@ -81,11 +92,11 @@ def read(additional_config: Any) -> Settings | None:
     for name in asked:
         if name not in OPTIONS:
             raise ValueError(f"st3: unknown option {name!r}: use {' or '.join(OPTIONS)}")
-    text = asked.get("policy", DEFAULT_POLICY)
+    text, budget = asked.get("policy", DEFAULT_POLICY), asked.get("budget")
     if not isinstance(text, str):
         raise ValueError(f"st3: policy must be a string such as {DEFAULT_POLICY!r}, got {text!r}")
     try:
-        policy = parse(text)
+        policy = parse(text, **({} if budget is None else {"budget": read_budget(budget)}))
     except ValueError as error:
         raise ValueError(f"st3: {error}") from None
     size = asked.get("layers_per_group")
@@ -198,5 +209,5 @@ def require(config: Any) -> Settings | None:
     found = list(obstacles(config))
     if found:
         raise ValueError("st3 cannot trim with these settings: " + "; ".join(found))
-    settings.plan(config.model_config.hf_text_config.num_hidden_layers)
+    settings.plan_for(config.model_config)
     return settings

@@ -7,10 +7,30 @@ from typing import Any
 
 from st3.methods.discover import import_all
 from st3.methods.policies.base import Policy
-from st3.methods.policies.budget import with_budget
-from st3.methods.policies.registry import available, parse, presets, register, register_preset
+from st3.methods.policies.budget import read_budget, with_budget
+from st3.methods.policies.registry import (
+    available,
+    parse,
+    parse_text,
+    presets,
+    register,
+    register_preset,
+)
+from st3.methods.policies.saved import check_model, plain
 
-__all__ = ["Policy", "available", "parse", "presets", "register", "register_preset", "with_budget"]
+__all__ = [
+    "Policy",
+    "available",
+    "check_model",
+    "parse",
+    "parse_text",
+    "plain",
+    "presets",
+    "read_budget",
+    "register",
+    "register_preset",
+    "with_budget",
+]
 
 import_all(__name__, __path__)
 

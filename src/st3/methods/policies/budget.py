@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 from st3.methods.policies.base import Policy
+from st3.methods.policies.saved import plain
 from st3.methods.schedule import Schedule, check_share
 from st3.methods.scores.base import Score
 
@@ -62,6 +64,10 @@ class Budgeted(Policy):
     def recalls(self) -> bool:
         return self.policy.recalls
 
+    @property
+    def own_layer(self) -> bool:
+        return self.policy.own_layer
+
     def at_budget(self, num_layers: int, mean_keep: float) -> Policy:
         return self.policy.at_budget(num_layers, mean_keep)
 
@@ -77,21 +83,30 @@ def with_budget(policy: Policy, num_layers: int, budget: float | None = None) ->
     Raises:
         ValueError: a budget that the policy cannot have on so many layers.
     """
+    policy = plain(policy)
     if budget is not None:
         return policy.at_budget(num_layers, budget)
     return policy.on(num_layers) if isinstance(policy, Budgeted) else policy
 
 
-def read_share(text: str) -> float:
-    """A share as people write it: "35%" or "0.35".
+def read_budget(value: object) -> float:
+    """A budget as people write it, "35%", "0.35" or 0.35: the one reader of all commands, of the
+    server's requests and of vLLM's settings.
 
     Raises:
-        ValueError: no number, or not within [0, 1].
+        ValueError: no share within [0, 1].
     """
-    number, percent, rest = text.strip().partition("%")
     try:
-        share = round(float(number) / 100, 12) if percent and not rest else float(text)
+        if isinstance(value, bool) or not isinstance(value, (str, int, float, Fraction)):
+            raise ValueError
+        text = str(value).strip()
+        number = text.removesuffix("%")
+        share = float(value) if isinstance(value, Fraction) else float(number)
+        share = round(share / 100, 12) if number != text else share
+        check_share("budget", share)
     except ValueError:
-        raise ValueError(f"cannot read {text!r} as a share: write 35% or 0.35") from None
-    check_share("the share", share)
+        shown = str(value)[:40]  # a request may send a megabyte
+        raise ValueError(
+            f"budget {shown} is no share of the visual tokens: write 35% or 0.35"
+        ) from None
     return share

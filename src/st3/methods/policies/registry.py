@@ -6,11 +6,14 @@ import dataclasses
 import re
 import types
 import typing
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
+from st3.errors import OtherModelWarning
 from st3.methods.policies.base import Policy, default_of
-from st3.methods.policies.budget import Budgeted, read_share
+from st3.methods.policies.budget import Budgeted, read_budget
+from st3.methods.policies.saved import Saved, read, split
 from st3.methods.schedule import Anneal
 
 P = TypeVar("P", bound=type[Policy])
@@ -52,6 +55,8 @@ def parse(text: str | Policy, **options: Any) -> Policy:
     besides, "35%" or "0.35": the mean share of the visual tokens over the layers, to which its
     counts are scaled once the model's layers are known.
 
+    A text that ends in ".json" names a file that ``st3 tune`` wrote.
+
     Args:
         text: a policy's string, or a policy, which is returned with other arguments.
         options: further arguments of the method, already as Python values.
@@ -60,9 +65,19 @@ def parse(text: str | Policy, **options: Any) -> Policy:
         the policy; one with a budget is laid out when the model's layers are known.
 
     Raises:
-        ValueError: unknown method or argument, or a value out of its range.
+        ValueError: unknown method or argument, a value out of its range, or a file that is none.
         TypeError: neither a policy nor a string.
     """
+    file = split(text) if isinstance(text, str) else None
+    if file is not None:
+        return _from_file(*file, options)
+    return parse_text(text, **options)
+
+
+def parse_text(text: str | Policy, **options: Any) -> Policy:
+    """As :func:`parse`, without reading files: for what comes from elsewhere, such as requests."""
+    if isinstance(text, Saved):
+        return dataclasses.replace(text, policy=_changed(text.policy, options))
     if isinstance(text, Policy):
         return _changed(text, options)
     if not isinstance(text, str):
@@ -75,13 +90,26 @@ def parse(text: str | Policy, **options: Any) -> Policy:
     return _changed(start, {**_read(start, arguments), **options})
 
 
+def _from_file(path: str, arguments: str, options: dict[str, Any]) -> Policy:
+    said, full, model = read(path)
+    found = parse_text(said)
+    if repr(found) != full:
+        warnings.warn(
+            f"{path} was written when {said!r} had other defaults: run st3 tune again",
+            OtherModelWarning,
+            stacklevel=3,
+        )
+    given = {**_read(found, arguments), **options}
+    return Saved(_changed(found, given), model, path)
+
+
 def _changed(start: Policy | type[Policy], values: Mapping[str, Any]) -> Policy:
     """``start``, a policy or a method with its defaults, with other arguments."""
     if not values and isinstance(start, Policy):
         return start
     budget = values.get("budget")
-    if isinstance(budget, str):
-        budget = read_share(budget)
+    if budget is not None:
+        budget = read_budget(budget)
     if isinstance(start, Budgeted):
         budget = start.budget if budget is None else budget
         start = start.policy
@@ -116,7 +144,7 @@ def _read(start: Policy | type[Policy], text: str) -> dict[str, Any]:
         key, equals, raw = (piece.strip() for piece in part.partition("="))
         if not equals or not key or not raw:
             raise ValueError(f"cannot read {part!r} in policy {cls.name!r}: write name=value")
-        values[key] = read_share(raw) if key == "budget" else _value(hints.get(key, str), raw)
+        values[key] = raw if key == "budget" else _value(hints.get(key, str), raw)
     return values
 
 
@@ -126,7 +154,7 @@ def _value(hint: Any, raw: str) -> Any:
     if raw in _WORDS and type(_WORDS[raw]) in kinds:
         return _WORDS[raw]
     if Policy in kinds:
-        return parse(raw[1:-1] if raw.startswith("(") and raw.endswith(")") else raw)
+        return parse_text(raw[1:-1] if raw.startswith("(") and raw.endswith(")") else raw)
     if Anneal in kinds:
         return Anneal(curve=cast(Any, raw))
     if any(typing.get_origin(kind) is tuple for kind in kinds):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from st3.methods.policies import parse
+from st3.methods.policies import Policy, parse, plain
 from st3.tools.batch.inputs import BadRow, Ref, Source, open_source, same_row
 from st3.tools.batch.store import Store, write_whole
 from st3.tools.batch.worker import Done, Worker
@@ -37,7 +37,8 @@ class Options:
 
     Attributes:
         input, prompt: see :func:`~st3.tools.batch.inputs.open_source`.
-        model, policy, max_new_tokens: what the answers depend on; recorded beside them.
+        model, policy, max_new_tokens: what the answers depend on; recorded beside them. A policy
+            is given as its string, or as it was read.
         batch_size: rows answered together.
         window: rows sorted by length together; what an actor is given at a time.
     """
@@ -45,7 +46,7 @@ class Options:
     input: Path
     prompt: str | None
     model: str
-    policy: str
+    policy: str | Policy
     max_new_tokens: int
     batch_size: int
     window: int
@@ -54,8 +55,9 @@ class Options:
         """What must not change when a run is continued."""
         return {
             "input": str(self.input.resolve()),
-            **{name: getattr(self, name) for name in ("model", "policy")},
-            "policy_in_full": repr(parse(self.policy)),  # defaults may change
+            "model": self.model,
+            "policy": str(self.policy),
+            "policy_in_full": repr(plain(parse(self.policy))),  # defaults may change
             **{name: getattr(self, name) for name in ("prompt", "max_new_tokens")},
             **{name: versions()[name] for name in ("st3", "torch", "transformers")},
         }
@@ -195,7 +197,7 @@ def _summary(
     shares = [share for share, _, _ in store.done.values()]
     return {
         "model": options.model,
-        "policy": options.policy,
+        "policy": str(options.policy),
         "rows": rows,
         "answered": len(store.done),
         "errors": store.failed,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from st3.methods.policies import Policy
 from st3.tools.batch import images
 from st3.tools.batch.inputs import BadRow, Row
 from st3.tools.common.chats import ask, encode
@@ -64,7 +65,12 @@ class Worker:
     """
 
     def __init__(
-        self, model: Any, processor: Any, policy: str, batch_size: int, max_new_tokens: int
+        self,
+        model: Any,
+        processor: Any,
+        policy: str | Policy,
+        batch_size: int,
+        max_new_tokens: int,
     ) -> None:
         self.model, self.processor = model, processor
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from st3.tools.common.bundled import BUNDLED_MODEL as BUNDLED_MODEL
+from st3.tools.common.errors import first_line
+
+if TYPE_CHECKING:
+    from st3.methods.policies import Policy
 
 
 class CliError(Exception):
@@ -70,3 +74,28 @@ def split_policies(text: str) -> list[str]:
         elif part.strip():
             parts.append(part.strip())
     return parts
+
+
+def shown(text: str, policy: Policy) -> str:
+    """What to call a policy: as it was given, except where a budget or a file says more."""
+    from st3.methods.policies import parse_text
+
+    try:
+        same = parse_text(text)
+    except ValueError:  # a file
+        return str(policy)
+    return text if policy == same else str(policy)
+
+
+def read_policy(text: str, budget: str | None = None, option: str = "--policy") -> Policy:
+    """What --policy and --budget say. Raises CliError that names the one that is wrong."""
+    from st3.methods.policies import parse, read_budget
+
+    try:
+        share = {} if budget is None else {"budget": read_budget(budget)}
+    except ValueError as error:
+        raise CliError(f"--{first_line(error)}", 2) from error
+    try:
+        return parse(text, **share)
+    except (TypeError, ValueError) as error:
+        raise CliError(f"{option} {text}: {first_line(error)}", 2) from error

@@ -22,7 +22,19 @@ Model = Annotated[
     typer.Option("--model", "-m", metavar="PATH_OR_ID", help="Default: the bundled st3-tiny."),
 ]
 PolicyName = Annotated[
-    str, typer.Option(metavar="NAME[:KEY=VALUE,...]", help="How to trim; see `st3 policies`.")
+    str,
+    typer.Option(
+        metavar="NAME[:KEY=VALUE,...]|FILE.json",
+        help="How to trim; see `st3 policies`. A file is one of `st3 tune`.",
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="SHARE",
+        help="Mean share of visual tokens over the layers: 35% or 0.35.",
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]

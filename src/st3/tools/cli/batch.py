@@ -17,12 +17,14 @@ from st3.tools.cli._common import (
     CliError,
     print_json,
     printable,
+    read_policy,
     stderr,
     stdout,
 )
 from st3.tools.cli._options import (
     AsJson,
     Attention,
+    Budget,
     Device,
     DeviceMap,
     DType,
@@ -50,6 +52,7 @@ def batch(
     ] = None,
     model: Model = None,
     policy: PolicyName = DEFAULT_POLICY,
+    budget: Budget = None,
     batch_size: Annotated[int, typer.Option("--batch", min=1, help="Rows answered together.")] = 8,
     window: Annotated[
         int | None, typer.Option(min=1, help="Rows sorted by length together. Default: 8 batches.")
@@ -90,19 +93,15 @@ def batch(
     if prompt is not None and not prompt.strip():
         raise CliError("the prompt is empty: say what to answer with -p", 2)
     with stderr().status("importing torch and transformers"):
-        import st3
         from st3.tools.batch import BatchError, Options, run
         from st3.tools.batch.run import here
         from st3.tools.cli import _loading
-    try:
-        st3.parse(policy)
-    except (TypeError, ValueError) as error:
-        raise CliError(f"--policy {policy}: {first_line(error)}", 2) from error
+    chosen = read_policy(policy, budget)
     options = Options(
         input=source.expanduser().absolute(),
         prompt=prompt,
         model=BUNDLED_MODEL if model is None else model,
-        policy=policy,
+        policy=chosen,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         window=8 * batch_size if window is None else window,

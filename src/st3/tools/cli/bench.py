@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from st3.methods import DEFAULT_POLICY
-from st3.tools.cli._common import CliError, print_json, split_policies, stderr, stdout
-from st3.tools.cli._options import AsJson
+from st3.tools.cli._common import (
+    CliError,
+    print_json,
+    read_policy,
+    split_policies,
+    stderr,
+    stdout,
+)
+from st3.tools.cli._options import AsJson, Budget
 from st3.tools.common.errors import first_line
 
 if TYPE_CHECKING:
@@ -35,6 +42,7 @@ def bench(
     policies: Annotated[
         str, typer.Option(metavar="P,P,...", help="Policies to measure; see `st3 policies`.")
     ] = DEFAULT_POLICY,
+    budget: Budget = None,
     peers: Annotated[
         bool, typer.Option(help="Also random choice, a smaller image, FastV (both ways) and VTW.")
     ] = True,
@@ -101,7 +109,8 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     with _one_line_errors():
-        methods = measuring.compare(split_policies(policies), peers)
+        chosen = [read_policy(name, budget, "--policies") for name in split_policies(policies)]
+        methods = measuring.compare(chosen, peers)
         with console.status("making the model"):
             where, kind = device_of(device), dtype_of(dtype)
             subject = (

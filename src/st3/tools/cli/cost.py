@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from st3.methods import DEFAULT_POLICY
-from st3.tools.cli._common import CliError, print_json, stderr, stdout
-from st3.tools.cli._options import AsJson
+from st3.tools.cli._common import CliError, print_json, read_policy, stderr, stdout
+from st3.tools.cli._options import AsJson, Budget
 from st3.tools.common.errors import first_line
 
 if TYPE_CHECKING:
@@ -29,10 +29,11 @@ def cost(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME[:KEY=VALUE,...]",
+            metavar="NAME[:KEY=VALUE,...]|FILE.json",
             help=f"A policy; may be given again. Default: {', '.join(DEFAULT_POLICIES)}.",
         ),
     ] = None,
+    budget: Budget = None,
     visual: Annotated[
         int | None, typer.Option(min=1, help="Visual tokens. Default: the shape's.")
     ] = None,
@@ -62,16 +63,19 @@ def cost(
         from st3.cost.shapes import SHAPES, load_config
         from st3.engine.plan import lay_out
         from st3.engine.wiring import Wiring
-        from st3.methods import policies
+        from st3.methods.policies import check_model
+        from st3.models import model_facts
     shape = SHAPES.get(model)
     if visual is None and shape is None:
         known = ", ".join(SHAPES)
         raise CliError(f"--visual says how many visual tokens; only shapes know it: {known}", 2)
+    chosen = [read_policy(name, budget) for name in policy or DEFAULT_POLICIES]
     try:
         config = load_config(model)
         dims = TextDims.from_config(config)
         wiring = Wiring(dims.sources, dims.in_order)
-        chosen = [policies.parse(name) for name in policy or DEFAULT_POLICIES]
+        for one in chosen:
+            check_model(one, model_facts(config))
         rows = cost_table(
             config,
             text,

@@ -47,7 +47,12 @@ def evaluate(
     ] = DEFAULT_POLICIES,
     budgets: Annotated[
         str | None,
-        typer.Option(metavar="S,S,...", help="Set each policy to these mean visual shares (0..1)."),
+        typer.Option(
+            "--budgets",
+            "--budget",
+            metavar="S,S,...",
+            help="Set each policy to these mean visual shares, such as 20%,35%.",
+        ),
     ] = None,
     half: Annotated[
         str | None,
@@ -158,10 +163,12 @@ def evaluate(
 
 
 def _shares(text: str) -> list[float]:
+    from st3.methods.policies import read_budget
+
     try:
-        shares = [float(part) for part in text.split(",")]
+        shares = [read_budget(part) for part in text.split(",")]
     except ValueError as error:
-        raise CliError(f"--budgets {text}: give shares with commas, such as 0.35,0.5", 2) from error
+        raise CliError(f"--budgets {text}: {first_line(error)}", 2) from error
     if bad := [share for share in shares if not 0 < share <= 1]:
         raise CliError(f"--budgets: {bad[0]:g} is no share: give numbers above 0, up to 1", 2)
     return shares

@@ -12,10 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from st3.methods import DEFAULT_POLICY
-from st3.tools.cli._common import CliError, print_json, printable, stderr, stdout
+from st3.tools.cli._common import (
+    CliError,
+    print_json,
+    printable,
+    read_policy,
+    shown,
+    stderr,
+    stdout,
+)
 from st3.tools.cli._options import (
     AsJson,
     Attention,
+    Budget,
     Device,
     DeviceMap,
     DType,
@@ -44,6 +53,7 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question or instruction.")],
     model: Model = None,
     policy: PolicyName = DEFAULT_POLICY,
+    budget: Budget = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer untrimmed as well, and time both.")
     ] = False,
@@ -82,7 +92,9 @@ def generate(
 
     st3 generate photo.png -p "what is at the top left?" --compare --heatmap kept.png
 
-    st3 generate a.jpg b.jpg -p "compare the two." -m ./llava-1.5-7b-hf --policy fastv:drop=0.75
+    st3 generate a.jpg b.jpg -p "compare the two." -m ./llava-1.5-7b-hf --policy fastv --budget 35%
+
+    st3 generate photo.png -p "describe the image." --policy policy.json
 
     st3 generate photo.png -p "describe the image." --save run && st3 report run
 
@@ -108,7 +120,8 @@ def generate(
     with console.status("importing torch and transformers"):
         from st3.models.places import check_placed
         from st3.tools.cli import _loading, _seeing
-    chosen = _policy(policy)
+    chosen = read_policy(policy, budget)
+    policy = shown(policy, chosen)
     pictures = _loading.load_images(images)
     with console.status(f"loading {model or 'the bundled model'}"):
         loaded = _loading.load(
@@ -164,15 +177,6 @@ def _leads() -> bool:
         return True
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     return False
-
-
-def _policy(text: str) -> Any:
-    import st3
-
-    try:
-        return st3.parse(text)
-    except (TypeError, ValueError) as error:
-        raise CliError(f"--policy {text}: {first_line(error)}", 2) from error
 
 
 def _answered(

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from st3.methods import DEFAULT_POLICY
-from st3.tools.cli._common import BUNDLED_MODEL, CliError, stderr, warn
+from st3.tools.cli._common import BUNDLED_MODEL, CliError, read_policy, stderr, warn
 from st3.tools.cli._options import (
     Attention,
+    Budget,
     Device,
     DType,
     Model,
@@ -32,8 +33,9 @@ def serve(
     model: Model = None,
     policy: Annotated[
         str,
-        typer.Option(metavar="NAME[:KEY=VALUE,...]", help="Of requests that name none."),
+        typer.Option(metavar="NAME[:KEY=VALUE,...]|FILE.json", help="Of requests that name none."),
     ] = DEFAULT_POLICY,
+    budget: Budget = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     name: Annotated[
@@ -115,12 +117,13 @@ def serve(
     st3 serve -m ./llava-1.5-7b-hf --ray auto --replicas 2 --max-replicas 8 --gpus-per-replica 1
     """
     check_installed()
-    budget = None if kv_budget is None else _size("--kv-budget", kv_budget)
+    kv_bytes = None if kv_budget is None else _size("--kv-budget", kv_budget)
     console = stderr()
     with console.status("importing torch and transformers"):
         from st3.tools.cli import _loading
         from st3.tools.serve import Engine, Settings, create_app
         from st3.tools.serve.run import serve as run
+    chosen = read_policy(policy, budget)
     load = functools.partial(
         _loading.load,
         model,
@@ -154,8 +157,8 @@ def serve(
     if host not in _LOOPBACK and settings.api_key is None:
         warn(f"anyone who reaches {host} may ask: consider --api-key-file")
     limits: dict[str, Any] = {
-        "policy": policy,
-        "kv_budget_bytes": budget,
+        "policy": chosen,
+        "kv_budget_bytes": kv_bytes,
         "queue_limit": queue,
         "max_rows": max_running,
         "max_prefills_per_step": max_prefills,
@@ -211,8 +214,6 @@ def _run_on_ray(
     address: str, load: Any, settings: Any, limits: dict[str, Any], replicas: int,
     max_replicas: int | None, gpus: float, host: str, port: int,
 ) -> None:  # fmt: skip
-    import st3
-
     if port == 0:
         raise CliError("--port 0 is not for --ray: name a port", 2)
     try:
@@ -223,7 +224,6 @@ def _run_on_ray(
 
     console = stderr()
     try:
-        st3.parse(limits["policy"])
         app = application(
             load, settings, limits, replicas=replicas, max_replicas=max_replicas, gpus=gpus
         )

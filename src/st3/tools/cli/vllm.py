@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from st3.tools.cli._command import Command, common
-from st3.tools.cli._common import CliError, stderr, stdout
+from st3.tools.cli._common import CliError, read_policy, stderr, stdout
+from st3.tools.cli._options import Budget
 from st3.tools.common.errors import first_line
 
 app = typer.Typer(
@@ -28,8 +29,10 @@ def vllm() -> None:
 def check(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a hub's id.")],
     policy: Annotated[
-        str, typer.Option(metavar="NAME[:KEY=VALUE,...]", help="What st3 is to trim with.")
+        str,
+        typer.Option(metavar="NAME[:KEY=VALUE,...]|FILE.json", help="What st3 is to trim with."),
     ] = "st3",
+    budget: Budget = None,
     visual: Annotated[int, typer.Option(min=1, help="Visual tokens of a prompt.")] = 576,
     options: Annotated[
         str,
@@ -50,6 +53,8 @@ def check(
         given = json.loads(options)
     except ValueError as error:
         raise CliError(f"--engine-args is not JSON: {first_line(error)}", 2) from error
+    read_policy(policy, budget)  # says what is wrong by the options' names
+    wanted = {"policy": policy} | ({} if budget is None else {"budget": budget})
     try:
         with stderr().status("importing vLLM"):
             from st3.vllm import hooks, settings
@@ -62,12 +67,12 @@ def check(
     if problem:
         raise CliError(problem)
     try:
-        asked = settings.read({settings.KEY: {"policy": policy}})
+        asked = settings.read({settings.KEY: wanted})
         with stderr().status("reading the model's config"):
             config = _config(model, given)
         problems = list(settings.obstacles(config))
         assert asked is not None  # it was just asked for
-        plan = asked.plan(config.model_config.hf_text_config.num_hidden_layers)
+        plan = asked.plan_for(config.model_config)
     except (ValueError, OSError) as error:
         raise CliError(first_line(error)) from error
     console = stdout()
@@ -79,7 +84,7 @@ def check(
         console.print(f"[red]no[/red]: {one}")
     if problems:
         raise typer.Exit(1)
-    flag = json.dumps({settings.KEY: {"policy": policy}})
+    flag = json.dumps({settings.KEY: wanted})
     console.print(f"it fits: vllm serve {model} --additional-config '{flag}'", soft_wrap=True)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import st3
-from st3.methods.policies import NoTrim, Policy, Random, UniformGrid
+from st3.methods.policies import NoTrim, Policy, Random, UniformGrid, plain
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def usable(model: Any, policies: Sequence[Policy]) -> tuple[list[Policy], list[s
     for policy in policies:
         try:
             with st3.trim(model, policy):
-                able.append(policy)
+                able.append(plain(policy))
         except ValueError as error:
             notes.append(f"{policy} is left out: {error}")
     if not able:

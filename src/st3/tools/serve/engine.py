@@ -11,7 +11,7 @@ from typing import Any
 from st3.engine.kv.joined import visible_counts
 from st3.errors import UnsupportedModelError
 from st3.methods import DEFAULT_POLICY
-from st3.methods.policies import parse
+from st3.methods.policies import Policy, parse, parse_text
 from st3.tools.common.memory import available_bytes
 from st3.tools.serve.budget import Budget, columns_at_peak, entry_bytes, row_bytes
 from st3.tools.serve.errors import overloaded, refused, unavailable
@@ -34,7 +34,7 @@ class Engine:
     Args:
         model, processor: as ``AutoModelForImageTextToText`` and ``AutoProcessor`` load them. While
             the engine is busy it has a trimmer attached: use the model for nothing else meanwhile.
-        policy: of requests that name none.
+        policy: of requests that name none; a string, a policy or the file of one.
         kv_budget_bytes: for KV entries; None: half of what the device has free now. A prompt's
             activations, and the entries of those being prefilled, come on top.
         queue_limit: requests that may wait.
@@ -55,7 +55,7 @@ class Engine:
         self,
         model: Any,
         processor: Any,
-        policy: str = DEFAULT_POLICY,
+        policy: str | Policy = DEFAULT_POLICY,
         kv_budget_bytes: int | None = None,
         *,
         queue_limit: int = 64,
@@ -70,8 +70,10 @@ class Engine:
         config = getattr(model, "generation_config", None)
         check_generation_config(config)
         self.model, self.processor = model, processor
-        self.policy = str(parse(policy))
+        given = parse(policy)
+        self.policy = str(given)
         self.queue_limit, self.queue_bytes = queue_limit, queue_bytes
+        Trimmer(model, given)  # a file's policy may have been found for another model
         # Also the trimmer of untrimmed requests: st3's cache, nothing dropped.
         self._decoder = Trimmer(model, "none", own_cache=True)
         if self._decoder.wiring.in_order:
@@ -110,7 +112,7 @@ class Engine:
 
     def trimmer(self, policy: str) -> Trimmer:
         """The trimmer of a policy. Raises ValueError for one that does not fit this model."""
-        name = str(parse(policy))
+        name = str(parse_text(policy))
         with self._trimmers_lock:
             found = self._trimmers.pop(name, None)
             if found is None:
@@ -131,6 +133,7 @@ class Engine:
         messages: Sequence[dict[str, Any]],
         *,
         policy: str | None = None,
+        budget: float | None = None,
         max_tokens: int = 256,
         shorten: bool = False,
         sampling: Sampling | None = None,
@@ -143,6 +146,8 @@ class Engine:
         Args:
             messages: turns with ``role`` and ``content``, a list of ``{"type": "text", "text"}``
                 and ``{"type": "image", "image": PIL image}``.
+            policy: its string, never a file; None: the engine's.
+            budget: mean share of the visual tokens over the layers, in place of the policy's own.
             shorten: whether ``max_tokens`` may be less, so that it fits the model's positions.
             kept: whether the listener shall be told what each layer saw of the images.
 
@@ -151,7 +156,8 @@ class Engine:
         """
         name = self.policy if policy is None else policy
         try:
-            name = str(parse(name))
+            share = {} if budget is None else {"budget": budget}
+            name = str(parse_text(name, **share))
             trimmer = self.trimmer(name)
         except (ValueError, TypeError, ArithmeticError, SyntaxError, RecursionError) as error:
             raise refused(f"policy {name!r}: {error}", "st3.policy") from error

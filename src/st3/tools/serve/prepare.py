@@ -163,6 +163,7 @@ class Preparer:
             return self.engine.prepare(
                 self._messages(asked, encoded),
                 policy=asked.st3.policy if asked.st3 else None,
+                budget=asked.st3.budget if asked.st3 else None,
                 max_tokens=wanted or min(settings.default_max_tokens, settings.max_tokens),
                 shorten=wanted is None,
                 sampling=Sampling(asked.temperature, asked.top_p, asked.seed),

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
 
+from st3.methods.policies import read_budget
 from st3.tools.serve.errors import ServeError, refused
 
 MAX_VALUES = 20_000
@@ -112,11 +113,23 @@ class StreamOptions(_Model):
 
 
 class Extension(_Model):
-    """Under ``st3`` in the request. kept: whether the response shall say what each layer saw of the
-    images; see :func:`st3.tools.serve.kept.kept_of`."""
+    """Under ``st3`` in the request.
+
+    Attributes:
+        budget: mean share of the visual tokens over the layers, 0.35 or "35%", of the policy, or of
+            the server's own where none is named.
+        kept: whether the response shall say what each layer saw of the images; see
+            :func:`st3.tools.serve.kept.kept_of`.
+    """
 
     policy: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    budget: float | None = None
     kept: bool | None = None
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> float | None:
+        return None if value is None else read_budget(value)
 
 
 class ChatRequest(_Model):

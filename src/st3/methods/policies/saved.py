@@ -1,0 +1,134 @@
+"""A policy in a file, as ``st3 tune`` writes it: its string, and the model it was found for."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from st3.errors import OtherModelWarning
+from st3.methods.policies.base import Policy
+from st3.methods.schedule import Schedule
+from st3.methods.scores.base import Score
+
+_FILE = re.compile(r"(.+\.json)(?::(.*))?")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What tells a model from another one, as far as its config says it.
+
+    Attributes:
+        name: the last part of its folder or hub id; empty where it has none.
+        type: ``model_type`` of its config.
+        layers: decoder layers.
+    """
+
+    name: str
+    type: str
+    layers: int
+
+    def __str__(self) -> str:
+        return f"{self.name or 'a model without a name'} ({self.type}, {self.layers} layers)"
+
+
+@dataclass(frozen=True)
+class Saved(Policy):
+    """A policy read from a file, with the model that it was found for.
+
+    Made by :func:`~st3.methods.policies.registry.parse` from "policy.json".
+    """
+
+    policy: Policy
+    model: ModelFacts
+    file: str
+
+    name: ClassVar[str] = "saved"
+
+    def schedule(self, num_layers: int) -> Schedule:
+        return self.policy.schedule(num_layers)
+
+    def scorer(self) -> Score:
+        return self.policy.scorer()
+
+    @property
+    def rerank(self) -> int | None:
+        return self.policy.rerank
+
+    @property
+    def recalls(self) -> bool:
+        return self.policy.recalls
+
+    @property
+    def own_layer(self) -> bool:
+        return self.policy.own_layer
+
+    def at_budget(self, num_layers: int, mean_keep: float) -> Policy:
+        return self.policy.at_budget(num_layers, mean_keep)
+
+    def __str__(self) -> str:
+        return str(self.policy)
+
+
+def plain(policy: Policy) -> Policy:
+    """``policy`` itself, or what a file said that it is."""
+    return policy.policy if isinstance(policy, Saved) else policy
+
+
+def check_model(policy: Policy, model: ModelFacts) -> None:
+    """Whether a policy was found for this model; one that is of no file fits every model.
+
+    Raises:
+        ValueError: it was found for a model of another kind or depth; names both.
+
+    Warns:
+        OtherModelWarning: kind and depth are the same, the name is another; names both.
+    """
+    if not isinstance(policy, Saved):
+        return
+    found = policy.model
+    said = f"{policy.file} was found for {found}, and this model is {model}"
+    if (found.type, found.layers) != (model.type, model.layers):
+        raise ValueError(f"{said}: run st3 tune on this one")
+    if found.name and model.name and found.name != model.name:
+        warnings.warn(
+            f"{said}: run st3 tune unless they are the same", OtherModelWarning, stacklevel=3
+        )
+
+
+def split(text: str) -> tuple[str, str] | None:
+    """Of a policy's string that names a file its name and the arguments behind it,
+    "policy.json:tau=64"; None for others."""
+    found = _FILE.fullmatch(text.strip())
+    return None if found is None else (found[1], found[2] or "")
+
+
+def read(path: str) -> tuple[str, str, ModelFacts]:
+    """Of a file the policy's string, what that was when it was written (``repr``: defaults may
+    change), and the model.
+
+    Raises:
+        ValueError: no such file, or not one of ``st3 tune``.
+    """
+    try:
+        data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the policy {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"the policy {path} is not JSON: {error}") from error
+    try:
+        model = ModelFacts(**{key: data["model"][key] for key in ("name", "type", "layers")})
+        text, full = data["policy"], data["policy_in_full"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no policy that st3 tune wrote: {error} is missing") from error
+    if not isinstance(text, str) or split(text):
+        raise ValueError(f"{path} is no policy that st3 tune wrote: its policy is {text!r}")
+    return text, full, model
+
+
+def to_dict(policy: Policy, model: ModelFacts) -> dict[str, Any]:
+    """What :func:`read` reads."""
+    return {"policy": str(policy), "policy_in_full": repr(policy), "model": asdict(model)}
