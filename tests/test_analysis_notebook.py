@@ -59,6 +59,6 @@ def test_it_runs(
         exec(compile(source, cell["id"], "exec", dont_inherit=True), namespace)
     printed = capsys.readouterr().out
     assert "untrimmed:" in printed
-    assert namespace["suggestion"].policy + ":" in printed
+    assert f"{namespace['trimmer'].policy}:" in printed
     assert (tmp_path / "report.html").stat().st_size < 3_000_000
     assert (tmp_path / "annealing.gif").exists()

@@ -27,6 +27,7 @@ CORE_LINES, LINES = 300, 400
 # Tools that may be used by other tools, besides `common`, which all of them share.
 USES = {
     "cli": {"batch", "bench", "eval", "see", "serve", "tune"},
+    "tune": {"eval", "see"},  # measures as `st3 eval` does; its page is one of see's
     "lmms": {"eval"},  # makes lmms-eval's tasks of the sets of `st3 eval`
 }
 

@@ -261,7 +261,7 @@ def analysed(tiny_model: Path, picture: Path, tmp_path_factory: pytest.TempPathF
         "--max-new-tokens", 6,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "Start with --policy" in result.stdout
+    assert "st3 tune" in result.stdout
     return out
 
 
@@ -291,7 +291,6 @@ def test_the_analysis_page_shows_its_figures(browser: Browser, analysed: Path) -
             "[...document.images].length === 8 &&"
             "[...document.images].every((i) => i.complete && i.naturalWidth > 800)"
         )
-    assert browser.run("document.querySelectorAll('#reasons li').length") == 4
     browser.click("summary")
     assert browser.run("document.querySelector('details').open")
     assert browser.run("document.querySelectorAll('details')[0].querySelectorAll('tr').length") == 9

@@ -6,7 +6,9 @@ once.
 
 from __future__ import annotations
 
+import functools
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ from st3.tools.cli.models import models
 from st3.tools.cli.policies import policies
 from st3.tools.cli.report import report
 from st3.tools.cli.serve import serve
+from st3.tools.cli.tune import tune
 from st3.tools.cli.vllm import app as vllm
 
 
@@ -34,7 +37,10 @@ class OneLineErrors(Group):
         standalone_mode = extra.get("standalone_mode", True)
         extra["standalone_mode"] = False
         try:
-            code = super().main(args, *rest, **extra)
+            with warnings.catch_warnings():
+                show = warnings.showwarning
+                warnings.showwarning = functools.partial(_in_one_line, show)
+                code = super().main(args, *rest, **extra)
         except typer.Abort:
             code = 130
         except Exception as error:
@@ -47,6 +53,15 @@ class OneLineErrors(Group):
         if not standalone_mode:
             return code
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _in_one_line(show: Any, message: Any, category: type[Warning], *where: Any) -> None:
+    """A policy's file that may be of another model is for users to know of; where in the code it
+    was noticed is not."""
+    if category.__name__ == "OtherModelWarning":
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        show(message, category, *where)
 
 
 app = typer.Typer(
@@ -72,7 +87,7 @@ def main(
 
 
 for function in (
-    analyze, batch, bench, cost, demo, evaluate, generate, models, policies, report, serve,
+    analyze, batch, bench, cost, demo, evaluate, generate, models, policies, report, serve, tune,
 ):  # fmt: skip
     name = {"evaluate": "eval"}.get(function.__name__, function.__name__)
     app.command(name, cls=Command)(common(function))

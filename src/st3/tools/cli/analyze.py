@@ -26,7 +26,7 @@ from st3.tools.common.errors import first_line
 
 if TYPE_CHECKING:
     from st3.tools.cli._loading import Loaded
-    from st3.tools.see import Analysis, Suggestion
+    from st3.tools.see import Analysis
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -56,12 +56,12 @@ def analyze(
     dtype: Precision = DType.auto,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
-    """Watch an untrimmed model's attention over a set of images, and suggest where to start.
+    """Watch an untrimmed model's attention over a set of images.
 
     The paper's analyses: where attention goes by layer and by length, how alike layers are, how
     many visual tokens matter, whether kept sets hold over layers and steps, and where in the image
     attention lies. The measures are summed up while the model runs, in memory that does not grow
-    with the answer.
+    with the answer. Which policy to use they do not say: that is what `st3 tune` is for.
 
     [bold]Examples[/bold]
 
@@ -80,7 +80,7 @@ def analyze(
     with console.status(f"loading {model or 'the bundled model'}"):
         loaded = _loading.load(model, device, dtype.value, trust_remote_code, attention=attention)
     start = time.perf_counter()
-    analysis, suggestion, unplaced = _analysed(loaded, paths, texts, max_new_tokens, keep)
+    analysis, unplaced = _analysed(loaded, paths, texts, max_new_tokens, keep)
     about = {
         "model": loaded.name,
         "prompts": f"{_number(len(paths), 'image')}, {_number(len(texts), 'prompt')}, "
@@ -89,19 +89,17 @@ def analyze(
         "conditions": f"{loaded.conditions()}, greedy, untrimmed",
         "command": _command(model, images, prompts, max_new_tokens, limit),
     }  # fmt: skip
-    files = _written(out, analysis, suggestion, about)
+    files = _written(out, analysis, about)
     if as_json:
         seconds = round(time.perf_counter() - start, 1)
-        result = {"page": str(files[0]), "seconds": seconds, "suggestion": suggestion.to_dict()}
+        result = {"page": str(files[0]), "data": str(files[1]), "seconds": seconds}
         print_json(result)
         return
     terminal = stdout()
-    for line in (*suggestion.reasons, *(f"Caution: {text}" for text in suggestion.cautions)):
-        terminal.print(f"- {line}", soft_wrap=True, markup=False)
-    terminal.print(f"\nStart with --policy {suggestion.policy}", soft_wrap=True, markup=False)
     terminal.print(
         f"{printable(files[0])}: the page; beside it {len(files) - 1} files", soft_wrap=True
     )
+    terminal.print("To find a policy for this model, on your own images: st3 tune", soft_wrap=True)
 
 
 def image_files(given: list[Path]) -> list[Path]:
@@ -173,12 +171,12 @@ def _command(
 
 def _analysed(
     loaded: Loaded, paths: list[Path], texts: list[str], max_new_tokens: int, keep: float
-) -> tuple[Analysis, Suggestion, str]:
+) -> tuple[Analysis, str]:
     from rich.progress import Progress
 
     from st3.models.places import Place
     from st3.tools.cli import _loading, _seeing
-    from st3.tools.see import analyse, suggest
+    from st3.tools.see import analyse
 
     known: dict[Any, list[Place] | None] = {}
     why_not = ""
@@ -201,19 +199,17 @@ def _analysed(
                 analysis = analyse(
                     loaded.model, samples(), max_new_tokens, keep, lambda: progress.advance(task)
                 )
-                return analysis, suggest(analysis), why_not
+                return analysis, why_not
         except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
             raise CliError(first_line(error)) from error
 
 
-def _written(
-    out: Path, analysis: Analysis, suggestion: Suggestion, about: dict[str, str]
-) -> list[Path]:
+def _written(out: Path, analysis: Analysis, about: dict[str, str]) -> list[Path]:
     from st3.tools.see.figures import figures
     from st3.tools.see.page import write
 
     try:
         with stderr().status("drawing"):
-            return write(out, analysis, suggestion, list(figures(analysis, suggestion)), about)
+            return write(out, analysis, list(figures(analysis)), about)
     except (ValueError, OSError) as error:
         raise CliError(first_line(error)) from error

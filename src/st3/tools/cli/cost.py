@@ -63,7 +63,7 @@ def cost(
         from st3.cost.shapes import SHAPES, load_config
         from st3.engine.plan import lay_out
         from st3.engine.wiring import Wiring
-        from st3.methods.policies import check_model
+        from st3.methods.policies import check_model, with_budget
         from st3.models import model_facts
     shape = SHAPES.get(model)
     if visual is None and shape is None:
@@ -80,7 +80,7 @@ def cost(
             config,
             text,
             visual or (shape.visual_tokens if shape else 0),
-            {str(one): lay_out(one, wiring) for one in chosen},
+            {str(one): lay_out(with_budget(one, dims.num_layers), wiring) for one in chosen},
             new_tokens,
             dtype,
             images or (shape.images if shape and visual is None else 1),

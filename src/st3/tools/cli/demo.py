@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from st3.methods import DEFAULT_POLICY
-from st3.tools.cli._common import CliError, stderr
+from st3.tools.cli._common import CliError, read_policy, stderr
 from st3.tools.cli._options import (
     Attention,
+    Budget,
     Device,
     DType,
     Model,
@@ -27,6 +28,7 @@ from st3.tools.common.errors import first_line
 def demo(
     model: Model = None,
     policy: PolicyName = DEFAULT_POLICY,
+    budget: Budget = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 0,
     browser: Annotated[
         bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")
@@ -53,13 +55,14 @@ def demo(
         from st3.tools.cli import _loading
         from st3.tools.serve import Engine, Settings, create_app
         from st3.tools.serve.run import serve
+    chosen = read_policy(policy, budget)
     with console.status(f"loading {model or 'the bundled model'}"):
         loaded = _loading.load(
             model, device, dtype.value, trust_remote_code, attention=attention, threads=threads
         )
     listener = listen("127.0.0.1", port)
     try:
-        engine = Engine(loaded.model, loaded.processor, policy)
+        engine = Engine(loaded.model, loaded.processor, chosen)
     except (ValueError, TypeError) as error:
         raise CliError(first_line(error), 2) from error
     settings = Settings(loaded.name, allowed_hosts=("127.0.0.1", "localhost", "[::1]"))

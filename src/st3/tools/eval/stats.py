@@ -58,6 +58,12 @@ class Metric:
         drawn = self.value(_draws(len(sums)) @ sums)
         return _estimate(float(self.value(sums.sum(0))), drawn)
 
+    def lower(self, level: float = LEVEL) -> float:
+        """What the figure is not below, with this certainty: a one-sided bootstrap bound."""
+        sums = self.sums()
+        drawn = self.value(_draws(len(sums)) @ sums)
+        return float(torch.quantile(drawn, 1 - level))
+
     def difference(self, other: Metric) -> Estimate:
         """This figure minus ``other``'s; both are drawn on the same images each time.
 

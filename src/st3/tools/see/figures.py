@@ -11,8 +11,7 @@ from PIL import Image
 
 from st3.tools.common.style import DARK, LIGHT, Theme, canvas, check_installed
 from st3.tools.see.collect import PLACES
-from st3.tools.see.result import Analysis, Matrix
-from st3.tools.see.suggest import LAZY, Suggestion, lazy_layers
+from st3.tools.see.result import LAZY, Analysis, Matrix, lazy_layers
 
 THEMES = (LIGHT, DARK)
 MAP = "cividis"  # made for readers with any colour vision
@@ -40,7 +39,7 @@ class Figure:
 Draw = Callable[[Any, Theme], None]
 
 
-def figures(analysis: Analysis, suggestion: Suggestion) -> Iterator[Figure]:
+def figures(analysis: Analysis) -> Iterator[Figure]:
     """All figures, in the order of the page.
 
     Raises:
@@ -48,7 +47,7 @@ def figures(analysis: Analysis, suggestion: Suggestion) -> Iterator[Figure]:
     """
     check_installed()
     for make in (_shares, _by_length, _lazy, _pairs, _high, _overlap, _kept_over_time, _places):
-        figure = make(analysis, suggestion)
+        figure = make(analysis)
         if figure is not None:
             yield figure
 
@@ -96,7 +95,7 @@ def _lines(axis: Any, theme: Theme, x: Any, rows: Matrix, names: tuple[str, ...]
 GROUP_NAMES = ("visual tokens", "system", "question", "generated text")
 
 
-def _shares(analysis: Analysis, suggestion: Suggestion) -> Figure:
+def _shares(analysis: Analysis) -> Figure:
     phases = [("prefill", analysis.prefill)]
     if analysis.decode is not None:
         phases.append(("decode steps", analysis.decode))
@@ -106,7 +105,6 @@ def _shares(analysis: Analysis, suggestion: Suggestion) -> Figure:
         axes = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
         for axis, (name, phase) in zip(axes, phases, strict=True):
             _lines(axis, theme, range(count), phase.shares, GROUP_NAMES)
-            axis.axvline(suggestion.first_layer - 0.5, color=theme.lines, lw=1.5)
             axis.set_title(name)
             _layer_ticks(axis, count)
             _finish(axis, "decoder layer", "attention" if axis is axes[0] else "")
@@ -125,15 +123,14 @@ def _shares(analysis: Analysis, suggestion: Suggestion) -> Figure:
         "shares-by-layer",
         title,
         "Share of the last token's attention on visual tokens, the text before them, the rest of "
-        "the prompt and generated text, mean over heads. The vertical line stands before the "
-        "suggested first layer.",
+        "the prompt and generated text, mean over heads.",
         _draw(title, draw),
         head,
         rows,
     )
 
 
-def _by_length(analysis: Analysis, suggestion: Suggestion) -> Figure | None:
+def _by_length(analysis: Analysis) -> Figure | None:
     if not analysis.lengths:
         return None
 
@@ -161,7 +158,7 @@ def _by_length(analysis: Analysis, suggestion: Suggestion) -> Figure | None:
     )
 
 
-def _lazy(analysis: Analysis, suggestion: Suggestion) -> Figure:
+def _lazy(analysis: Analysis) -> Figure:
     phase, count, lazy = analysis.typical, analysis.num_layers, lazy_layers(analysis)
 
     def draw(figure: Any, theme: Theme) -> None:
@@ -231,7 +228,7 @@ def _table(matrix: Matrix) -> tuple[list[str], list[list[str]]]:
     return head, [[str(i), *(f"{v:.2f}" for v in row)] for i, row in enumerate(matrix)]
 
 
-def _pairs(analysis: Analysis, suggestion: Suggestion) -> Figure:
+def _pairs(analysis: Analysis) -> Figure:
     pairs = [("prefill", analysis.prefill.cosine)]
     if analysis.decode is not None:
         pairs.append(("decode steps", analysis.decode.cosine))
@@ -248,7 +245,7 @@ def _pairs(analysis: Analysis, suggestion: Suggestion) -> Figure:
     )
 
 
-def _high(analysis: Analysis, suggestion: Suggestion) -> Figure:
+def _high(analysis: Analysis) -> Figure:
     phase, count = analysis.typical, analysis.num_layers
 
     def draw(figure: Any, theme: Theme) -> None:
@@ -276,7 +273,7 @@ def _high(analysis: Analysis, suggestion: Suggestion) -> Figure:
     )
 
 
-def _overlap(analysis: Analysis, suggestion: Suggestion) -> Figure:
+def _overlap(analysis: Analysis) -> Figure:
     pairs = [("prefill", analysis.prefill.overlap)]
     if analysis.decode is not None:
         pairs.append(("decode steps", analysis.decode.overlap))
@@ -295,7 +292,7 @@ def _overlap(analysis: Analysis, suggestion: Suggestion) -> Figure:
     )
 
 
-def _kept_over_time(analysis: Analysis, suggestion: Suggestion) -> Figure | None:
+def _kept_over_time(analysis: Analysis) -> Figure | None:
     if not analysis.lengths:
         return None
     first = [sum(row) / len(row) for row in analysis.same_as_first]
@@ -330,7 +327,7 @@ def _kept_over_time(analysis: Analysis, suggestion: Suggestion) -> Figure | None
     )
 
 
-def _places(analysis: Analysis, suggestion: Suggestion) -> Figure:
+def _places(analysis: Analysis) -> Figure:
     parts = [("from top to bottom", analysis.rows)]
     if analysis.placed:
         parts.append(("from left to right", analysis.columns))

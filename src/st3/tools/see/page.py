@@ -11,7 +11,6 @@ from typing import Any
 from st3.tools.see.figures import Figure
 from st3.tools.see.pages import render
 from st3.tools.see.result import Analysis
-from st3.tools.see.suggest import Suggestion
 
 PAGE, DATA = "analysis.html", "analysis.json"
 
@@ -19,7 +18,6 @@ PAGE, DATA = "analysis.html", "analysis.json"
 def write(
     folder: Path,
     analysis: Analysis,
-    suggestion: Suggestion,
     figures: Sequence[Figure],
     about: dict[str, str],
 ) -> list[Path]:
@@ -32,9 +30,9 @@ def write(
         the files, the page first.
     """
     page = folder / PAGE
-    page.write_text(html(analysis, suggestion, figures, about), encoding="utf-8")
+    page.write_text(html(figures, about), encoding="utf-8")
     data = folder / DATA
-    whole = {"about": about, "suggestion": suggestion.to_dict(), **analysis.to_dict()}
+    whole = {"about": about, **analysis.to_dict()}
     data.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
     files = [page, data]
     for figure in figures:
@@ -46,13 +44,10 @@ def write(
     return files
 
 
-def html(
-    analysis: Analysis, suggestion: Suggestion, figures: Sequence[Figure], about: dict[str, str]
-) -> str:
+def html(figures: Sequence[Figure], about: dict[str, str]) -> str:
     """The page as text: nothing in it is fetched from elsewhere."""
     data: dict[str, Any] = {
         "about": about,
-        "suggestion": suggestion.to_dict(),
         "figures": [
             {
                 "title": figure.title,

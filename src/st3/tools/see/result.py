@@ -12,6 +12,10 @@ Row = list[float]
 Matrix = list[Row]
 
 
+LAZY = 0.9
+"""Cosine similarity with the layer before from which on a layer counts as lazy."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """Means over the prefills, or over the decode steps; layers are counted from 0.
@@ -118,3 +122,9 @@ def _phase(collector: Collector, phase: int) -> Phase:
         holding=(collector.holding[phase] / count).tolist(),
         overlap=(collector.overlap[phase] / count).tolist(),
     )
+
+
+def lazy_layers(analysis: Analysis) -> list[int]:
+    """Layers whose attention over the image is nearly that of the layer before."""
+    cosine = analysis.typical.previous_cosine
+    return [layer for layer in range(1, len(cosine)) if cosine[layer] >= LAZY]

@@ -15,7 +15,7 @@ _HERE = Path(__file__).parent
 
 
 def render(page: str, title: str, data: Any) -> str:
-    """The page ``page`` (``analysis`` or ``report``) with its data.
+    """The page ``page`` (``analysis``, ``report`` or ``tune``) with its data.
 
     Args:
         data: plain values, read by the page's script.

@@ -2,18 +2,6 @@ $("title").textContent = document.title;
 fillTerms($("about"), { Model: data.about.model, Prompts: data.about.prompts,
   "Visual tokens": data.about.visual, Conditions: data.about.conditions,
   Command: data.about.command });
-$("policy").textContent = data.suggestion.policy;
-$("reasons").append(...data.suggestion.reasons.map((text) => make("li", {}, text)));
-$("cautions").append(...data.suggestion.cautions.map((text) =>
-  make("li", {}, make("strong", {}, "Caution: "), text)));
-$("copy").addEventListener("click", () => {
-  const range = document.createRange();
-  range.selectNodeContents($("policy"));
-  getSelection().removeAllRanges();
-  getSelection().addRange(range);
-  const done = () => { $("copy").textContent = "Copied"; };
-  if (navigator.clipboard) navigator.clipboard.writeText(data.suggestion.policy).then(done, () => {});
-});
 for (const { title, text, head, rows, light, dark } of data.figures) {
   const row = (cells) => make("tr", {}, ...cells.map((cell, i) =>
     make(i ? "td" : "th", i ? {} : { scope: "row" }, cell)));
