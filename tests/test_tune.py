@@ -289,6 +289,8 @@ def test_a_finished_run_is_not_asked_again(
     first, items = json.loads(out.read_text()), (tmp_path / "policy.run/items.jsonl").read_text()
     assert tune(plain_set, tiny_model, out, "--goal", "1%").exit_code == 0
     second = json.loads(out.read_text())
+    said = json.loads(tune(plain_set, tiny_model, out, "--goal", "1%", "--json").stdout)
+    assert (said["policy"], said["outcome"]) == (first["policy"], "pick")
     assert (tmp_path / "policy.run/items.jsonl").read_text() == items
     assert second["evidence"] == first["evidence"]
     other = tune(plain_set, tiny_model, out, "--max-new-tokens", 5)

@@ -11,8 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from st3.tools.cli._common import BUNDLED_MODEL, CliError, split_policies, stderr, stdout
-from st3.tools.cli._options import Device, DType, Model, Precision, TrustRemoteCode
+from st3.tools.cli._common import (
+    BUNDLED_MODEL,
+    CliError,
+    print_json,
+    printable,
+    split_policies,
+    stderr,
+    stdout,
+)
+from st3.tools.cli._options import (
+    AsJson,
+    Attention,
+    Device,
+    DType,
+    Model,
+    Precision,
+    TrustRemoteCode,
+)
 from st3.tools.common.errors import first_line
 
 if TYPE_CHECKING:
@@ -65,6 +81,8 @@ def tune(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of timing.")] = 5,
     seed: Annotated[int, typer.Option(help="Of how items are dealt to the halves.")] = 0,
+    as_json: AsJson = False,
+    attention: Attention = None,
     device: Device = "auto",
     dtype: Precision = DType.auto,
     trust_remote_code: TrustRemoteCode = False,
@@ -103,7 +121,7 @@ def tune(
         given = questions(data, limit, seed)
     name = None if model == BUNDLED_MODEL else model
     with console.status(f"loading {model or 'the bundled model'}"):
-        loaded = _loading.load(name, device, dtype.value, trust_remote_code)
+        loaded = _loading.load(name, device, dtype.value, trust_remote_code, attention=attention)
     with _one_line_errors(1):
         with _loading.quiet():
             layers = len(find_parts(loaded.model).layers)
@@ -120,9 +138,22 @@ def tune(
             console.print(f"note: {note}", soft_wrap=True)
         with _loading.quiet():
             outcome = _run(work)
-        about = _about(loaded, data, given, start)
+        about = _about(loaded, data, given, start, attention or "sdpa")
         files = write(out, outcome, work, model_facts(loaded.model.config), about)
-    _show(outcome, work, files)
+    if as_json:
+        from st3.tools.tune.report import sentence
+
+        pick = outcome.pick
+        print_json(
+            {
+                "policy": "none" if pick is None else pick.entry.label,
+                "outcome": "untrimmed" if pick is None else "pick",
+                "summary": sentence(outcome, work),
+                "files": [str(path) for path in files],
+            }
+        )
+    else:
+        _show(outcome, work, files)
 
 
 def _check_out(out: Path) -> None:
@@ -164,10 +195,12 @@ def _settings(
     }
 
 
-def _about(loaded: Any, data: Path | None, given: Any, start: float) -> dict[str, Any]:
+def _about(
+    loaded: Any, data: Path | None, given: Any, start: float, attention: str
+) -> dict[str, Any]:
     from st3.tools.common.conditions import conditions
 
-    return conditions(loaded.model.device, loaded.model.dtype) | {
+    return conditions(loaded.model.device, loaded.model.dtype, attention) | {
         "model": loaded.name,
         "data": "the bundled scenes" if data is None else str(data),
         "items": len(given.data.items),
@@ -202,7 +235,8 @@ def _show(outcome: Outcome, work: Tuning, files: list[Path]) -> None:
     console.print(tables.console(cut, cells, left=(0, len(cut) - 1), fold=(0, len(cut) - 1)), "")
     console.print(notes(outcome, work), "", style="dim", markup=False)
     console.print(sentence(outcome, work), soft_wrap=True, markup=False)
-    console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True, markup=False)
+    written = ", ".join(printable(path) for path in files)
+    console.print(f"written: {written}", soft_wrap=True, markup=False)
 
 
 @contextlib.contextmanager
