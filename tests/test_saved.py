@@ -55,11 +55,11 @@ def test_a_file_is_the_policy_in_it(file: Path) -> None:
 
 
 def test_arguments_beside_a_file(file: Path) -> None:
-    policy = parse(f"{file}:layer=2", budget="50%")
-    assert str(policy) == "fastv:layer=2,drop=0.75,budget=0.5"
+    policy = parse(f"{file}:layer=3", budget="50%")
+    assert str(policy) == "fastv:layer=3,drop=0.75,budget=0.5"
     assert isinstance(policy, Saved)
-    assert with_budget(policy, 8) == parse("fastv:layer=2").at_budget(8, 0.5)
-    assert str(parse(policy, layer=3)) == "fastv:layer=3,drop=0.75,budget=0.5"
+    assert with_budget(policy, 8) == parse("fastv:layer=3").at_budget(8, 0.5)
+    assert str(parse(policy, layer=4)) == "fastv:layer=4,drop=0.75,budget=0.5"
 
 
 def test_texts_from_elsewhere_read_no_files(file: Path) -> None:

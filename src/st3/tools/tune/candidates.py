@@ -54,7 +54,10 @@ class Candidates:
     def __init__(self, model: Any, num_layers: int, policies: Sequence[Policy]) -> None:
         able, notes = usable(model, policies)
         self.layers, self.policies = num_layers, able
-        self.refused = [tuple(note.split(" is left out: ", 1)) for note in notes]
+        self.refused: list[tuple[str, str]] = []
+        for note in notes:
+            name, _, why = note.partition(" is left out: ")
+            self.refused.append((name, why))
         self.untrimmed = Entry(NoTrim(), source="none")
         default = with_budget(parse(DEFAULT_POLICY), num_layers)
         self.default = Entry(default, None, source=DEFAULT_POLICY)

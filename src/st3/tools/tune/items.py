@@ -108,7 +108,7 @@ def _scenes() -> Dataset:
         if item.kind in (QUESTION, CAPTION):
             by_image[item.images[0]].setdefault(item.task, item)
     chosen: list[Item] = []
-    used: dict[str, int] = defaultdict(int)
+    used: dict[str, float] = defaultdict(float)
     for tasks in by_image.values():
         task = min(tasks, key=lambda name: used[name])
         used[task] += 1 if tasks[task].kind == QUESTION else 1 / DESCRIPTIONS

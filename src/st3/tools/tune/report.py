@@ -15,8 +15,9 @@ from st3.tools.common.palette import color
 from st3.tools.common.tables import markdown
 from st3.tools.see.pages import render
 from st3.tools.tune.items import Quality
+from st3.tools.tune.measure import Cost
 from st3.tools.tune.search import Trial
-from st3.tools.tune.tuning import Cost, Finalist, Outcome, Tuning, items_for
+from st3.tools.tune.tuning import Finalist, Outcome, Tuning, items_for
 
 GAINS = {
     "end-to-end": "of the untrimmed time",
