@@ -226,7 +226,7 @@ class Tuning:
         the mean share of what is shown."""
         rows = [self.candidates.default]
         for name in BASELINES if shown is not None else ():
-            share = round(shown.share if shown else 1.0, 3)
+            share = shown.entry.budget or round(shown.share, 3) if shown else 1.0
             with contextlib.suppress(ValueError):  # a share that it cannot have
                 made = parse(name).at_budget(self.candidates.layers, share)
                 rows.append(Entry(made, share, source=name))

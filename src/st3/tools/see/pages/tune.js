@@ -30,9 +30,10 @@ function plot() {
   const timed = evidence.finalists.filter((one) => one.cost);
   const seen = timed.flatMap((one) => [one.search, one.confirm].filter(Boolean).map((q) => q.kept));
   const bottom = Math.max(0, Math.floor(20 * Math.min(goal - 0.08, ...seen)) / 20);
-  const top = Math.max(1.01, ...seen) + 0.01;
-  const right = Math.max(1.08, ...timed.map(atCost)) + 0.02;
-  const x = (value) => left + (wide - left - 12) * value / right;
+  const top = Math.max(1.01, ...seen) + 0.015;
+  const right = Math.max(1.05, ...timed.map(atCost)) + 0.02;
+  const from = Math.max(0, Math.floor(10 * Math.min(...timed.map(atCost)) - 1) / 10);
+  const x = (value) => left + (wide - left - 12) * (value - from) / (right - from);
   const y = (value) => 12 + (high - low - 12) * (top - value) / (top - bottom);
   const svg = make("svg", { viewBox: `0 0 ${wide} ${high}`, role: "img",
     "aria-label": `${evidence.counted} kept against cost; the numbers stand in the table below` });
@@ -48,18 +49,13 @@ function plot() {
     svg.append(make("line", { x1: left, x2: wide - 12, y1: y(value), y2: y(value), class: "rule" }));
     text(percent(value), { x: left - 6, y: y(value) + 4, "text-anchor": "end" });
   }
-  for (let value = 0; value <= right; value += narrow ? 0.25 : 0.2) {
+  const step = right - from > 0.6 ? 0.2 : 0.1;
+  for (let value = Math.ceil(from / step - 1e-6) * step; value <= right; value += step) {
     text(percent(value), { x: x(value), y: high - low + 18, "text-anchor": "middle" });
   }
   text(data.axis, { x: (left + wide) / 2, y: high - 6, "text-anchor": "middle" });
   svg.append(make("line", { x1: left, x2: wide - 12, y1: y(goal), y2: y(goal), class: "goal" }));
   text(`goal ${percent(goal)}`, { x: left + 6, y: y(goal) + 15, class: "goal-name" });
-  const finalists = new Set(evidence.finalists.map((one) => one.policy));
-  for (const one of evidence.candidates) {
-    if (finalists.has(one.policy) || one.seen.kept < bottom) continue;
-    hint(make("circle", { cx: x(one.counted_cost), cy: y(Math.min(one.seen.kept, top)), r: 2.5,
-      class: "early" }), `${one.name}: ${one.rejected}`);
-  }
   hint(make("circle", { cx: x(1), cy: y(1), r: 5, class: "untrimmed" }), "untrimmed");
   text("untrimmed", { x: Math.min(x(1), wide - 36), y: y(1) - 9, "text-anchor": "middle" });
   for (const one of timed) {
@@ -77,17 +73,16 @@ function plot() {
     }
   }
   if (shown) {
-    const at = x(atCost(shown)), end = at > wide * 0.6;
-    text(shown.name, { x: at + (end ? -13 : 13), y: y(shown.confirm.kept) + 4, class: "name",
-      "text-anchor": end ? "end" : "start" });
+    const at = Math.min(Math.max(x(atCost(shown)), left + 50), wide - 110);
+    text(shown.name, { x: at, y: y(shown.confirm.kept) - 14, class: "name",
+      "text-anchor": "middle" });
   }
   home.replaceChildren(svg);
 }
 plot();
 addEventListener("resize", plot);
 $("legend").textContent = "Full: on the half that nothing was chosen on, with a line down to what " +
-  "is certain. Hollow: a finalist on the searching half. Grey: rejected before, on few items, its " +
-  "cost by counts of tokens. Further left saves more.";
+  "is certain. Hollow: a finalist on the searching half. Further left saves more.";
 
 function fill(table, head, rows) {
   table.append(
@@ -99,7 +94,8 @@ fill($("finalists"),
   ["policy", "kept", "at least", "first token", "whole answer", "KV read", "verdict"],
   evidence.finalists.map((one) => ({
     cls: one === shown ? "picked" : "",
-    cells: [one.name, one.confirm ? kept(one.confirm) : `(${kept(one.search)})`,
+    cells: [make("span", {}, make("span", { class: "swatch", "aria-hidden": "true",
+      style: `--own: ${data.colors[one.policy]}` }), one.name), one.confirm ? kept(one.confirm) : `(${kept(one.search)})`,
       one.at_least === null ? "-" : percent(one.at_least, 1),
       ...["first_ratio", "total_ratio", "kv_ratio"].map((key) =>
         (one.cost ? percent(one.cost[key]) : "-")), one.verdict],
@@ -112,9 +108,8 @@ for (const one of evidence.candidates.filter((trial) => trial.rejected)) {
   families.set(family, [...(families.get(family) ?? []), one]);
 }
 for (const [family, trials] of families) {
-  const best = trials.reduce((a, b) => (b.seen.kept > a.seen.kept ? b : a));
   $("rejected").append(make("details", {},
-    make("summary", {}, `${family}: ${trials.length}, at most ${kept(best.seen)} kept`),
+    make("summary", {}, `${family} (${trials.length})`),
     make("ul", {}, ...trials.map((one) => make("li", {}, `${one.name}: ${one.rejected}`)),
       ...Object.entries(evidence.narrowed).filter(([name]) => name.split(":")[0] === family)
         .map(([name, why]) => make("li", {}, `${name}: ${why}`)))));
