@@ -144,7 +144,7 @@ def test_a_budget_is_of_the_policy_named_or_of_the_servers_own(client: TestClien
         asked = body("describe", picture(), st3=given, max_tokens=2)
         found = client.post(CHAT, json=asked).json()["st3"]
         assert found["policy"] == policy
-        assert found["mean_share"] == pytest.approx(0.5, abs=0.02)  # of 16 tokens
+        assert found["mean_share"] == pytest.approx(0.5, abs=0.04)  # of 16 tokens
 
 
 def test_a_policy_of_a_huge_number_is_the_clients_fault(client: TestClient) -> None:
