@@ -246,6 +246,20 @@ def test_a_cache_that_was_reset_takes_another_prompt_and_another_policy() -> Non
     assert_same(last, again.slow(ids))
 
 
+@pytest.mark.parametrize("policy", ["st3", "none"])
+def test_a_cache_that_was_reset_takes_text(policy: str) -> None:
+    run = Run(Case.of("llava", SOLO))
+    run.feed(words(1, 1, 1)["input_ids"])
+    run.cache.reset()
+    ids, bare = words(1, 6, 2)["input_ids"], DynamicCache(config=run.case.model.config)
+    run.trimmer = st3.trim(run.case.model, POLICIES[policy])
+    run.mask = torch.ones(1, 0, dtype=torch.long)
+    for part in (ids[:, :5], ids[:, 5:]):
+        with torch.no_grad():
+            wanted = run.case.model(input_ids=part, **{CACHE: bare}).logits
+        assert_same(run.feed(part), wanted[:, -1])
+
+
 def test_a_cache_of_ones_own_is_trimmed_in_place() -> None:
     case = Case.of("llava")
     cache = DynamicCache(config=case.model.config)

@@ -182,6 +182,8 @@ class Attachment:
         seam = None
         if cache is not None:
             seam = CacheSeam(cache, self.session.plan.wiring.own, self._pads)
+            if visual is None and not past and seam.stores:
+                seam.renew(self.parts.text.config)
             if visual is not None:
                 self.latest_cache = weakref.ref(cache)
                 if self.session.active and not seam.stores:

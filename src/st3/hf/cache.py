@@ -91,6 +91,10 @@ class CacheSeam:
                 layers[layer] = TrimmedLayer(store)
         return fresh
 
+    def renew(self, config: Any) -> None:
+        """Give a cache that was reset plain layers again, for a prompt that is not trimmed."""
+        self.cache.layers = new_cache(config).layers
+
     def _layers(self) -> list[Any]:
         """The cache's own layers for those, as far as it has any yet."""
         layers = self.cache.layers
