@@ -18,7 +18,7 @@ from st3.engine.kv.store import KVStore
 from st3.engine.kv.timeline import Phase, Timeline
 from st3.engine.plan import Plan
 from st3.engine.prefill import Prefill
-from st3.engine.prompt import Block, Rows, read_prompt
+from st3.engine.prompt import read_prompt
 from st3.engine.steps import JoinedStep, TextStep
 from tests.test_ranker import VISUAL, Spy, plan_of
 from tests.test_stores import WHOLE, entries, pair, sequence
@@ -144,7 +144,7 @@ def test_an_image_behind_text_sees_of_it_what_its_window_shows(window: int | Non
     timeline.phase, timeline.start, timeline.tokens, timeline.dense_from = Phase.APPEND, 8, 6, 14
     store.write()
     rows, block = read_prompt(VISUAL.expand(2, -1), None, 0, per_image=False)
-    run = Prefill(plan, rows, block, None, {0: store}, timeline, True, None, Events())
+    run = Prefill(plan, rows, block, {0: store}, timeline, True, None, Events())
     inputs = LayerInputs(torch.zeros(2, 6, 8))
     run.enter(0, inputs)
     keys, values = store.append(*pair(2, 6))
@@ -165,11 +165,11 @@ def test_an_image_behind_text_sees_of_it_what_its_window_shows(window: int | Non
 # A prompt -----------------------------------------------------------------------------------------
 
 
-def prompt(plan: Plan, events: Events) -> tuple[Prefill, KVStore, tuple[Rows, Block]]:
+def prompt(plan: Plan, events: Events) -> tuple[Prefill, KVStore]:
     timeline = Timeline(Phase.PREFILL, tokens=6, prompt=6, dense_from=6)
     store = KVStore(0, plan.schedule, timeline)
     read = read_prompt(VISUAL, None, 0, per_image=False)
-    return Prefill(plan, *read, None, {0: store}, timeline, False, None, events), store, read
+    return Prefill(plan, *read, {0: store}, timeline, False, None, events), store
 
 
 def test_a_layer_that_runs_again_tells_of_its_score_once() -> None:
@@ -182,7 +182,7 @@ def test_a_layer_that_runs_again_tells_of_its_score_once() -> None:
 
     events = Events()
     events.add(Hears())
-    run, store, _ = prompt(plan_of(Spy("attention"), 1.0, 0.5), events)
+    run, store = prompt(plan_of(Spy("attention"), 1.0, 0.5), events)
     keys, values = pair(1, 6)
     for _ in range(2):
         store.receive(keys, values)
@@ -195,7 +195,7 @@ def test_parts_of_a_larger_projection_are_copied_in_their_layer() -> None:
     """Not behind the last one: until then each layer would hold its whole projection."""
     score = st3.ST3(score="attention").scorer()
     for whole in (False, True):
-        run, store, _ = prompt(plan_of(score, 1.0, anneal=st3.Anneal(tau=4)), Events())
+        run, store = prompt(plan_of(score, 1.0, anneal=st3.Anneal(tau=4)), Events())
         keys, values = torch.randn(3, 1, 1, 6, 2)[:2] if whole else pair(1, 6)
         store.receive(keys, values)
         run.enter(0, LayerInputs(torch.zeros(1, 6, 8)))
@@ -203,12 +203,39 @@ def test_parts_of_a_larger_projection_are_copied_in_their_layer() -> None:
         assert (store.buffer is not None) == whole
 
 
+def test_inputs_of_each_token_are_given_for_those_that_are_left() -> None:
+    """As the embeddings that some families hand to each layer."""
+    read = read_prompt(VISUAL, None, 0, per_image=False)
+    run = Prefill(plan_of(Spy("embeds"), 0.5), *read, None, Timeline(), False, None, Events())
+    inputs = LayerInputs(torch.zeros(1, 6, 8), others={"of_each": torch.arange(6)[None]})
+    run.enter(0, inputs)
+    assert inputs.others["of_each"].tolist() == [[0, 3, 4, 5]]
+
+
+def test_candidates_see_of_each_image_what_its_own_budget_shows() -> None:
+    visual = torch.tensor([[0, 1, 0, 1, 1, 1, 0, 0]], dtype=torch.bool)
+    rows, block = read_prompt(visual, None, 1, per_image=True)
+    plan = plan_of(Spy("attention"), 1.0, anneal=st3.Anneal("linear", tau=4, floor=0))
+    plan = replace(plan, per_image=True)
+    assert [plan.schedule.visible(0, n, 1) for n in rows.images[0]] == [1, 2]
+    timeline = Timeline(Phase.PREFILL, tokens=8, prompt=7, dense_from=7)
+    store = KVStore(0, plan.schedule, timeline)
+    keys, values = pair(1, 8)
+    store.receive(keys, values)
+    run = Prefill(plan, rows, block, {0: store}, timeline, False, None, Events())
+    run.enter(0, LayerInputs(torch.zeros(1, 8, 8)))
+    call = call_of(keys, values, 8, None)
+    run.attend(0, call)
+    assert call.mask[0, 0, -1].tolist() == [True, True, True, False, True, True, True, True]
+    assert call.mask[0, 0, -2].tolist() == [True] * 7 + [False]
+
+
 def test_layers_that_run_again_are_given_the_columns_that_they_had() -> None:
     """Gradient checkpointing runs them from the last to the first, in some versions of transformers
     with their hooks."""
     read = read_prompt(VISUAL, None, 0, per_image=False)
     plan = plan_of(Spy("attention"), 1.0, 0.75, 0.25)
-    run = Prefill(plan, *read, None, None, Timeline(), False, None, Events())
+    run = Prefill(plan, *read, None, Timeline(), False, None, Events())
     given = {0: torch.arange(6.0)[None, :, None].expand(1, 6, 8)}
     seen: dict[int, list[float]] = {}
     for layer in (0, 1, 2, 2, 1, 0):

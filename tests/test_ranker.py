@@ -20,7 +20,7 @@ from st3.engine.prompt import Block, Rows, read_prompt
 from st3.engine.ranker import DeferredScore, Ranker
 from st3.engine.wiring import Wiring
 from st3.methods.schedule import Schedule
-from st3.methods.scores import LayerView, TokenView
+from st3.methods.scores import Attention, LayerView, TokenView
 
 VISUAL = torch.tensor([[0, 1, 1, 1, 1, 0]], dtype=torch.bool)
 
@@ -118,6 +118,12 @@ def test_where_all_ranks_wait_no_score_does() -> None:
     assert plan_of(score, 1.0, 1.0, anneal=anneal, ranks="group").deferrable == (False, False)
 
 
+def test_a_score_that_a_later_layer_uses_does_not_wait() -> None:
+    plan = plan_of(Attention(lazy=2), *[1.0] * 4, 0.5, 0.5, anneal=st3.Anneal(tau=4))
+    assert plan.users == {0: [0], 1: [1], 2: [2, 3], 4: [4, 5]}
+    assert plan.deferrable == (True, True, False, False, False, False)
+
+
 def test_the_whole_order_counts_where_tokens_are_annealed() -> None:
     """A score that picks one token after the other may stop at those that the next drop keeps,
     unless more than that is read of its order."""
@@ -135,7 +141,7 @@ def test_each_kind_of_layer_keeps_its_own_mask_and_tables() -> None:
     """Gemma 3 has two of both, for full and for sliding layers."""
     rows, block = prompt()
     plan = plan_of(Spy("embeds"), 0.5, 0.5)
-    run = Prefill(plan, rows, block, None, None, Timeline(), False, None, Events())
+    run = Prefill(plan, rows, block, None, Timeline(), False, None, Events())
     hidden = torch.arange(6.0)[None, :, None].expand(1, 6, 4)
     here = [0, 3, 4, 5]
     full = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
@@ -158,7 +164,7 @@ def test_only_a_first_prompt_on_a_cache_is_ordered_for_annealing() -> None:
     rows, block = prompt()
     plan = plan_of(Spy("attention"), 1.0, 1.0, anneal=st3.Anneal(tau=4))
     ordered = [
-        Prefill(plan, rows, block, None, stores, Timeline(), extends, None, Events()).ordered
+        Prefill(plan, rows, block, stores, Timeline(), extends, None, Events()).ordered
         for stores, extends in (({}, False), ({}, True), (None, False))
     ]
     assert ordered == [(True, True), (False, False), (False, False)]
@@ -184,7 +190,7 @@ def test_flash_attention_is_given_no_mask_for_candidates() -> None:
         plan = replace(plan_of(score, 1.0, anneal=st3.Anneal(tau=1, floor=0)), kind=kind)
         timeline = Timeline(tokens=6, prompt=5)
         store = KVStore(0, plan.schedule, timeline)
-        run = Prefill(plan, rows, block, None, {0: store}, timeline, False, None, Events())
+        run = Prefill(plan, rows, block, {0: store}, timeline, False, None, Events())
         query, key, value = torch.randn(3, 1, 2, 6, 4).unbind()
         store.receive(key, value)
         run.enter(0, LayerInputs(torch.zeros(1, 6, 8)))

@@ -52,7 +52,6 @@ class Prefill:
 
     Args:
         rows, block: what was read of the prompt.
-        attention_mask: [B, T] of this chunk, or None when all is valid.
         stores: the KV stores to fill, by decoder layer; None without a cache.
         tower: [looks, B, T], what the vision tower attends to; None unless the score asks.
 
@@ -72,14 +71,13 @@ class Prefill:
         plan: Plan,
         rows: Rows,
         block: Block,
-        attention_mask: Tensor | None,
         stores: dict[int, KVStore] | None,
         timeline: Timeline,
         extends: bool,
         tower: Tensor | None,
         events: Events,
     ) -> None:
-        self.plan, self.rows, self.block, self.attention_mask = plan, rows, block, attention_mask
+        self.plan, self.rows, self.block, self._valid = plan, rows, block, block.valid
         self.stores, self.timeline, self.extends, self.events = stores, timeline, extends, events
         self.budgets = plan.budgets(rows)
         nothing = (False,) * plan.num_layers
@@ -170,7 +168,7 @@ class Prefill:
         return gather_mask(mask, block.source_columns(), block.valid)
 
     def _is_plain(self, mask: Tensor) -> bool:
-        return bool(self._once(mask, lambda: is_plain(mask, self.attention_mask), everywhere=True))
+        return bool(self._once(mask, lambda: is_plain(mask, self._valid), everywhere=True))
 
     # In a layer -------------------------------------------------------------------------------
 

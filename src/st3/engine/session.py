@@ -168,10 +168,8 @@ class Session:
         tower = None
         if chunk.tower is not None and chunk.visual is not None:
             tower = chunk.tower(chunk.visual)
-        mask = chunk.attention_mask if block.valid is not None else None
-        mask = None if mask is None else mask[:, -chunk.tokens :].to(chunk.embeds.device)
         self._tell(chunk, rows, block, timeline)
-        given = self.plan, rows, block, mask, stores, timeline, past > 0, tower, self.events
+        given = self.plan, rows, block, stores, timeline, past > 0, tower, self.events
         if self.plan.wiring.plain and chunk.late is None:
             self.current = Prefill(*given)
         else:
