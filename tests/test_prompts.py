@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import st3
+from st3.engine.events import Observer, PromptEvent
 from st3.hf.call import CACHE
 from st3.models import find_parts
 from tests.helpers import POLICIES, ST3, Case, assert_same
@@ -51,6 +52,21 @@ def test_a_mask_goes_for_all_copies_of_its_row(name: str, options: dict[str, Any
             case.model.generate(**given, max_new_tokens=3, **{"do_sample": False, **options})
     copies = options.get("num_beams", 1) * options.get("num_return_sequences", 1)
     assert [row[-1] for row in trimmer.report.kept] == [trimmer.report.n_visual[0] // 2] * copies
+
+
+def test_each_copy_has_the_mask_of_its_own_row() -> None:
+    case = Case.of("llava", [[T(5), I(), T(9)], [T(9), I(), T(5)]])
+    given = {"inputs_embeds": embeddings(case), "attention_mask": case.batch["attention_mask"]}
+    read: list[torch.Tensor] = []
+
+    class Reads(Observer):
+        def prompt(self, event: PromptEvent) -> None:
+            read.append(event.block.visual)
+
+    trimmer = st3.trim(case.model, HALF, visual_mask=case.visual)
+    with torch.no_grad(), trimmer, trimmer.observe(Reads()):
+        case.model.generate(**given, max_new_tokens=2, do_sample=False, num_beams=2)
+    assert torch.equal(read[0], case.visual[[0, 0, 1, 1]])
 
 
 @pytest.mark.parametrize("by", ["input_ids", "inputs_embeds"])

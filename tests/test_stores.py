@@ -72,6 +72,20 @@ def test_a_prompt_is_written_without_what_the_next_token_no_longer_sees() -> Non
     assert store.positions(store.filled.base).tolist() == [[7, 8, 9]]
 
 
+def test_an_image_is_kept_where_text_before_it_has_left_the_window() -> None:
+    store = KVStore(0, HALVING, Timeline(Phase.PREFILL, tokens=16, prompt=16, dense_from=16), 8)
+    visual = (torch.arange(16) >= 10) & (torch.arange(16) < 14)
+    _, block = read_prompt(visual[None], None, 0, per_image=False)
+    score = torch.zeros(1, 16)
+    score[0, 10:14] = torch.tensor([0.3, 0.1, 0.4, 0.2])
+    store.receive(*pair(1, 16))
+    store.admit(block, score, [(4,)])
+    places = store.write()
+    assert places is not None
+    assert places.tolist() == [[11, 13, 10, 12, 9, 14, 15]]
+    assert store.row_starts(0) == (store.filled.base,)
+
+
 def test_the_first_token_of_a_turn_under_way_sees_its_whole_window() -> None:
     timeline = Timeline(Phase.PREFILL, tokens=10, prompt=10, dense_from=10)
     store = admitted(4, timeline, 10)
@@ -117,6 +131,16 @@ def test_a_pass_that_was_broken_off_leaves_no_room_for_the_next() -> None:
     decode(store)
     store.make_room(3)
     assert decode(store).shape[2] == store.visible_tokens
+
+
+@pytest.mark.parametrize("size_first", [False, True])
+def test_kernels_for_several_queries_get_keys_with_the_head_size_last(size_first: bool) -> None:
+    store = KVStore(0, WHOLE, Timeline(Phase.PREFILL, tokens=8, prompt=8, dense_from=8))
+    _, block = read_prompt(torch.zeros(1, 8, dtype=torch.bool), None, 0, per_image=False)
+    store.receive(*pair(1, 8))
+    store.admit(block, None, [()], size_first)
+    assert (decode(store, 1).stride(-1) != 1) == size_first
+    assert decode(store, 2).stride(-1) == 1
 
 
 def test_starts_are_worked_out_once_in_a_step() -> None:
@@ -194,6 +218,14 @@ def test_compiled_steps_are_given_buffers_of_whole_buckets() -> None:
         assert not buffer.keys[:, :, buffer.width :].any()
         for _ in range(30):  # other passes in between make other buffers
             decode(store, 2)
+
+
+def test_rows_are_chosen_of_a_prompt_that_waits() -> None:
+    store = with_visual(4, 4, rows=2)
+    key = store.received.key
+    store.select_rows(torch.tensor([1]))
+    assert len(store.rows) == store.filled.rows == 1
+    assert torch.equal(store.filled.view(store.filled.keys, 4)[0], key[1, :, 4:])
 
 
 def test_choosing_as_many_rows_keeps_the_memory_where_it_is() -> None:

@@ -126,6 +126,19 @@ def test_ranking_anew_changes_what_is_seen() -> None:
     assert (old - new).abs().max() > 1e-3
 
 
+def test_placeholders_behind_a_prompt_are_no_image() -> None:
+    """Prompt lookup copies them from the prompt. Gemma 4 looks for them in every pass."""
+    case = Case.of("gemma4", SOLO)
+    cache, ids = DynamicCache(config=case.model.config), words(1, 3, 1)["input_ids"]
+    ids[0, 0] = case.model.config.image_token_id
+    mask = torch.cat([case.batch["attention_mask"], torch.ones_like(ids)], 1)
+    with st3.trim(case.model, ST3) as trimmer, torch.no_grad():
+        case.model(**case.batch, **{CACHE: cache})
+        case.model(input_ids=ids, attention_mask=mask, **{CACHE: cache})
+    assert trimmer.report.n_visual == case.visual.sum(1).tolist()
+    assert trimmer.report.steps == 3
+
+
 # -- generate(), turn by turn -------------------------------------------------------------------
 
 
