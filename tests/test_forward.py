@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import st3
+from st3.hf.cache import stores_of
 from st3.hf.call import cache_of
 from tests.helpers import POLICIES, ST3, Case, assert_same, parts
 from tests.test_modes import ON_EACH, SOLO
@@ -43,6 +44,7 @@ def test_without_a_cache(name: str) -> None:
         plain = case.model(**case.batch, use_cache=False)
     assert cache_of(plain) is None
     assert cache_of(cached).get_seq_length() == case.width
+    assert len(stores_of(cache_of(cached))) == case.layers
     assert torch.equal(plain.logits, cached.logits)
     assert trimmer.report.samples == []
 

@@ -102,6 +102,27 @@ def test_a_text_model_called_by_itself_meets_no_earlier_prompt(name: str) -> Non
         assert torch.equal(found, expected)
 
 
+def test_a_text_model_called_by_itself_meets_no_earlier_mask() -> None:
+    """The padding behind a row of the prompt is not in what follows."""
+    case = Case.of("llava", [[T(5), I(), T(4)], [T(3), I(), T(9)]], padding="right")
+    text: Any = find_parts(case.model).text
+    cache = DynamicCache(config=case.model.config)
+    with st3.trim(case.model, ST3), torch.no_grad():
+        case.model(**case.batch, **{CACHE: cache})
+        text(inputs_embeds=torch.randn(2, 2, text.config.hidden_size), **{CACHE: cache})
+    assert cache.get_seq_length() == case.width + 2
+
+
+def test_what_assisted_decoding_proposed_is_forgotten_behind_it() -> None:
+    case = Case.of("llava", SOLO)
+    with st3.trim(case.model, ST3), torch.no_grad():
+        whole = case.model(**case.batch).logits
+        case.generate(None, 8, prompt_lookup_num_tokens=3)
+        cache = DynamicCache(config=case.model.config)
+        last = case.model(**case.batch, **{CACHE: cache}, logits_to_keep=5).logits
+    assert torch.equal(last, whole[:, -5:])
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_several_logits_of_a_prompt_are_no_candidates(name: str) -> None:
     """Scoring a continuation asks for the last logits, with a cache of one's own or none."""

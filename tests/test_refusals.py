@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 from unittest.mock import patch
 
@@ -18,7 +19,7 @@ import st3
 from st3.hf.call import CACHE
 from st3.methods.schedule import Schedule
 from st3.models import VisualTokens, families
-from tests.helpers import ST3, Case
+from tests.helpers import ST3, Case, parts
 from tests.test_cache import Run
 from tests.test_modes import SOLO
 from tests.test_turns import RAGGED, words
@@ -195,6 +196,17 @@ def test_a_further_turn_whose_rows_would_differ_in_length() -> None:
             attention_mask=torch.ones(2, run.case.width + new["input_ids"].shape[1]).long(),
             **{CACHE: run.cache},
         )
+
+
+def test_a_layer_that_calls_its_attention_some_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case.of("llava", SOLO)
+    attention = parts(case.model)[1][7].self_attn
+    with st3.trim(case.model, ST3), torch.no_grad():
+        config = copy.deepcopy(attention.config)
+        config._attn_implementation = "sdpa"
+        monkeypatch.setattr(attention, "config", config)
+        with refused(r"decoder layers \[7\] did not call their attention"):
+            case.model(**case.batch)
 
 
 def test_an_image_whose_tokens_are_not_found() -> None:

@@ -253,7 +253,7 @@ class Attachment:
         self.visual.end()
         if self._tower is not None:
             self._tower.end()
-        self._attention_mask, self._logits_to_keep = None, 0
+        self._attention_mask = None
         # Gradient checkpointing runs layers again in backward: then the pass must still be there.
         with self.session.events.span("finish"):
             hidden = self.session.end(call.hidden_of(output), keep=torch.is_grad_enabled())
