@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 pytest.importorskip("vllm")
 
+from st3.tools.cli._common import CliError
+from st3.tools.cli.vllm import app
 from st3.vllm import hooks, settings
 from st3.vllm.batch import CURRENT
 from st3.vllm.stats import line
@@ -80,6 +83,12 @@ def test_model_runner_v2_has_what_is_wrapped() -> None:
         "self.mm_features", "self.req_id_to_index", "self.prompt_len",
     ):  # fmt: skip
         assert read in source, read
+
+
+def test_check_names_an_argument_that_vllm_does_not_have() -> None:
+    done = CliRunner().invoke(app, ["check", "model", "--engine-args", '{"block_sise": 16}'])
+    assert isinstance(done.exception, CliError)
+    assert "block_sise" in str(done.exception)
 
 
 def test_a_scheduler_that_is_not_configured_is_left_alone() -> None:

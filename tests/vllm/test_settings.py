@@ -7,7 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from st3.methods.policies import available, parse, presets
+from st3.tools.cli._common import CliError
+from st3.tools.cli.vllm import app
 from st3.vllm import attention, layers, settings
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
@@ -16,13 +20,15 @@ ARCHITECTURE = "LlavaForConditionalGeneration"
 def config(policy: str = "st3", layers: int = 24, **changes: Any) -> Any:
     """What is read of vLLM's ``VllmConfig``, with changes: ``parallel__data_parallel_size=2`` of a
     part, ``speculative=...`` of the whole."""
+    text = SimpleNamespace(num_hidden_layers=layers)
     parts: dict[str, dict[str, Any]] = {
         "model": {
+            "hf_config": SimpleNamespace(model_type="llava", get_text_config=lambda decoder: text),
             "architectures": [ARCHITECTURE],
             "runner_type": "generate",
             "get_sliding_window": lambda: None,
             "multimodal_config": SimpleNamespace(is_multimodal_pruning_enabled=lambda: False),
-            "hf_text_config": SimpleNamespace(num_hidden_layers=layers),
+            "hf_text_config": text,
         },
         "parallel": {
             "pipeline_parallel_size": 1,
@@ -139,12 +145,21 @@ def test_a_budget_is_the_share_that_is_held(policy: str) -> None:
     assert plan.score is not None
 
 
+def test_a_budget_may_be_an_option_of_its_own() -> None:
+    asked = settings.read({"st3": {"budget": "35%"}})
+    assert asked == settings.read({"st3": {"policy": "balanced:budget=35%"}})
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
         ("fastv", "write {"),
-        ({"polices": "fastv"}, "unknown option 'polices': use policy or layers_per_group"),
+        (
+            {"polices": "fastv"},
+            "unknown option 'polices': use policy or budget",
+        ),
         ({"policy": 3}, "policy must be a string"),
+        ({"budget": "much"}, "st3: "),
         ({"policy": "nonsense"}, "st3: unknown policy 'nonsense'"),
         ({"policy": "fastv", "layers_per_group": 0}, "whole number from 1"),
         ({"policy": "fastv", "layers_per_group": True}, "whole number from 1"),
@@ -158,6 +173,50 @@ def test_a_budget_is_the_share_that_is_held(policy: str) -> None:
 def test_options_are_checked(asked: Any, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         settings.require(SimpleNamespace(**{**vars(config()), "additional_config": {"st3": asked}}))
+
+
+POLICIES_REFUSED = {
+    "feather": "rotary",
+    "dart": "keys",
+    "visionzip": "tower",
+    "scope": "tower",
+    "hiprune": "tower",
+    "vispruner": "tower",
+    "vscan": "tower",
+    "sparsevlm": "text-raters",
+    "transprune": "last query row",
+    "v2drop": "hidden-change",
+    "evs": "not tested",
+    "mmr": "not tested",
+    "vidcom2": "not tested",
+    "dycoke": "ranking anew",
+    "st3:rerank_every=4": "ranking anew",
+    "fastv:score=text-rows": "last query row",
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES_REFUSED)
+def test_policies_that_cannot_run_are_refused_by_name(policy: str) -> None:
+    name = policy.partition(":")[0]
+    with pytest.raises(ValueError, match=f"policy {name!r} cannot run inside of vLLM") as refused:
+        settings.require(config(policy))
+    assert POLICIES_REFUSED[policy] in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["st3", "st3-7b", "st3-13b", "balanced", "fastv", "pyramiddrop", "vtw", "keynorm", "grid",
+     "random", "divprune", "cdpruner", "none"],
+)  # fmt: skip
+def test_policies_that_can_run_are_taken(policy: str) -> None:
+    assert settings.require(config(policy)) is not None
+
+
+@pytest.mark.parametrize("policy", sorted({*available(), *presets()}))
+def test_a_reason_is_found_for_whatever_is_refused(policy: str) -> None:
+    """Of policies that come later, too."""
+    why = settings.unsupported(parse(policy))
+    assert why is None or why.endswith(("hand out", "there", "keep", "over", "keys"))
 
 
 # Models that are loaded -----------------------------------------------------------------------
@@ -194,3 +253,15 @@ def test_layers_and_backends_that_are_known_are_taken() -> None:
 )
 def test_others_are_refused_when_the_model_is_loaded(layer: Layer, words: str) -> None:
     assert words in str(layers._problem(layer))
+
+
+# The command ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), [("{", "is not JSON"), ("[1]", "must be a JSON object")]
+)
+def test_check_reads_engine_args(given: str, words: str) -> None:
+    done = CliRunner().invoke(app, ["check", "model", "--engine-args", given])
+    assert isinstance(done.exception, CliError)
+    assert words in str(done.exception)

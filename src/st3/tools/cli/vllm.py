@@ -53,6 +53,8 @@ def check(
         given = json.loads(options)
     except ValueError as error:
         raise CliError(f"--engine-args is not JSON: {first_line(error)}", 2) from error
+    if not isinstance(given, dict):
+        raise CliError("--engine-args must be a JSON object, such as '{\"block_size\": 16}'", 2)
     read_policy(policy, budget)  # says what is wrong by the options' names
     wanted = {"policy": policy} | ({} if budget is None else {"budget": budget})
     try:
@@ -73,7 +75,7 @@ def check(
         problems = list(settings.obstacles(config))
         assert asked is not None  # it was just asked for
         plan = asked.plan_for(config.model_config)
-    except (ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError) as error:
         raise CliError(first_line(error)) from error
     console = stdout()
     console.print(f"vLLM {hooks.version()}, {config.model_config.architectures[0]}")
