@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.hybrids [--repeats 7] [--small] [--out FOLDER]
 
 Random weights, one thread, time of the processor, variants in turns in one process, medians. Bars:
-of a Qwen3.5 of 122 M parameters (16 layers, 12 of them linear attention) with 1,152 visual tokens
+of a Qwen3.5 of 125 M parameters (16 layers, 12 of them linear attention) with 1,152 visual tokens
 the speed-up of each policy is at least 0.95 of what token counts say; a Gemma 4 whose last layers
 share KV entries is faster if no visual token enters those than with the same policy there, too.
 """
