@@ -355,10 +355,10 @@ def test_a_newer_transformers_gives_one_warning(
     version: str, warned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transformers, "__version__", version)
-    checks._warn_if_newer.cache_clear()
     case = Case.of("llava", SOLO)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        checks._warn_if_newer.cache_clear()
         for _ in range(2):
             case.generate(ST3, 2)
     checks._warn_if_newer.cache_clear()

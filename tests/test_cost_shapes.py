@@ -201,13 +201,6 @@ def test_unknown_decoders_and_towers_are_refused_by_name() -> None:
         VisionDims.from_config(config)
 
 
-def test_shared_kv_layers_are_refused() -> None:
-    from transformers import Gemma4TextConfig
-
-    with pytest.raises(ValueError, match="share another layer's KV"):
-        TextDims.from_config(Gemma4TextConfig(num_kv_shared_layers=10))
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -233,7 +233,7 @@ def wires() -> Iterator[Bad]:
         )
     for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND", "X"):
         yield Bad(f"{method} {CHAT}", method=method)
-    for path in ("/", "/v1", "/v1/", "/v1/completions", "/v1/embeddings", "/v1/models/none", "/docs",
+    for path in ("/v1", "/v1/", "/v1/completions", "/v1/embeddings", "/v1/models/none", "/docs",
                  "/openapi.json", "/../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/v1//chat/completions",
                  "/health/x", "/metrics/x", "/" + "a" * 5000, "/%00", "/%ff"):  # fmt: skip
         yield Bad(f"page {path:.40}", method="GET", path=path)

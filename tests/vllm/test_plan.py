@@ -201,9 +201,15 @@ def test_rows_leave_and_come_back_as_zeros() -> None:
     ["st3", "balanced", "fastv", "fastv:score=attention-max-detrended", "vtw", "pyramiddrop",
      "keynorm", "grid", "random:like=(fastv:drop=0.75)", "divprune", "cdpruner"],
 )  # fmt: skip
-def test_a_pass_never_waits_for_the_device(policy: str) -> None:
+def test_a_pass_never_waits_for_the_device(policy: str, request: pytest.FixtureRequest) -> None:
     """Tensors without values raise where the host would read one."""
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from st3.methods.scores import mixed
+
+    # What is kept between calls has values before, and none behind.
+    mixed._all_worth.cache_clear()
+    request.addfinalizer(mixed._all_worth.cache_clear)
 
     plan = Plan.choose(policy, 8)
     prompt = Prompt(600, ((4, 580),), grids=(((24, 24),),))
