@@ -47,6 +47,7 @@ def test_the_wheel_is_small_and_whole(tmp_path: Path) -> None:
     metadata = next(name for name in names if name.endswith("METADATA"))
     text = zipfile.ZipFile(made).read(metadata).decode()
     assert not re.findall(r"\]\((?!https?:|#|mailto:)[^)]*\)", text)
+    assert not re.findall(r"src(?:set)?=\"(?!https?:)", text)
     assert "with st3.trim(model) as trimmer:" in text  # code is as it was
 
 
