@@ -116,6 +116,15 @@ def test_an_offloaded_cache() -> None:
         case.generate(ST3, 3, **{CACHE: cache})
 
 
+def test_a_cache_of_another_kind_whose_layers_are_plain() -> None:
+    class Own(DynamicCache):
+        """May do with its layers what it likes."""
+
+    case = Case.of("llava", SOLO)
+    with refused("Own is not supported"):
+        case.generate(ST3, 3, **{CACHE: Own(config=case.model.config)})
+
+
 def test_a_cache_layer_of_another_kind() -> None:
     class Quantized(type(DynamicCache(config=Case.of("llava").model.config).layers[0])):  # type: ignore[misc]
         pass
