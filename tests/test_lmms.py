@@ -52,7 +52,7 @@ def harness() -> Any:
 def test_a_task_of_a_local_set(tmp_path: Path) -> None:
     count = write_task(bundled_scenes(), tmp_path, "mine", limit=2)
     rows = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
-    assert len(rows) == count == 16  # seven tasks of one image, one of two
+    assert len(rows) == count == 22  # ten tasks of one image, one of two
     assert {len(row["images"]) for row in rows} == {1, 2}
     assert all(Path(image).is_file() for row in rows for image in row["images"])
     text = (tmp_path / "mine.yaml").read_text().replace("!function ", "")
