@@ -45,6 +45,14 @@ def test_the_table_shows_the_default_policies() -> None:
     assert "not measured" in done.stdout
 
 
+def test_presets_keep_their_names_in_the_table() -> None:
+    done = cost("--policy", "st3-7b", "--policy", "st3-13b")
+    assert [line.split()[0] for line in done.stdout.splitlines() if "st3-" in line] == [
+        "st3-7b", "st3-13b"
+    ]  # fmt: skip
+    assert "first_drop" not in done.stdout
+
+
 def test_a_folder_needs_the_number_of_visual_tokens(tiny_model: Path) -> None:
     done = cost("--model", tiny_model, "--visual", 16, "--policy", "vtw", "--json")
     assert done.exit_code == 0, done.output
@@ -52,12 +60,15 @@ def test_a_folder_needs_the_number_of_visual_tokens(tiny_model: Path) -> None:
     assert untrimmed["mean_visual"] == 16
     assert vtw["mean_visual"] == 8
     assert LAYERS == 8
+    without = cost("--model", tiny_model)
+    assert without.exit_code == 2
+    assert "--visual" in without.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (("--model", "no-such"), "--visual"),
+        (("--model", "no-such"), "no-such"),
         (("--model", "no-such", "--visual", 9), "no-such"),
         (("--policy", "st4"), "st4"),
         (("--policy", "fastv:layer=99"), "layer=99"),

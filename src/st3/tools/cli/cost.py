@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from st3.methods import DEFAULT_POLICY
-from st3.tools.cli._common import CliError, print_json, read_policy, stderr, stdout
+from st3.tools.cli._common import CliError, print_json, read_policy, shown, stderr, stdout
 from st3.tools.cli._options import AsJson, Budget
-from st3.tools.common.errors import first_line
+from st3.tools.common.errors import LoadError, first_line
 
 if TYPE_CHECKING:
     from st3.cost import CostRow
@@ -66,12 +67,14 @@ def cost(
         from st3.methods.policies import check_model, with_budget
         from st3.models import model_facts
     shape = SHAPES.get(model)
-    if visual is None and shape is None:
-        known = ", ".join(SHAPES)
-        raise CliError(f"--visual says how many visual tokens; only shapes know it: {known}", 2)
-    chosen = [read_policy(name, budget) for name in policy or DEFAULT_POLICIES]
+    names = policy or DEFAULT_POLICIES
+    chosen = [read_policy(name, budget) for name in names]
+    _check_hub(model)
     try:
         config = load_config(model)
+        if visual is None and shape is None:
+            known = ", ".join(SHAPES)
+            raise ValueError(f"--visual says how many visual tokens; only shapes know it: {known}")
         dims = TextDims.from_config(config)
         wiring = Wiring(dims.sources, dims.in_order)
         for one in chosen:
@@ -97,14 +100,31 @@ def cost(
     if as_json:
         print_json({**given, "rows": [dataclasses.asdict(row) for row in rows]})
     else:
-        _show(given, rows)
+        # A preset by its name: what it stands for does not fit into a column.
+        called = {str(one): shown(name, one) for name, one in zip(names, chosen, strict=True)}
+        _show(given, rows, called)
 
 
-def _show(given: dict[str, Any], rows: list[CostRow]) -> None:
+def _check_hub(model: str) -> None:
+    """Raises CliError for a hub id where the hub cannot be reached."""
+    if "/" not in model or Path(model).exists():
+        return
+    from st3.tools.common.load import hub_options
+
+    try:
+        hub_options(model, model)
+    except LoadError as error:
+        raise CliError(str(error)) from error
+
+
+def _show(given: dict[str, Any], rows: list[CostRow], called: dict[str, str]) -> None:
     from st3.tools.common import tables
 
     head = ("policy", "TFLOPs", "%", "visual", "%", "KV first", "%", "KV mean", "%")
-    table = tables.console(head, [row.cells() for row in rows], fold=(0,))
+    lines = [list(row.cells()) for row in rows]
+    for line in lines:
+        line[0] = called.get(line[0], line[0])
+    table = tables.console(head, lines, fold=(0,))
     console = stdout()
     console.print(f"{given['model']}: {given['visual']} visual and {given['text']} text tokens\n")
     console.print(table)
