@@ -40,8 +40,8 @@ def test_the_table_shows_the_default_policies() -> None:
     done = cost()
     assert done.exit_code == 0, done.output
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.split()}
-    assert {"untrimmed", "st3", "fastv", "fastv:layer=3", "vtw"} <= set(lines)
-    assert "57.5%" in lines["fastv"]  # FastV's prefill FLOPs at K = 2, R = 50 %
+    assert {"untrimmed", "st3", "fastv:layer=2", "fastv:layer=3", "vtw"} <= set(lines)
+    assert "57.5%" in lines["fastv:layer=2"]  # FastV's prefill FLOPs at K = 2, R = 50 %
     assert "not measured" in done.stdout
 
 
