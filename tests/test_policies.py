@@ -195,6 +195,8 @@ def test_random_choices_of_neighbouring_seeds_share_no_more_than_chance(seed: in
     [
         ("st4", "unknown policy 'st4': use one of"),
         ("", "unknown policy '': use one of"),
+        ("FASTV:layer=2", "did you mean 'fastv'"),
+        ("sts3", "did you mean 'st3'"),
         ("fastv:layers=2", "has no argument 'layers': it takes layer, drop, score"),
         ("fastv:tau=2", "has no argument 'tau': it takes layer, drop, score"),
         ("none:keep=1", "it takes budget$"),

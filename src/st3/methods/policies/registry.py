@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 import types
 import typing
@@ -85,8 +86,10 @@ def parse_text(text: str | Policy, **options: Any) -> Policy:
     name, _, arguments = text.strip().partition(":")
     start = _PRESETS.get(name) or _POLICIES.get(name)
     if start is None:
-        known = ", ".join([*_POLICIES, *_PRESETS])
-        raise ValueError(f"unknown policy {name!r}: use one of {known}")
+        known = [*_POLICIES, *_PRESETS]
+        near = difflib.get_close_matches(name.lower(), known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown policy {name!r}: use one of {', '.join(known)}{hint}")
     return _changed(start, {**_read(start, arguments), **options})
 
 
