@@ -106,6 +106,35 @@ def test_the_last_token_never_counts_as_visual() -> None:
     assert Prompt.of(10, [feature((9, 9))]).runs == ()
 
 
+def encoded(first: int, number: int, modality: str = "image", **data: torch.Tensor) -> Any:
+    """A feature of so many tokens, with what an encoder reads."""
+    found = feature((first, first + number - 1), modality=modality)
+    found.mm_position.get_num_embeds = lambda: number
+    found.data = {name: SimpleNamespace(data=value) for name, value in data.items()}
+    return found
+
+
+IMAGE = encoded(1, 12, image_grid_thw=torch.tensor([1, 6, 8]))
+VIDEO = encoded(20, 24, "video", video_grid_thw=torch.tensor([2, 6, 8]))
+TILES = encoded(1, 32, pixel_values=torch.empty(2, 3, 64, 64))
+FRAMES = encoded(40, 48, "video", pixel_values_videos=torch.empty(3, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("features", "grids"),
+    [
+        ([IMAGE], (((3, 4),),)),
+        ([VIDEO], (((2, 3, 4),),)),
+        ([IMAGE, VIDEO], ()),  # in transformers, too: their order is not in the pixel input
+        ([TILES, FRAMES], (((2, 4, 4), (3, 4, 4)),)),
+        ([encoded(1, 30, pixel_values=torch.empty(1, 3, 64, 64))], ()),  # no square
+        ([encoded(1, 30, image_embeds=torch.empty(30, 8))], ()),  # an encoder elsewhere
+    ],
+)
+def test_grids_are_read_off_what_the_encoder_reads(features: list[Any], grids: Any) -> None:
+    assert Prompt.of(100, features).grids_from(features) == grids
+
+
 @pytest.fixture
 def ledger() -> Ledger:
     return Ledger(Plan("fastv:layer=2,drop=0.5", 4, 2), 16)

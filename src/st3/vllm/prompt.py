@@ -69,12 +69,14 @@ class Prompt:
         return [i for a, b in zip(ends[::2], ends[1::2], strict=True) for i in range(a, b)]
 
     def grids_from(self, features: Iterable[Any] | None) -> Grids:
-        """The grids of its images, read off what vLLM's features hold for the encoder. Not known of
-        images beside videos, as in the library, so that both choose alike."""
+        """The grids of its images, read off what vLLM's features hold for the encoder. Not known
+        where the library does not know them either, so that both choose alike: of images beside
+        videos that an encoder takes apart."""
         given = list(features or ())
-        if len({feature.modality for feature in given}) > 1:
-            return ()
         try:
+            mixed = len({feature.modality for feature in given}) > 1
+            if mixed and any("video_grid_thw" in feature.data for feature in given):
+                return ()
             return grids_of([self.images], [r for f in given for r in _rasters(f)])
         except (AttributeError, KeyError, TypeError, ValueError):
             return ()
