@@ -24,25 +24,34 @@ def of(kind: str) -> list[Ask]:
     return asks(kind) + asks_with_video(kind)
 
 
+@pytest.fixture(scope="module")
+def all_results(
+    checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Result]:
+    """Of all kinds and policies, from engines one after another in one process."""
+    folders = {kind: KINDS[kind].save(checkpoint_folder / kind) for kind in KINDS}
+    jobs = {
+        f"{kind} {name}": Job(folder, policy, of(kind))
+        for kind, folder in folders.items()
+        for name, policy in POLICIES.items()
+    }
+    return run(jobs, tmp_path_factory.mktemp("families"))
+
+
 @pytest.fixture(scope="module", params=list(KINDS))
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module")
-def folder(kind: str, checkpoint_folder: Path) -> Path:
-    return KINDS[kind].save(checkpoint_folder / kind)
+@pytest.fixture
+def results(kind: str, all_results: dict[str, Result]) -> dict[str, Result]:
+    return {name: all_results[f"{kind} {name}"] for name in POLICIES}
 
 
 @pytest.fixture(scope="module")
-def results(kind: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    jobs = {name: Job(folder, policy, of(kind)) for name, policy in POLICIES.items()}
-    return run(jobs, tmp_path_factory.mktemp(kind))
-
-
-@pytest.fixture(scope="module")
-def library(folder: Path) -> Library:
-    return Library(folder)
+def library(kind: str, all_results: dict[str, Result], checkpoint_folder: Path) -> Library:
+    """Of a checkpoint that ``all_results`` has saved."""
+    return Library(checkpoint_folder / kind)
 
 
 def alike(tokens: list[int]) -> list[int]:
