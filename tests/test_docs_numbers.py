@@ -93,3 +93,15 @@ def test_kvpress(start: str, key: str) -> None:
             if label.startswith("kvpress")
         ]
         assert cell == f"{min(ratios):.2f} to {max(ratios):.2f} x"
+
+
+def test_what_is_possible() -> None:
+    found = [
+        NUMBERS["trimmed"](work["by"], NUMBERS["SETTING"])["possible"]
+        for work in NUMBERS["held"]("front-possible")
+    ]
+    gains, reached = ([one[key]["median"] for one in found] for key in ("gain", "reached"))
+    assert {round(one, 1) for one in gains} == {2.6}  # README
+    assert min(reached) > 0.98
+    assert max(reached) - min(reached) < 0.005  # docs/benchmarks.md
+    assert max(gains) / min(gains) - 1 < 0.005
