@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from st3.models import families
 from tests.helpers import POLICIES, ST3, Case
 from tests.zoo import FAMILIES as ZOO
-from tests.zoo import HYBRIDS, INDEXED, T, V
+from tests.zoo import T, V, hybrids, indexed
 
 # One per way of building a prompt, a mask or a decoder: these meet every policy.
 MAIN = [
@@ -37,7 +37,7 @@ MAIN = [
 # Not all of them are in every supported version of transformers.
 TYPES = {f.model_type for f in families() if f.model_type in CONFIG_MAPPING_NAMES}
 # Decoders whose layers are not all alike are judged by a reference of their own: tests/hybrids.
-MIXED = {f.make_config().model_type for zoo in (HYBRIDS, INDEXED) for f in zoo.values()}
+MIXED = {f.model_type or f.name for f in (*hybrids.FAMILIES, *indexed.FAMILIES)} & TYPES
 OTHERS = [name for name, family in ZOO.items() if name not in MAIN]
 TOKENS = 8
 # Newline tokens share one embedding, so that their keys' norms in layer 0 are equal but for RoPE's

@@ -57,8 +57,16 @@ def _hy_v4_vl() -> PreTrainedConfig:
     )
 
 
+class MiniMax(Each):
+    """transformers 5.16's own forward fails: it asks a tuple of image features for their device."""
+
+    @property
+    def available(self) -> bool:
+        return super().available and not tr.__version__.startswith("5.16.")
+
+
 FAMILIES = [
-    Each("minimax_m3_vl", _minimax_m3_vl),
+    MiniMax("minimax_m3_vl", _minimax_m3_vl),
     Each("mistral_large4", _mistral_large4),
     Each("hy_v4_vl", _hy_v4_vl, attention="eager"),  # sdpa knows no learned sinks,
 ]
