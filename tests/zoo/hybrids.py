@@ -96,6 +96,14 @@ class MiniCpm(Delta):
         }
 
 
+class MiniCpm46(MiniCpm):
+    """transformers 5.16's own tower wants patches in another order than what came after it."""
+
+    @property
+    def available(self) -> bool:
+        return super().available and not tr.__version__.startswith("5.16.")
+
+
 class CpmOcr(MiniCpm):
     """I(h, w) in tokens, of 2 by 2 patches."""
 
@@ -371,7 +379,7 @@ LIVELY: dict[str, Any] = {"dynamic_size": True, "gain": 1.2}
 FAMILIES = [
     Delta("qwen3_5", _qwen3_5, supports_video=True, **LIVELY),
     Delta("qwen3_5_moe", _qwen3_5_moe, supports_video=True, **LIVELY),
-    MiniCpm("minicpmv4_6", _minicpmv4_6, **LIVELY),
+    MiniCpm46("minicpmv4_6", _minicpmv4_6, **LIVELY),
     Lfm2Vl("lfm2_vl", _lfm2_vl, dynamic_size=True),
     CanvasCpm("minicpmv4_7", _minicpmv4_7, **LIVELY),
     CpmOcr("minicpm_ocr", _minicpm_ocr, **LIVELY),
