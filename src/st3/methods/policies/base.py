@@ -76,6 +76,41 @@ class Policy(ABC):
         return f"{self.name}:{options}" if options else self.name
 
 
+@dataclass(frozen=True)
+class Wrapped(Policy):
+    """A policy that stands for another one, and differs from it only where it says so.
+
+    Args:
+        policy: the other one.
+    """
+
+    policy: Policy
+
+    def schedule(self, num_layers: int) -> Schedule:
+        return self.policy.schedule(num_layers)
+
+    def scorer(self) -> Score:
+        return self.policy.scorer()
+
+    @property
+    def rerank(self) -> int | None:
+        return self.policy.rerank
+
+    @property
+    def recalls(self) -> bool:
+        return self.policy.recalls
+
+    @property
+    def own_layer(self) -> bool:
+        return self.policy.own_layer
+
+    def at_budget(self, num_layers: int, mean_keep: float) -> Policy:
+        return self.policy.at_budget(num_layers, mean_keep)
+
+    def __str__(self) -> str:
+        return str(self.policy)
+
+
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """The default of a dataclass field; ``dataclasses.MISSING`` if it has none."""
     if field.default_factory is not dataclasses.MISSING:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from st3.methods.policies.base import Policy
+from st3.methods.policies.base import Policy, Wrapped
 from st3.methods.policies.saved import plain
 from st3.methods.schedule import Schedule, check_share
 from st3.methods.scores.base import Score
 
 
 @dataclass(frozen=True)
-class Budgeted(Policy):
+class Budgeted(Wrapped):
     """A policy at a mean budget, found by its ``at_budget`` once the model's layers are known.
 
     Made by :func:`~st3.methods.policies.registry.parse` from "fastv:budget=0.35" or
@@ -28,7 +28,6 @@ class Budgeted(Policy):
             policy cannot have on so many layers.
     """
 
-    policy: Policy
     budget: float
 
     name: ClassVar[str] = "budgeted"
@@ -55,21 +54,6 @@ class Budgeted(Policy):
                 f"what policy {self} ranks by is known with the model's layers: see with_budget()"
             )
         return score
-
-    @property
-    def rerank(self) -> int | None:
-        return self.policy.rerank
-
-    @property
-    def recalls(self) -> bool:
-        return self.policy.recalls
-
-    @property
-    def own_layer(self) -> bool:
-        return self.policy.own_layer
-
-    def at_budget(self, num_layers: int, mean_keep: float) -> Policy:
-        return self.policy.at_budget(num_layers, mean_keep)
 
     def __str__(self) -> str:
         text = str(self.policy)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from st3.methods.policies.base import Policy
-from st3.methods.policies.layouts import solve
+from st3.methods.policies.layouts import with_keep
 from st3.methods.policies.registry import register
 from st3.methods.schedule import Schedule, check_share, exact
 from st3.methods.scores.base import Score
@@ -50,21 +49,7 @@ class Covered(Policy):
         return Schedule(tuple(keep * (1 - down * step) for step in steps))
 
     def at_budget(self, num_layers: int, mean_keep: float) -> Self:
-        check_share("mean_keep", mean_keep)
-        most = self._with_keep(1.0).schedule(num_layers).mean_share
-        if mean_keep > most + 1e-9:
-            raise ValueError(
-                f"a mean share of {mean_keep:.1%} cannot be had: with taper={self.taper:g} it is "
-                f"{most:.1%} at most. Use a larger taper"
-            )
-
-        def mean(keep: float) -> float:
-            return self._with_keep(keep).schedule(num_layers).mean_share
-
-        return self._with_keep(solve(mean, mean_keep, 1.0))
-
-    def _with_keep(self, keep: float) -> Self:
-        return dataclasses.replace(self, keep=round(keep, 12))
+        return with_keep(self, num_layers, mean_keep, bound="taper")
 
     def scorer(self) -> Score:
         return Salient(self.tower)

@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from st3.methods.policies.base import Policy, check_layer, format_list
 from st3.methods.schedule import Schedule, check_share, exact
+
+P = TypeVar("P", bound=Policy)
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,34 @@ def check_within(mean_keep: float, num_layers: int, first: int, name: str) -> No
             f"a mean share of {mean_keep:.1%} cannot be had: the first {first} of {num_layers} "
             f"layers alone are {first / num_layers:.1%}. Use a smaller {name}"
         )
+
+
+def with_keep(policy: P, num_layers: int, mean_keep: float, bound: str) -> P:
+    """``policy`` with the largest ``keep`` whose mean share over the layers does not exceed
+    ``mean_keep``.
+
+    Args:
+        bound: the argument that bounds the mean share at ``keep=1``.
+
+    Raises:
+        ValueError: a mean share above that, or outside of [0, 1].
+    """
+    check_share("mean_keep", mean_keep)
+
+    def at(keep: float) -> P:
+        changed: dict[str, Any] = {"keep": round(keep, 12)}
+        return dataclasses.replace(policy, **changed)
+
+    def mean_share(keep: float) -> float:
+        return at(keep).schedule(num_layers).mean_share
+
+    most = mean_share(1.0)
+    if mean_keep > most + 1e-9:
+        raise ValueError(
+            f"a mean share of {mean_keep:.1%} cannot be had: with {bound}="
+            f"{getattr(policy, bound):g} it is {most:.1%} at most. Use a larger {bound}"
+        )
+    return at(solve(mean_share, mean_keep, 1.0))
 
 
 def solve(mean_share: Callable[[float], float], wanted: float, high: float) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
 from st3.methods.policies.base import Policy, check_count
-from st3.methods.policies.layouts import check_within, solve
+from st3.methods.policies.layouts import check_within, with_keep
 from st3.methods.policies.registry import register
 from st3.methods.schedule import Schedule, check_share, exact
 from st3.methods.scores.base import Score
@@ -63,8 +63,4 @@ class PyramidDrop(Policy):
         check_within(
             mean_keep, num_layers, -(-num_layers // self.stages), "first stage: more stages"
         )
-
-        def mean_share(keep: float) -> float:
-            return replace(self, keep=keep).schedule(num_layers).mean_share
-
-        return replace(self, keep=round(solve(mean_share, mean_keep, 1.0), 12))
+        return with_keep(self, num_layers, mean_keep, bound="stages")

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from st3.errors import OtherModelWarning
-from st3.methods.policies.base import Policy
-from st3.methods.schedule import Schedule
-from st3.methods.scores.base import Score
+from st3.methods.policies.base import Policy, Wrapped
 
 _FILE = re.compile(r"(.+\.json)(?::(.*))?")
 
@@ -36,41 +34,16 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
-class Saved(Policy):
+class Saved(Wrapped):
     """A policy read from a file, with the model that it was found for.
 
     Made by :func:`~st3.methods.policies.registry.parse` from "policy.json".
     """
 
-    policy: Policy
     model: ModelFacts
     file: str
 
     name: ClassVar[str] = "saved"
-
-    def schedule(self, num_layers: int) -> Schedule:
-        return self.policy.schedule(num_layers)
-
-    def scorer(self) -> Score:
-        return self.policy.scorer()
-
-    @property
-    def rerank(self) -> int | None:
-        return self.policy.rerank
-
-    @property
-    def recalls(self) -> bool:
-        return self.policy.recalls
-
-    @property
-    def own_layer(self) -> bool:
-        return self.policy.own_layer
-
-    def at_budget(self, num_layers: int, mean_keep: float) -> Policy:
-        return self.policy.at_budget(num_layers, mean_keep)
-
-    def __str__(self) -> str:
-        return str(self.policy)
 
 
 def plain(policy: Policy) -> Policy:
