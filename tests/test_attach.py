@@ -354,7 +354,7 @@ def test_what_does_not_fit_is_refused_with_both_versions(
 def test_a_newer_transformers_gives_one_warning(
     version: str, warned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(checks.transformers, "__version__", version)
     parts = find_parts(Case.of("llava", SOLO).model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
