@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before transformers is imported: nothing here may wait for, or depend on, a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from st3.tools.bench import Subject
 
 torch.set_num_threads(1)  # the tests run in two processes, on machines of two cores
 
@@ -98,3 +102,11 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_llava import save_picture
 
     return save_picture(tmp_path_factory.mktemp("images") / "picture.png")
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    """The benchmark's smallest model."""
+    from st3.tools.bench import from_shape
+
+    return from_shape("tiny", torch.device("cpu"), torch.float32)

@@ -39,12 +39,6 @@ from st3.tools.cli._common import split_policies
 from st3.tools.common.load import device_of, dtype_of
 from tests.benching import CPU, chosen_tokens, logits, prompt
 
-
-@pytest.fixture(scope="module")
-def subject() -> Subject:
-    return from_shape("tiny", CPU, torch.float32)
-
-
 # -- models -------------------------------------------------------------------------------------
 
 

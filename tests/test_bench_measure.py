@@ -41,12 +41,6 @@ from st3.tools.common import memory
 from tests.benching import CPU, chosen_tokens, logits, prompt
 from tests.zoo import build as build_family
 
-
-@pytest.fixture(scope="module")
-def subject() -> Subject:
-    return from_shape("tiny", CPU, torch.float32)
-
-
 # -- measuring ----------------------------------------------------------------------------------
 
 

@@ -16,7 +16,6 @@ from st3.tools.bench import (
     Subject,
     Workload,
     compare,
-    from_shape,
     prompts,
     report,
     run,
@@ -25,19 +24,8 @@ from st3.tools.bench import (
 )
 from st3.tools.bench.measure import forward
 from st3.tools.bench.possible import Middle, Pass, Possible, narrowed, possible
+from tests.benching import prompt
 from tests.zoo import build as build_family
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def subject() -> Subject:
-    return from_shape("tiny", CPU, torch.float32)
-
-
-def prompt(batch: int = 1, visual: int = 24, ragged: bool = False) -> prompts.Prompt:
-    rows = (prompts.ragged if ragged else prompts.uniform)(batch, visual, 8)
-    return prompts.build(rows, 128, CPU)
 
 
 def widths(model: Any, made: prompts.Prompt) -> list[int]:

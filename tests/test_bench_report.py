@@ -18,7 +18,6 @@ from st3.tools.bench import (
     Workload,
     attached,
     compare,
-    from_shape,
     report,
     run,
     steps_of,
@@ -28,12 +27,6 @@ from st3.tools.bench.measure import Generation
 from st3.tools.bench.ragged import RaggedRow, against_uniform
 from tests.benching import CPU, logits, prompt, small_bandwidth
 from tests.zoo import build as build_family
-
-
-@pytest.fixture(scope="module")
-def subject() -> Subject:
-    return from_shape("tiny", CPU, torch.float32)
-
 
 # -- a whole workload -----------------------------------------------------------------------------
 

@@ -22,7 +22,6 @@ from st3.tools.bench import (
     Workload,
     capacity,
     compare,
-    from_shape,
     models,
     prompts,
     untouched,
@@ -31,13 +30,7 @@ from st3.tools.bench.bars import Bar
 from st3.tools.bench.bars import as_markdown as bars_table
 from st3.tools.bench.compiled import compiled_decode
 from st3.tools.bench.measure import Generation
-from tests.benching import CPU, small_bandwidth
-
-
-@pytest.fixture(scope="module")
-def subject() -> Subject:
-    return from_shape("tiny", CPU, torch.float32)
-
+from tests.benching import small_bandwidth
 
 # -- capacity -----------------------------------------------------------------------------------
 

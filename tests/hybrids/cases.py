@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import st3
+from st3.hf.call import CACHE, cache_of
 from tests.slow_hybrids import Counts, Row, text_of
 from tests.zoo import Family, I, T, V, build
 
@@ -112,3 +113,53 @@ def compare(
             assert tokens[place].tolist() == row.tokens, f"row {i}"
             worst = max(worst, float((logits[place] - torch.stack(row.logits)).abs().max()))
     return worst
+
+
+def off_in_a_turn_of_text(name: str) -> float:
+    """The largest difference of a logit behind a later turn of text from the reference's."""
+    family, model = made(name, "sdpa")
+    rows = rows_for(family)
+    policy, counts = POLICIES["static"]
+    solo = family.inputs(model, rows, only=1)
+    more = torch.tensor([[40, 50, 60, 70, 80]])
+    with st3.trim(model, policy), torch.no_grad():
+        out = model.generate(
+            **solo, max_new_tokens=6, do_sample=False, return_dict_in_generate=True
+        )
+        ids = torch.cat([out.sequences[:, -1:], more], 1)
+        got = model(input_ids=ids, logits_to_keep=1, **{CACHE: cache_of(out)}).logits[0, -1]
+    row = slow(family, model, rows, 1, counts, 6)
+    return float((got - row.append(ids)).abs().max())
+
+
+def off_without_a_cache(name: str) -> float:
+    """The largest difference of a logit of forward() without a cache from the reference's."""
+    family, model = made(name, "sdpa")
+    rows = rows_for(family)
+    policy, counts = POLICIES["static"]
+    with st3.trim(model, policy), torch.no_grad():
+        got = model(**family.inputs(model, rows), use_cache=False).logits[:, -1]
+    wanted = [slow(family, model, rows, i, counts, 1).logits[0] for i in range(len(got))]
+    return float((got - torch.stack(wanted)).abs().max())
+
+
+def check_beams_and_sampling(name: str, options: dict[str, Any]) -> None:
+    """st3's own cache that drops nothing gives the bare model's tokens; rows of a trimmed batch are
+    those of each alone."""
+    family, model = made(name, "sdpa")
+    rows = rows_for(family)
+    given = {"max_new_tokens": 8, "do_sample": False, **options}
+
+    def run(only: int | None = None) -> Any:
+        torch.manual_seed(0)
+        return model.generate(**family.inputs(model, rows, only=only), **given)[:, -8:]
+
+    bare = run()
+    with st3.trim(model, "none", own_cache=True):
+        assert torch.equal(run(), bare)
+    with st3.trim(model, POLICIES["static"][0]):
+        trimmed = run()
+        assert not torch.equal(trimmed, bare)
+        if "num_beams" in options:
+            alone = torch.cat([run(i) for i in range(len(rows))])
+            assert torch.equal(trimmed, alone)

@@ -14,7 +14,17 @@ from st3.engine.mixed import MixedPrefill
 from st3.engine.mixed_steps import MixedStep
 from st3.hf.cache import stores_of
 from st3.hf.call import CACHE, cache_of
-from tests.hybrids.cases import LONG, POLICIES, compare, made, rows_for, slow
+from tests.hybrids.cases import (
+    LONG,
+    POLICIES,
+    check_beams_and_sampling,
+    compare,
+    made,
+    off_in_a_turn_of_text,
+    off_without_a_cache,
+    rows_for,
+    slow,
+)
 from tests.slow_hybrids import Counts, text_of
 from tests.zoo import HYBRIDS, I, T, V
 
@@ -119,18 +129,7 @@ def test_drops_before_and_behind_each_kind_of_layer(name: str, layer: int) -> No
 @ALL
 def test_a_turn_of_text(name: str) -> None:
     """Gemma 4 goes on with the turn's last column alone."""
-    family, model = made(name, "sdpa")
-    rows = rows_for(family)
-    solo = family.inputs(model, rows, only=1)
-    more = torch.tensor([[40, 50, 60, 70, 80]])
-    with st3.trim(model, STATIC), torch.no_grad():
-        out = model.generate(
-            **solo, max_new_tokens=6, do_sample=False, return_dict_in_generate=True
-        )
-        ids = torch.cat([out.sequences[:, -1:], more], 1)
-        got = model(input_ids=ids, logits_to_keep=1, **{CACHE: cache_of(out)}).logits[0, -1]
-    row = slow(family, model, rows, 1, COUNTS, 6)
-    assert (got - row.append(ids)).abs().max() < limit(name, "sdpa", False)
+    assert off_in_a_turn_of_text(name) < limit(name, "sdpa", False)
 
 
 @ALL
@@ -160,34 +159,13 @@ def test_a_new_image_in_a_later_turn(name: str) -> None:
 
 @ALL
 def test_forward_without_a_cache(name: str) -> None:
-    family, model = made(name, "sdpa")
-    rows = rows_for(family)
-    with st3.trim(model, STATIC), torch.no_grad():
-        got = model(**family.inputs(model, rows), use_cache=False).logits[:, -1]
-    for i, logits in enumerate(got):
-        wanted = slow(family, model, rows, i, COUNTS, 1).logits[0]
-        assert (logits - wanted).abs().max() < limit(name, "sdpa", True)
+    assert off_without_a_cache(name) < limit(name, "sdpa", True)
 
 
 @ALL
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True}], ids=str)
 def test_beams_and_sampling(name: str, options: dict[str, Any]) -> None:
-    family, model = made(name, "sdpa")
-    rows = rows_for(family)
-    given = {"max_new_tokens": 8, "do_sample": False, **options}
-
-    def run(only: int | None = None) -> Any:
-        torch.manual_seed(0)
-        return model.generate(**family.inputs(model, rows, only=only), **given)[:, -8:]
-
-    bare = run()
-    with st3.trim(model, "none", own_cache=True):
-        assert torch.equal(run(), bare)
-    with st3.trim(model, STATIC):
-        trimmed = run()
-        assert not torch.equal(trimmed, bare)
-        if "num_beams" in options:
-            assert torch.equal(trimmed, torch.cat([run(i) for i in range(len(rows))]))
+    check_beams_and_sampling(name, options)
 
 
 @ALL
