@@ -7,9 +7,10 @@ Needs Python 3.11 or newer, torch, transformers, typer and rich; matplotlib for 
 for its rows. st3 need not be installed. Each part writes its JSON and Markdown to --out as soon as
 it has something.
 
-latency: prefill, TTFT and TPOT at batch 1, 8 and 32, with sdpa and, where it is installed, flash
-attention. throughput: the largest batch that fits and its tokens per second, and what the profiler
-says of decode steps and of the selection. graphs: decode steps compiled into CUDA graphs.
+latency: prefill, TTFT and TPOT at batch 1, 8 and 32 and 576 and 2,880 visual tokens, with sdpa and,
+where it is installed, flash attention; what of the prefill's gain is possible. profile: what the
+profiler says of decode steps and of the selection. throughput: the largest batch that fits and its
+tokens per second. graphs: decode steps compiled into CUDA graphs.
 """
 
 from __future__ import annotations
@@ -40,13 +41,12 @@ from st3.tools.bench import (
     from_shape,
     own_cache,
     run,
-    untouched,
 )
 from st3.tools.bench.bound import read_bandwidth
 from st3.tools.bench.capacity import measure_capacity
 from st3.tools.bench.compiled import compiled_decode
 from st3.tools.bench.files import save
-from st3.tools.bench.profile import profile_decode, selection_share
+from st3.tools.bench.profile import profile_decode, profile_prefill, selection_share
 from st3.tools.bench.prompts import build
 from st3.tools.common.conditions import conditions, in_words
 from st3.tools.common.load import device_of, dtype_of
@@ -60,7 +60,7 @@ POLICIES = {
     "llava-next-7b": "st3-7b",
     "qwen2.5-vl-7b": DEFAULT_POLICY,
 }
-KINDS = ("latency", "throughput", "graphs")
+KINDS = ("latency", "profile", "throughput", "graphs")
 PARTS = [(shape, kind) for kind in KINDS for shape in POLICIES]
 
 
@@ -87,15 +87,28 @@ class Part:
         self.log(f"{self.shape} with {attention}: made in {time.monotonic() - start:.0f} s")
         return made
 
-    def workload(self, subject: Subject, batch: int, repeats: int) -> Workload:
+    def workload(
+        self, subject: Subject, batch: int, repeats: int, visual: int | None = None
+    ) -> Workload:
+        """As many visual tokens as the shape has, in as many images; or ``visual``, in one."""
+        own = visual is None or visual == subject.visual_tokens
         return Workload(
             batch=batch,
-            visual=subject.visual_tokens,
+            visual=subject.visual_tokens if visual is None else visual,
             text=subject.text_tokens,
-            images=subject.images,
+            images=subject.images if own else 1,
             new_tokens=self.given.new_tokens,
             repeats=repeats,
+            layer_rounds=self.given.layer_rounds if self.kind == "latency" else 0,
         )
+
+    def visual(self, subject: Subject) -> list[int]:
+        """Visual tokens of a prompt, one workload after the other."""
+        return self.given.visual or sorted({subject.visual_tokens, 2880})
+
+    def methods(self) -> list[Method]:
+        """The references, the shape's policy, the default and FastV."""
+        return compare(list(dict.fromkeys([self.policy, DEFAULT_POLICY, "fastv"])), peers=False)
 
     def core(self) -> list[Method]:
         return compare([self.policy], peers=False)
@@ -114,6 +127,7 @@ class Part:
 
     def write(self) -> None:
         where = conditions(self.device, dtype_of(self.given.dtype))
+        where["commit"] = where["commit"] or self.given.commit
         name = f"gpu-{self.shape}-{self.kind}"
         plots = importlib.util.find_spec("matplotlib") is not None and not self.given.no_plots
         data, page, *_ = save(
@@ -140,7 +154,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> str:
 
 
 def latency(part: Part) -> None:
-    """The smallest batch with every method, the others with the references and ST3 alone."""
+    """Every method at each number of visual tokens and each batch."""
     kernels = ["sdpa"]
     if importlib.util.find_spec("flash_attn") is not None and part.device.type == "cuda":
         kernels.append("flash_attention_2")
@@ -151,40 +165,54 @@ def latency(part: Part) -> None:
         subject = part.subject(attention)
         subject = dataclasses.replace(subject, name=f"{subject.name}, {attention}")
         for batch in part.given.batch:
-            first = batch == part.given.batch[0] and attention == "sdpa"
-            if not part.enough_time(f"batch {batch}, {attention}", 40):
-                continue
-            methods = compare([part.policy]) if first else part.core()
-            workload = part.workload(subject, batch, part.given.repeats or (5 if first else 3))
-            try:
-                result = run(
-                    subject, workload, methods, deadline=part.deadline, bandwidth=bandwidth
-                )
-            except torch.OutOfMemoryError:
-                part.notes.append(f"out of memory: batch {batch}, {attention}")
-                torch.cuda.empty_cache()
-                continue
-            part.results.append(result)
-            part.log(workload.title)
-            part.write()
+            for visual in part.visual(subject):
+                workload = part.workload(subject, batch, part.given.repeats or 5, visual)
+                if part.enough_time(f"{workload.title}, {attention}", 30):
+                    _measure(part, subject, workload, bandwidth)
         del subject
-        gc.collect()
-        if part.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _free(part.device)
+
+
+def _measure(part: Part, subject: Subject, workload: Workload, bandwidth: float) -> None:
+    """One workload; with less where that is all that the memory holds."""
+    methods = part.methods()
+    while methods:
+        try:
+            found = run(subject, workload, methods, deadline=part.deadline, bandwidth=bandwidth)
+        except torch.OutOfMemoryError:
+            left_out = methods.pop(0)
+            part.notes.append(f"out of memory: {workload.title}, {left_out.label}")
+            part.log(part.notes[-1])
+            _free(part.device)
+            continue
+        part.results.append(found)
+        part.log(workload.title)
+        part.write()
+        return
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def profiles(part: Part) -> None:
+    """What the profiler says, at two batches."""
+    subject = part.subject()
+    for visual in part.visual(subject):
+        _profiles(part, subject, visual)
+        part.write()
 
 
 def throughput(part: Part) -> None:
-    """Largest batch, tokens per second there, and the profiler's verdict."""
+    """Largest batch, and tokens per second there."""
     subject = part.subject()
-    workload = part.workload(subject, 1, part.given.repeats or 2)
-    _profiles(part, subject)
-    part.write()
+    workload = part.workload(subject, 1, part.given.repeats or 2, part.visual(subject)[-1])
     limit = part.given.limit or (4096 if part.device.type == "cuda" else 8)
-    rows = measure_capacity(
-        subject, workload, [untouched(), own_cache(), *part.core()[2:]], None, part.deadline, limit
-    )
+    rows = measure_capacity(subject, workload, part.core(), None, part.deadline, limit)
     base = rows[0]
-    part.extra["largest batch"] = [
+    part.extra[f"largest batch, {workload.visual} visual tokens"] = [
         {
             "method": row.label,
             "predicted batch": row.predicted,
@@ -201,29 +229,45 @@ def throughput(part: Part) -> None:
     ]
 
 
-def _profiles(part: Part, subject: Subject) -> None:
+def _profiles(part: Part, subject: Subject, visual: int) -> None:
     """One step's waits and kernels at two batches; the selection's share of kernel time."""
-    rows, shares = [], []
+    rows, prefills = [], []
     layers = subject.text_config.num_hidden_layers
     for batch in part.given.batch[:2]:
-        rows_of_prompt = part.workload(subject, batch, 1).rows()
+        rows_of_prompt = part.workload(subject, batch, 1, visual).rows()
         prompt = build(rows_of_prompt, subject.vocab, subject.device)
-        for method in part.core():
+        for method in part.methods():
             seen = profile_decode(subject.model, prompt, method)
             most = max(seen.waits.values())
             row = {"method": method.label, "batch": batch}
             row |= {name: count for name, count in seen.waits.items() if count or "Stream" in name}
             row |= {"wait in each layer": most >= layers, "launches": seen.launches}
             rows.append(row | {"kernel time, ms": 1e3 * seen.busy})
+            share = 0.0
             if method.own_engine:
                 share = selection_share(subject.model, prompt, method)
-                shares.append({"method": method.label, "batch": batch, "share of prefill": share})
+            once = profile_prefill(subject.model, prompt, method)
+            prefills.append(
+                {
+                    "method": method.label,
+                    "batch": batch,
+                    "time, ms": 1e3 * once.seconds,
+                    "kernel time, ms": 1e3 * once.busy,
+                    "launches": once.launches,
+                    "waits": max(once.waits.values()),
+                    "selection, share of kernel time": selection_share(
+                        subject.model, prompt, method
+                    )
+                    if method.own_engine
+                    else 0.0,
+                }
+            )
         part.log(f"profiled batch {batch}")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    part.extra["one decode step, by the profiler"] = [
+    part.extra[f"one decode step, by the profiler, {visual} visual tokens"] = [
         {name: row.get(name, 0.0) for name in names} for row in rows
     ]
-    part.extra["selection, share of the prefill's kernel time"] = shares
+    part.extra[f"one prefill, by the profiler, {visual} visual tokens"] = prefills
 
 
 def graphs(part: Part) -> None:
@@ -232,30 +276,41 @@ def graphs(part: Part) -> None:
     bandwidth = read_bandwidth(part.device)
     policies = [NoTrim(), parse(part.policy)]
     rows = part.extra["decode steps in one graph"] = []
-    for batch in part.given.batch[:2]:
-        if not part.enough_time(f"graphs at batch {batch}", 150):
+    workloads = [
+        part.workload(subject, batch, part.given.repeats or 3, visual)
+        for batch in part.given.batch[:2]
+        for visual in part.visual(subject)
+    ]
+    for workload in workloads:
+        if not part.enough_time(f"graphs: {workload.title}", 60):
             continue
-        workload = part.workload(subject, batch, part.given.repeats or 3)
         usual = run(subject, workload, part.core(), bandwidth=bandwidth, prefills=False)
         part.results.append(usual)
-        for found in compiled_decode(subject, workload, policies, part.given.compile):
+        for found in compiled_decode(subject, workload, policies, _options(part.given.compile)):
             label = found.label if found.label != "none" else own_cache().label
             eager = next(row for row in usual.rows if row.label == label)
             rows.append(
                 {
                     "method": label,
-                    "batch": batch,
+                    "batch": workload.batch,
+                    "visual": workload.visual,
                     "TPOT usual, ms": 1e3 * sorted(eager.tpot)[len(eager.tpot) // 2],
                     "TPOT compiled, ms": 1e3 * found.tpot,
                     "compiled / time to read its bytes": found.over_bound(bandwidth),
                 }
             )
-        part.log(f"graphs at batch {batch}")
+        part.log(f"graphs: {workload.title}")
         part.write()
+
+
+def _options(text: str) -> str | dict[str, Any]:
+    options: dict[str, Any] = json.loads(text) if text.startswith("{") else {}
+    return options or text
 
 
 RUN: dict[str, Callable[[Part], None]] = {
     "latency": latency,
+    "profile": profiles,
     "throughput": throughput,
     "graphs": graphs,
 }
@@ -269,12 +324,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--part", type=int, choices=range(1, len(PARTS) + 1), metavar="N")
     parser.add_argument("--shape", choices=SHAPES, help="another shape, in place of the part's")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--visual", type=int, nargs="+", help="visual tokens of a prompt")
+    parser.add_argument("--layer-rounds", type=int, default=7, help="rounds of what is possible")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, help="rounds of everything")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--limit", type=int, help="largest batch that is tried")
-    parser.add_argument("--compile", default="reduce-overhead", help="torch.compile's mode")
+    parser.add_argument(
+        "--compile", default="reduce-overhead", help="torch.compile's mode, or its options as JSON"
+    )
+    parser.add_argument("--commit", help="what this tree is a copy of, if git is not there")
     parser.add_argument("--budget", type=float, default=480, help="seconds for new measurements")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -35,6 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--quick", action="store_true", help=f"no slow tests, and the first {CASES} cases of others"
     )
+    group.addoption(
+        "--device", default="cuda", help="where tests/test_gpu.py runs; skipped if it is not there"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -23,6 +23,7 @@ from st3.engine.kv.timeline import Timeline
 from st3.engine.masks import finish
 from st3.engine.plan import Plan
 from st3.engine.steps import Step
+from st3.engine.upload import upload
 from st3.errors import UnsupportedModelError
 
 
@@ -53,9 +54,8 @@ class CompiledStep(Step[KVStore]):
             rows = store.row_starts(step)
             store.make_fixed_room(min(rows), self.bucket)
             starts.append([max(0, row - store.filled.base) for row in rows])
-        # From ordinary memory, so that the copy is done before Python fills in the next step's.
-        self.starts.copy_(torch.tensor(starts))
-        self.ends.copy_(torch.tensor([store.filled.width for store in stores.values()]))
+        self.starts.copy_(upload(starts, first.keys.device))
+        self.ends.copy_(upload([s.filled.width for s in stores.values()], first.keys.device))
         self.position.fill_(self.timeline.start)
         for index, (layer, store) in enumerate(stores.items()):
             self._index[layer] = index

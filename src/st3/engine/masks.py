@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from st3.engine.upload import upload
+
 Kind = Literal["sdpa", "eager", "flash"]
 Starts = tuple[tuple[int, ...], ...]
 
@@ -85,7 +87,7 @@ def visible_keys(
     """[B, 1, Q, end - first] bool: of stored columns from ``first`` on those from each row's start
     on, for all queries alike."""
     place = torch.arange(first, end, device=device)
-    seen = place >= torch.tensor(starts, device=device)[:, None]
+    seen = place >= upload(starts, device)[:, None]
     return seen[:, None, None, :].expand(-1, 1, queries, -1)
 
 
@@ -123,7 +125,7 @@ def decode_mask(
     if relative not in known:
         if len(known) >= 256:
             known.clear()
-        known[relative] = torch.tensor(relative, device=device).T  # [B, Q]
+        known[relative] = upload(relative, device).T  # [B, Q]
     mask = torch.arange(keys, device=device) >= known[relative].to(device)[:, :, None]
     if queries > 1:
         mask = mask & causal(queries, keys, device)

@@ -44,6 +44,7 @@ from st3.engine.select import (
     scatter_columns,
     select,
 )
+from st3.engine.upload import upload
 from st3.errors import TrimStateError
 
 
@@ -230,7 +231,7 @@ class Prefill:
         starts = past.row_starts(self.timeline.step(self.timeline.start))
         first, n_old = min(starts), key.shape[2] - query.shape[2]
         place = torch.arange(first, first + n_old, device=key.device)
-        old = place >= torch.tensor(starts, device=key.device)[:, None]
+        old = place >= upload(starts, key.device)[:, None]
         window = self.plan.windows[layer]
         if window is not None:
             stored = past.positions(first)[:, :n_old].to(key.device)
@@ -252,7 +253,7 @@ class Prefill:
         (budgets,) = self.budgets
         for place in range(tail):
             shown = [self.plan.schedule.visible(layer, n, place + 1) for n in budgets]
-            gone = block.visual & (rank >= torch.tensor(shown, device=rank.device)[group])
+            gone = block.visual & (rank >= upload(shown, rank.device)[group])
             seen[:, :, columns - tail + place] &= ~gone[:, None]
         return finish(seen, self.plan.kind, call.query.dtype)
 

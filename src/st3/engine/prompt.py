@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from st3.engine.upload import upload
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -182,4 +184,4 @@ def _run_starts(visual: Tensor) -> Tensor:
 
 def table(rows: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
     """Ragged host counts as a tensor [B, width], filled up with 0."""
-    return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return upload([list(row) + [0] * (width - len(row)) for row in rows], device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from st3.engine.prompt import Block, table
+from st3.engine.upload import upload
 
 
 def rank_visual(block: Block, score: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def select(
     # Text is never dropped, so the prompt's last token stands as far from its row's end as before.
     last = torch.cumsum(keep, dim=1).gather(1, block.last[:, None])[:, 0] - 1
     if right:
-        last = last + width - torch.tensor(counts, device=last.device)
+        last = last + width - upload(counts, last.device)
     return replace(
         block,
         index=block.source_columns().gather(1, columns),

@@ -19,6 +19,7 @@ from st3.engine.kv.timeline import Timeline
 from st3.engine.masks import Starts, decode_mask, finish
 from st3.engine.parallel import mean_over_ranks
 from st3.engine.plan import Plan
+from st3.engine.upload import upload
 from st3.errors import UnsupportedModelError
 from st3.methods.scores import LayerView
 
@@ -135,16 +136,16 @@ class JoinedStep(Step[JoinedStore]):
         self._first = dict(zip(stores, map(min, starts), strict=True))
         self._even = {layer: len(set(row)) == 1 for layer, row in zip(stores, starts, strict=True)}
         # One copy to the device for all layers: each copy makes the host wait.
-        self._starts = dict(zip(stores, torch.tensor(starts).to(device), strict=True))  # [B] each
+        self._starts = dict(zip(stores, upload(starts, device), strict=True))  # [B] each
         with events.span("grow"):
             for store in stores.values():
                 store.make_room(1)
         self._logical: Tensor | None = None
         if any(window is not None for window in plan.windows):
             lengths = [sequence.length for sequence in sequences]
-            self._logical = torch.tensor(lengths, device=device)[:, None]  # [B, 1]
+            self._logical = upload(lengths, device)[:, None]  # [B, 1]
         due = [bool(s.rerank and (s.steps + 1) % s.rerank == 0) for s in sequences]
-        self._due = torch.tensor(due, device=device) if any(due) else None
+        self._due = upload(due, device) if any(due) else None
 
     def _mask(self, layer: int, hidden: Tensor) -> Tensor | None:
         past, first = self.stores[layer], self._first[layer]
@@ -193,7 +194,7 @@ def decode_attention_row(
                 "leave recall_every at None, or use another policy"
             )
         key = buffer.view(buffer.keys, first)
-    starts = torch.tensor(row_starts, device=key.device)[:, None]
+    starts = upload(row_starts, key.device)[:, None]
     place = torch.arange(first, store.end, device=key.device)
     nothing = torch.zeros(batch, 1, dtype=torch.bool, device=key.device)
     view = LayerView.of(

@@ -12,6 +12,7 @@ from st3.engine.kv.buffer import KVBuffer, Room
 from st3.engine.kv.layout import capacity_for
 from st3.engine.kv.timeline import Timeline
 from st3.engine.kv.visible import RowEntries
+from st3.engine.upload import upload
 from st3.errors import TrimStateError
 
 
@@ -183,7 +184,7 @@ class Store(ABC):
             return None, base
         device = positions.device
         place = torch.arange(base, end, device=device)
-        limit = torch.tensor(ahead, device=device)[:, None] - self.window
+        limit = upload(ahead, device)[:, None] - self.window
         gone = ((place >= self._ordered_from(device)) & (positions <= limit)).sum(1)
         counts = gone.tolist()
         self._evicted_before = max(self._evicted_before, min(ahead))
@@ -199,7 +200,7 @@ class Store(ABC):
     def _ordered_from(self, device: torch.device) -> Tensor:
         """Column from which on each row stands in its original order, [B, 1]."""
         places = [row.pad + row.ordered for row in self.rows]
-        return torch.tensor(places, device=device)[:, None]
+        return upload(places, device)[:, None]
 
     # New rankings -----------------------------------------------------------------------------
 
@@ -272,4 +273,4 @@ class Store(ABC):
 
 
 def _column(values: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(values, device=like.device)[:, None]
+    return upload(values, like.device)[:, None]

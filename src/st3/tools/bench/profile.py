@@ -67,6 +67,41 @@ def profile_decode(
     )
 
 
+@dataclass(frozen=True)
+class PrefillProfile:
+    """Of one prefill.
+
+    Attributes:
+        waits: calls of each of :data:`WAITS`.
+        launches: kernels; 0 on a CPU.
+        busy: seconds in which kernels ran; 0 on a CPU.
+        seconds: in all, without the profiler. Where it is far above ``busy``, the host is too slow
+            to keep the device busy.
+    """
+
+    waits: dict[str, float]
+    launches: int
+    busy: float
+    seconds: float
+
+
+def profile_prefill(model: Any, prompt: Prompt, method: Method) -> PrefillProfile:
+    """One prefill behind two that are not profiled, of which the second one is timed."""
+    with method.attach(model, prompt):
+        prefill(model, prompt)
+        seconds = prefill(model, prompt)
+        with _profiler(prompt) as profiler:
+            prefill(model, prompt)
+    events = profiler.key_averages()
+    kernels = [e for e in events if _is_kernel(e)]
+    return PrefillProfile(
+        {name: sum(e.count for e in events if e.key == name) for name in WAITS},
+        sum(e.count for e in kernels),
+        sum(e.self_device_time_total for e in kernels) / 1e6,
+        seconds,
+    )
+
+
 def selection_share(model: Any, prompt: Prompt, method: Method) -> float:
     """Share of a trimmed prefill's kernel time (on a CPU: of its time) that is st3's own work."""
     with method.attach(model, prompt), observed(model, Ranges()):
