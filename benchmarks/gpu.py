@@ -255,11 +255,7 @@ def _profiles(part: Part, subject: Subject, visual: int) -> None:
                     "kernel time, ms": 1e3 * once.busy,
                     "launches": once.launches,
                     "waits": max(once.waits.values()),
-                    "selection, share of kernel time": selection_share(
-                        subject.model, prompt, method
-                    )
-                    if method.own_engine
-                    else 0.0,
+                    "selection, share of kernel time": share,
                 }
             )
         part.log(f"profiled batch {batch}")
