@@ -82,6 +82,7 @@ class Score:
     of: Callable[[Seen], Tensor]
     stage: str = "attention"
     later: Callable[[Seen], Tensor] | None = None  # in each layer's attention, for drops behind it
+    above: float | None = None  # the schedule counts, of each group, the tokens that score more
 
 
 class Schedule(Protocol):
@@ -172,11 +173,17 @@ class _Pass:
         chosen = torch.zeros_like(among)
         for row in range(len(among)):
             for group in self.groups(row):
-                wanted = count(int(group.sum()))
+                wanted = count(self.size(row, group))
                 places = (among[row] & group).nonzero().flatten()
                 order = scores[row, places].argsort(descending=True, stable=True)
                 chosen[row, places[order[:wanted]]] = True
         return chosen
+
+    def size(self, row: int, group: Tensor) -> int:
+        """The number that a group's shares are taken of."""
+        if self.score is None or self.score.above is None:
+            return int(group.sum())
+        return sum(float(value) > self.score.above for value in self.scores[0][row][group])
 
     def prefill(self, layer: int, below: int | None) -> Tensor:
         """Who is there in ``layer``, given the layer before it."""

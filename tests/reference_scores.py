@@ -36,6 +36,7 @@ from tests.reference_picks import (
     visuals,
     vscan,
 )
+from tests.reference_pixels import pixel_surprise
 from tests.reference_tower import tower_weights
 from tests.zoo import Family
 
@@ -50,7 +51,7 @@ def reference_score(scorer: Any, family: Family, model: Any, batch: Any) -> Scor
     of, stage = formula(scorer, family, model, batch)
     later = getattr(scorer, "later", None)
     if later is None:
-        return Score(all_rows(of), stage)
+        return Score(all_rows(of), stage, above=getattr(scorer, "above", None))
     return Score(all_rows(of), stage, all_rows(formula(later, family, model, batch)[0]))
 
 
@@ -75,6 +76,15 @@ def formula(scorer: Any, family: Family, model: Any, batch: Any) -> tuple[Formul
             layout = image_rows(family, model, batch)
             return partial(TOWER[kind], scorer=scorer, weights=looks, layout=layout), "embeds"
         return partial(TOWER[kind], scorer=scorer, weights=looks[0]), "embeds"
+    if kind is scores.Novelty:
+        surprise = pixel_surprise(model, batch, family, scorer.threshold)
+        layout = image_rows(family, model, batch)
+
+        def novelty(seen: Seen, row: int) -> Tensor:
+            mine, even = row_of(surprise, seen, row), grid(seen, row, scores.Grid(), layout)
+            return torch.where(mine > scorer.threshold, mine, even)
+
+        return novelty, "embeds"
     if kind in LAID_OUT:
         of, stage = LAID_OUT[kind]
         return partial(of, scorer=scorer, layout=image_rows(family, model, batch)), stage

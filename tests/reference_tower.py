@@ -93,7 +93,7 @@ def _tokens(model: Any, batch: Any, images: list[Tensor]) -> list[Tensor]:
     """From the patches of each image, or part of one, to visual tokens."""
     inner, config = model.model, model.config
     if hasattr(inner, "pack_image_features"):
-        return _packed(inner, batch, images)
+        return packed(inner, batch, images)
     if hasattr(inner, "pixel_shuffle"):
         side = math.isqrt(len(images[0]))
         number = torch.arange(side * side).float().view(1, side, side, 1)
@@ -144,7 +144,7 @@ def _read(patches: Tensor, grids: list[list[int]], vision: Any) -> Tensor:
     return read
 
 
-def _packed(inner: Any, batch: Any, images: list[Tensor]) -> list[Tensor]:
+def packed(inner: Any, batch: Any, images: list[Tensor]) -> list[Tensor]:
     """The model's own packing, run on the numbers of the patches where it only moves them."""
     tiles = [1] * len(batch["pixel_values"])
     if batch["pixel_values"].dim() == 5:  # images of several tiles, filled up with empty ones

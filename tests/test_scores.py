@@ -146,7 +146,7 @@ def test_several_answers_to_a_prompt(method: str) -> None:
     Case.of("llava").check_generate(METHODS[method], 8, **options)
 
 
-@pytest.mark.parametrize("method", NEW)
+@pytest.mark.parametrize("method", [name for name in NEW if name != "pixelprune"])
 def test_random_choice_at_the_counts_of_each(method: str) -> None:
     case = Case.of("llava")
     policy = st3.Random(like=NEW[method], seed=1)

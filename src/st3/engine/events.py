@@ -86,6 +86,10 @@ class Observer:
     def prompt(self, event: PromptEvent) -> None:
         """A prompt was read."""
 
+    def counted(self, budgets: Budgets) -> None:
+        """The prompt's data say of how many visual tokens the schedule's shares are, in each row or
+        image."""
+
     def text_prompt(self) -> None:
         """A prompt without visual tokens starts a new cache."""
 
@@ -143,6 +147,10 @@ class Events(Observer):
     def prompt(self, event: PromptEvent) -> None:
         for observer in self.observers:
             observer.prompt(event)
+
+    def counted(self, budgets: Budgets) -> None:
+        for observer in self.observers:
+            observer.counted(budgets)
 
     def text_prompt(self) -> None:
         for observer in self.observers:

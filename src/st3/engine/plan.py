@@ -87,6 +87,12 @@ class Plan:
         return range(max(0, drops[0] - 1), drops[-1]) if drops else range(self.num_layers)
 
     @cached_property
+    def above(self) -> float | None:
+        """The score that a visual token must exceed to enter layer 0; None where counts are the
+        schedule's alone."""
+        return getattr(self.score, "above", None)
+
+    @cached_property
     def needs(self) -> frozenset[str]:
         """What the score asks for."""
         return needs_of(self.score)
@@ -138,9 +144,9 @@ class Plan:
         """The original visual counts that budgets are taken from: per row, or per image."""
         return rows.images if self.per_image else tuple((n,) for n in rows.n_visual)
 
-    def kept(self, layer: int, budgets: Budgets) -> list[list[int]]:
+    def kept(self, layer: int, budgets: Budgets) -> Budgets:
         """The visual tokens that enter ``layer``, by row and budget."""
-        return [[self.schedule.kept(layer, n) for n in row] for row in budgets]
+        return tuple(tuple(self.schedule.kept(layer, n) for n in row) for row in budgets)
 
     def anneals(self, budgets: Budgets) -> tuple[bool, ...]:
         """For each layer whether it will ever show less than it stores of these rows."""

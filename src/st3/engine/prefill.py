@@ -19,13 +19,12 @@ from torch import Tensor
 
 from st3.engine import decode
 from st3.engine.calls import AttentionCall, LayerInputs
+from st3.engine.candidates import candidates_mask
 from st3.engine.events import Events
 from st3.engine.kv.layout import is_lean
 from st3.engine.kv.store import KVStore
 from st3.engine.kv.timeline import Timeline
 from st3.engine.masks import (
-    as_bool,
-    causal,
     finish,
     gather_mask,
     is_plain,
@@ -33,14 +32,14 @@ from st3.engine.masks import (
     prefill_mask,
     visible_keys,
 )
-from st3.engine.plan import Plan
+from st3.engine.plan import Budgets, Plan
 from st3.engine.prompt import Block, Rows
 from st3.engine.ranker import Ranker
 from st3.engine.select import (
+    counts_above,
     gather_columns,
     gather_tables,
     gather_tokens,
-    rank_visual,
     scatter_columns,
     select,
 )
@@ -90,7 +89,7 @@ class Prefill:
         self._shared: dict[tuple[int, int], tuple[Any, Any]] = {}
 
     @cached_property
-    def _kept(self) -> dict[int, list[list[int]]]:
+    def _kept(self) -> dict[int, Budgets]:
         """For each layer that visual tokens leave, those that enter it, by row and budget."""
         drops = (layer for layer, prunes in enumerate(self.plan.prunes) if prunes)
         return {layer: self.plan.kept(layer, self.budgets) for layer in drops}
@@ -111,12 +110,21 @@ class Prefill:
             if self.ranker.reads_input(layer):
                 with self.events.span("score"):
                     self.ranker.observe_input(layer, self.block, hidden)
-            if self.plan.prunes[layer]:
+                if self.plan.above is not None:
+                    self._count(self.plan.above)
+            if self.plan.prunes[layer] and self._kept[layer] != self.block.kept:
                 self._drop(layer)
             else:
                 self.blocks[layer] = self.block
         # Gradient checkpointing may run a layer again: its block and columns are replayed.
         self.block = self.blocks[layer]
+
+    def _count(self, above: float) -> None:
+        """Let the data of each row say of how many tokens the schedule's shares are."""
+        score = self.ranker.for_drop(0)
+        if score is not None:
+            self.budgets = counts_above(self.block.to(score.device), score, above)
+            self.events.counted(self.budgets)
 
     def _drop(self, layer: int) -> None:
         """Choose the tokens that enter ``layer``."""
@@ -181,7 +189,8 @@ class Prefill:
         self._rank(layer, call, store)
         # Flash attention takes no mask per query: there candidates see what the prompt sees.
         if self.rows.tail and self.ordered[layer] and self.plan.kind != "flash":
-            call.mask = self._candidates_mask(layer, call)
+            score, (budgets,), tail = self.ranker.scores[layer], self.budgets, self.rows.tail
+            call.mask = candidates_mask(self.plan, layer, self.block, score, budgets, call, tail)
         chooses = self.plan.drops_behind[layer] and self.plan.by_attention is not None
         if chooses and layer + 1 not in self.blocks:
             self._drop(layer + 1)
@@ -238,24 +247,6 @@ class Prefill:
             old &= stored > self.timeline.start - window
         new = valid if valid is not None else old.new_ones(query.shape[0], query.shape[2])
         return torch.cat([old, new], dim=1)
-
-    def _candidates_mask(self, layer: int, call: AttentionCall) -> Tensor | None:
-        """Candidates of assisted decoding see what their decode step would see."""
-        block, columns, tail = self.block, call.query.shape[2], self.rows.tail
-        device = call.query.device
-        seen = causal(columns, columns, device) if call.mask is None else as_bool(call.mask)
-        seen = seen.expand(call.query.shape[0], 1, columns, columns).clone()
-        score = self.ranker.scores[layer]
-        if not isinstance(score, Tensor):
-            raise TrimStateError("candidates of assisted decoding need a score that does not wait")
-        rank = rank_visual(block, score)
-        group = torch.zeros_like(rank) if block.group is None else block.group
-        (budgets,) = self.budgets
-        for place in range(tail):
-            shown = [self.plan.schedule.visible(layer, n, place + 1) for n in budgets]
-            gone = block.visual & (rank >= upload(shown, rank.device)[group])
-            seen[:, :, columns - tail + place] &= ~gone[:, None]
-        return finish(seen, self.plan.kind, call.query.dtype)
 
     # Behind the last layer --------------------------------------------------------------------
 

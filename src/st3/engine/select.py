@@ -31,6 +31,18 @@ def rank_visual(block: Block, score: Tensor) -> Tensor:
     return rank - first.gather(1, group)
 
 
+def counts_above(block: Block, score: Tensor, least: float) -> tuple[tuple[int, ...], ...]:
+    """How many visual tokens of each row and budget have a score above ``least``. The host waits
+    for the device."""
+    stays = block.visual & (score > least)
+    groups = max(len(row) for row in block.kept)
+    group = torch.zeros_like(block.ordinal) if block.group is None else block.group
+    counts = torch.zeros(len(stays), max(groups, 1), dtype=torch.long, device=score.device)
+    counts.scatter_add_(1, group, stays.long())
+    rows = zip(counts.tolist(), block.kept, strict=True)
+    return tuple(tuple(row[: len(kept)]) for row, kept in rows)
+
+
 def select(
     block: Block, score: Tensor, kept: Sequence[Sequence[int]], right: bool = False
 ) -> tuple[Block, Tensor]:

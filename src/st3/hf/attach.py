@@ -23,7 +23,6 @@ from st3.hf.compile import compiled_forward
 from st3.hf.generation import checked_prefill, narrowed_deepstack, noticed_candidates
 from st3.hf.hooks import Hooks
 from st3.hf.layer_parts import listen_to_parts
-from st3.methods.scores.looks import looks_of
 from st3.models import Family, Parts
 
 
@@ -71,8 +70,8 @@ class Attachment:
             make = noticed_candidates(self.model._get_candidate_generator, self._expect_candidates)
             hooks.replace(self.model, "_get_candidate_generator", make)
         self.visual.listen(hooks)
-        if session.active and "tower" in session.plan.needs:
-            self._tower = self.family.tower(self.model, parts, looks_of(session.plan.score))
+        self._tower = self.family.tap(self.model, parts, session.plan.score, session.active)
+        if self._tower is not None:
             self._tower.listen(hooks)
         for module, before in (
             (self.model, self._on_model),

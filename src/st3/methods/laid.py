@@ -97,6 +97,7 @@ def lay(
         tuple(shares),
         NO_ANNEAL if in_order else asked.anneal,
         asked.anneal_from,
+        counted=asked.counted,
         asked=asked,
         first=first,
         shared=shared,

@@ -100,6 +100,8 @@ class Schedule:
             enters it; never rises with depth.
         anneal: how decode steps shrink what a layer shows.
         anneal_from: first decoder layer that is annealed.
+        counted: whether shares are of those visual tokens that a prompt's own data keep, and not of
+            all: the rest leaves before layer 0, and shares are what is kept at most.
 
     Raises:
         ValueError: no layers, a share outside [0, 1], or shares that rise with depth.
@@ -108,6 +110,7 @@ class Schedule:
     shares: tuple[Fraction, ...]
     anneal: Anneal = NO_ANNEAL
     anneal_from: int = 0
+    counted: bool = False
 
     def __post_init__(self) -> None:
         if not self.shares:
@@ -151,14 +154,17 @@ class Schedule:
     @property
     def drops(self) -> bool:
         """Whether anything is ever dropped, in prefill or decode."""
-        return self.shares[-1] < 1 or self.anneals
+        return self.shares[-1] < 1 or self.anneals or self.counted
 
     def prunes(self, layer: int) -> bool:
         """Whether visual tokens leave right before ``layer``."""
-        return self.shares[layer] < (self.shares[layer - 1] if layer else 1)
+        if not layer:
+            return self.counted or self.shares[0] < 1
+        return self.shares[layer] < self.shares[layer - 1]
 
     def kept(self, layer: int, n_visual: int) -> int:
-        """Visual tokens that enter ``layer`` in prefill, of a prompt's original ``n_visual``."""
+        """Visual tokens that enter ``layer`` in prefill, of ``n_visual``: a prompt's original ones,
+        or those that its data keep."""
         return round_share(self.shares[layer], n_visual)
 
     def visible(self, layer: int, n_visual: int, step: int) -> int:

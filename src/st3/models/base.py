@@ -11,12 +11,14 @@ from torch import nn
 from st3.cost.dims import Lookahead, TextDims
 from st3.cost.vision import VisionDims, vision_flops
 from st3.errors import UnsupportedModelError
-from st3.methods.scores.looks import Look
+from st3.methods.scores.base import needs_of
+from st3.methods.scores.looks import Look, looks_of
 from st3.models.decoders import closed_form
 from st3.models.grids import Grids, grids_of, no_grids
 from st3.models.layouts import Layout, UnknownPlaces
 from st3.models.meta import counted, counted_crop
 from st3.models.parts import Parts, base_model, find_parts
+from st3.models.pixels import PixelTap
 from st3.models.rotary import Unrotate, inverse_rotation
 from st3.models.tower_attention import REMEDY, TowerTap
 from st3.models.towers import has_class_token, tower_of
@@ -78,6 +80,21 @@ class Family:
                 f"to the visual tokens: {REMEDY}"
             )
         return TowerTap(config, parts.inner, looks, self.way, has_class_token(vision))
+
+    def tap(
+        self, model: nn.Module, parts: Parts, score: Any, active: bool = True
+    ) -> TowerTap | PixelTap | None:
+        """What listens to the vision tower, or for the pixels of images, if the score asks.
+
+        Raises:
+            UnsupportedModelError: if it is not known how they become visual tokens.
+        """
+        needs = needs_of(score) if active else ()
+        if "tower" in needs:
+            return self.tower(model, parts, looks_of(score))
+        if "pixels" in needs:
+            return PixelTap(base_model(model), parts.inner, self.layout, score.of_pixels)
+        return None
 
     def inverse_rotation(self, parts: Parts) -> Unrotate:
         """What takes RoPE off queries and keys.

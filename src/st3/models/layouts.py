@@ -132,6 +132,8 @@ class Squares(Layout):
         if not self.placed:
             return super().tiles(model, inputs, n_tokens)
         pixels = inputs["pixel_values"].flatten(0, -4)
+        if self.nested:
+            pixels = pixels[pixels.flatten(1).any(1)]
         side = _side(n_tokens, len(pixels))
         return [Tile(tile, side, side) for tile in pixels]
 

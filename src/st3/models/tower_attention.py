@@ -14,6 +14,7 @@ from st3.errors import UnsupportedModelError
 from st3.hf.attention import TOWER, attention_of, registered
 from st3.hf.hooks import Hooks
 from st3.methods.scores.looks import Look
+from st3.models.visual import at_visual
 from st3.models.ways import Grid, Way
 
 REMEDY = "rank by a score that needs none, such as score=divprune or score=attention"
@@ -93,17 +94,13 @@ class TowerTap:
         packed = self._heard.packed
         flat = torch.cat(packed).T if packed else self._tokens()
         self.end()
-        # Beams and return sequences: generate() encodes an image once and repeats its row.
-        found, total, rows = flat.shape[1], int(visual.sum()), visual.shape[0]
-        copies = total // max(1, found)
-        if not found or copies * found != total or rows % copies:
+        found = at_visual(flat, visual)
+        if found is None:
             raise UnsupportedModelError(
-                f"the vision tower gave {found} weights for {total} visual tokens (videos, or "
-                f"ready-made image features): {REMEDY}"
+                f"the vision tower gave {flat.shape[1]} weights for {int(visual.sum())} visual "
+                f"tokens (videos, or ready-made image features): {REMEDY}"
             )
-        full = torch.zeros(len(self.looks), rows // copies, visual.shape[1], device=visual.device)
-        full[:, visual[::copies]] = flat.to(visual.device)
-        return full.repeat_interleave(copies, dim=1)
+        return found
 
     def end(self) -> None:
         """Forget what this thread has heard."""

@@ -131,10 +131,9 @@ class VisualTokens:
             finally:
                 mine.inside = False
             features = getattr(result, "pooler_output", result)
-            images = features if isinstance(features, (list, tuple)) else [features]
-            if images is features and features is not result:
+            if isinstance(features, (list, tuple)) and features is not result:
                 mine.sizes += map(_tokens, features)
-            tokens = sum(map(_tokens, images))
+            tokens = tokens_of(result)
             given = signature.bind(*args, **kwargs).arguments
             inputs = {**given, **given.get("kwargs", {})}
             inputs = {name: _without_pixels(name, value) for name, value in inputs.items()}
@@ -187,6 +186,25 @@ def check_visual_mask(mask: Any) -> Tensor | None:
             given = f"{mask.dtype} of shape {tuple(mask.shape)}"
         raise TypeError(f"visual_mask is {given}: pass a bool tensor [batch, tokens]")
     return mask
+
+
+def tokens_of(encoded: Any) -> int:
+    """The visual tokens of an encoder's result."""
+    features = getattr(encoded, "pooler_output", encoded)
+    return sum(map(_tokens, features if isinstance(features, (list, tuple)) else [features]))
+
+
+def at_visual(flat: Tensor, visual: Tensor) -> Tensor | None:
+    """Numbers of all visual tokens of a batch, [n, tokens], at the visual tokens [B, T] bool, 0
+    elsewhere, [n, B, T]; None where the two do not fit."""
+    # Beams and return sequences: generate() encodes an image once and repeats its row.
+    found, total, rows = flat.shape[1], int(visual.sum()), visual.shape[0]
+    copies = total // max(1, found)
+    if not found or copies * found != total or rows % copies:
+        return None
+    full = torch.zeros(len(flat), rows // copies, visual.shape[1], device=visual.device)
+    full[:, visual[::copies]] = flat.to(visual.device)
+    return full.repeat_interleave(copies, dim=1)
 
 
 def _tokens(features: Any) -> int:

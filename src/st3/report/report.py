@@ -41,7 +41,8 @@ class Report:
         n_text: for each row its other prompt tokens.
         n_past: for each row the tokens of earlier turns, in the cache before the prompt. FLOPs are
             those of the prompt alone: what it spends on attention to earlier turns is not counted.
-        budgets: for each row the original counts that the schedule's shares are taken of.
+        budgets: for each row the counts that the schedule's shares are taken of: all visual tokens,
+            or those that the images themselves keep.
         samples: KV bytes after the prefill and after each decode step.
         entry_bytes: bytes of one KV entry (key and value) in each layer.
     """

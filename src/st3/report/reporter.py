@@ -56,6 +56,10 @@ class Reporter(Observer):
         self._report = Report.of(self._policy, self._schedule, self._dims, event)
         self._end = event.past + event.rows.length - event.rows.tail
 
+    def counted(self, budgets: tuple[tuple[int, ...], ...]) -> None:
+        if self._report is not None:
+            self._report.budgets = budgets
+
     def text_prompt(self) -> None:
         self._freeze()
         self._report, self._why = (

@@ -147,6 +147,12 @@ def check_ranked(policy: Policy, schedule: Schedule) -> None:
             "yet: let its schedule keep all of them in layer 0, or rank by a score of the "
             "embeddings, such as divprune"
         )
+    gives = getattr(policy.scorer(), "above", None) is not None
+    if schedule.counted != gives or (gives and schedule.anneals):
+        raise ValueError(
+            f"policy {policy} takes its counts from the images, which its score does not give, or "
+            "which cannot be annealed: give it a budget, or say how much is kept"
+        )
     if policy.own_layer:
         raise ValueError(
             f"policy {policy} ranks in the layer that drops, which the engine cannot: leave "

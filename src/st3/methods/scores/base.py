@@ -42,7 +42,7 @@ class TokenView:
         before: [B, N, hidden size], the input of the layer before; None in layer 0.
         keys: [B, KV heads, N, head size], the keys of the layer before; for those that need "keys".
         towers: [looks, B, N], what the vision tower attends to, by each of the score's looks; for
-            those that need "tower". ``tower`` [B, N] is the first of them.
+            those that need "tower", or "pixels". ``tower`` [B, N] is the first of them.
         noted: [B, N], what the score's ``note`` returned in the attention of the layer before.
         turned: [B, N], sums of what the score's ``turn`` returned in the layers before.
         prepared: [B, N], what the score's ``prepare`` returned in layer 0.
@@ -226,11 +226,17 @@ class Score(Protocol):
             cache and the drop behind it. "input": at the input of a layer, for that layer's cache
             and the drop before it. "embeds": once, at the input of layer 0, for all layers; only
             such a score can drop tokens before layer 0.
-        needs: what it asks for beyond the view's own fields: "keys", "grids", "rotary", "tower".
+        needs: what it asks for beyond the view's own fields: "keys", "grids", "rotary", "tower",
+            "pixels".
         last_row: True if of a layer's attention it reads :meth:`LayerView.last_row_logits` alone:
             where only the cache asks for it, it is taken when the first further token comes.
         looks: what it wants of the vision tower, for those that need "tower"; see
             :mod:`st3.methods.scores.looks`.
+        of_pixels: a function of the pixels of the tokens of an image or tile, [rows, columns, D],
+            whose result [rows, columns] the view carries as ``tower``; for those that need
+            "pixels".
+        above: the score, a number, that a token must exceed or leave before layer 0; for policies
+            whose schedule is ``counted``.
         later: another score, of the stage "attention", for the drops within the decoder and for the
             caches: then this one, of the stage "embeds", is for the drop before the decoder alone.
         note: a function of a layer's :class:`LayerView`, whose result [B, N] the view of the next

@@ -102,7 +102,8 @@ def prefill(
     if spots is not None:
         layers = trimmer.schedule.num_layers
         kept = kept_of(spots, trimmer.report) if budgets else nothing(layers)
-    return Prefilled(sequence, entries, out.logits[0][0].float(), sum(budgets), kept)
+    visual = sum(trimmer.report.n_visual) if budgets else 0
+    return Prefilled(sequence, entries, out.logits[0][0].float(), visual, kept)
 
 
 def _next_position(prompt_positions: Tensor | None, prompt: int) -> tuple[int, ...]:

@@ -170,7 +170,7 @@ class Ticket:
                 token_ids=tuple(self.tokens),
                 prompt_tokens=row.prompt,
                 visual_tokens=self.visual,
-                mean_share=_mean_share(row),
+                mean_share=_mean_share(row, self.visual),
                 policy=self.request.policy,
                 kv_bytes=kv_bytes,
                 queued=(self.started or now) - self.submitted,
@@ -180,6 +180,6 @@ class Ticket:
         )
 
 
-def _mean_share(row: JoinedSequence) -> float:
-    kept, visual = row.counts.at(0), sum(row.counts.budgets)
+def _mean_share(row: JoinedSequence, visual: int) -> float:
+    kept = row.counts.at(0)
     return sum(kept) / (len(kept) * visual) if visual else 1.0
