@@ -8,9 +8,10 @@ for its rows. st3 need not be installed. Each part writes its JSON and Markdown 
 it has something.
 
 latency: prefill, TTFT and TPOT at batch 1, 8 and 32 and 576 and 2,880 visual tokens, with sdpa and,
-where it is installed, flash attention; what of the prefill's gain is possible. profile: what the
-profiler says of decode steps and of the selection. throughput: the largest batch that fits and its
-tokens per second. graphs: decode steps compiled into CUDA graphs.
+where it is installed, flash attention; what of the prefill's gain is possible. lengths: the same of
+prompts whose length was never seen before, as a server meets them. profile: what the profiler says
+of prefills, decode steps and the selection. throughput: the largest batch that fits and its tokens
+per second. graphs: decode steps compiled into CUDA graphs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import argparse
 import dataclasses
 import gc
 import importlib.util
+import itertools
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -46,8 +49,9 @@ from st3.tools.bench.bound import read_bandwidth
 from st3.tools.bench.capacity import measure_capacity
 from st3.tools.bench.compiled import compiled_decode
 from st3.tools.bench.files import save
+from st3.tools.bench.measure import Generation, generation
 from st3.tools.bench.profile import profile_decode, profile_prefill, selection_share
-from st3.tools.bench.prompts import build
+from st3.tools.bench.prompts import Row, build
 from st3.tools.common.conditions import conditions, in_words
 from st3.tools.common.load import device_of, dtype_of
 from st3.tools.common.tables import markdown
@@ -60,7 +64,7 @@ POLICIES = {
     "llava-next-7b": "st3-7b",
     "qwen2.5-vl-7b": DEFAULT_POLICY,
 }
-KINDS = ("latency", "profile", "throughput", "graphs")
+KINDS = ("latency", "lengths", "profile", "throughput", "graphs")
 PARTS = [(shape, kind) for kind in KINDS for shape in POLICIES]
 
 
@@ -197,6 +201,33 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def lengths(part: Part) -> None:
+    """Each method answers prompts of lengths that no method met before, one prompt at a time."""
+    subject, prompts = part.subject(), part.given.prompts
+    methods, text = part.methods(), itertools.count(subject.text_tokens + 1)
+    for visual in part.visual(subject):
+        seen: dict[str, list[Generation]] = {method.label: [] for method in methods}
+        for _ in range(prompts + 1):
+            for method in methods:
+                prompt = build([Row(next(text), (visual,))], subject.vocab, subject.device)
+                with method.attach(subject.model, prompt):
+                    found = generation(subject.model, prompt, part.given.new_tokens)
+                seen[method.label].append(found)
+        part.log(f"new lengths, {visual} visual tokens")
+        part.extra[f"lengths not seen before, batch 1, {visual} visual tokens"] = [
+            {
+                "method": label,
+                "prompts": prompts,
+                "first token, ms": 1e3 * statistics.median(one.first for one in found[1:]),
+                "TPOT, ms": 1e3 * statistics.median(s for one in found[1:] for s in one.steps),
+                "TPOT, mean, ms": 1e3 * statistics.mean(s for one in found[1:] for s in one.steps),
+                "end to end, ms": 1e3 * statistics.median(one.total for one in found[1:]),
+            }
+            for label, found in seen.items()
+        ]
+        part.write()
+
+
 def profiles(part: Part) -> None:
     """What the profiler says, at two batches."""
     subject = part.subject()
@@ -237,7 +268,7 @@ def _profiles(part: Part, subject: Subject, visual: int) -> None:
         rows_of_prompt = part.workload(subject, batch, 1, visual).rows()
         prompt = build(rows_of_prompt, subject.vocab, subject.device)
         for method in part.methods():
-            seen = profile_decode(subject.model, prompt, method)
+            seen = profile_decode(subject.model, prompt, method, 2, 5)
             most = max(seen.waits.values())
             row = {"method": method.label, "batch": batch}
             row |= {name: count for name, count in seen.waits.items() if count or "Stream" in name}
@@ -306,6 +337,7 @@ def _options(text: str) -> str | dict[str, Any]:
 
 RUN: dict[str, Callable[[Part], None]] = {
     "latency": latency,
+    "lengths": lengths,
     "profile": profiles,
     "throughput": throughput,
     "graphs": graphs,
@@ -326,6 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, help="rounds of everything")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--prompts", type=int, default=5, help="of each new length")
     parser.add_argument("--limit", type=int, help="largest batch that is tried")
     parser.add_argument(
         "--compile", default="reduce-overhead", help="torch.compile's mode, or its options as JSON"

@@ -270,8 +270,10 @@ def test_pairs_of_processes_are_one_row_that_says_how_they_differ() -> None:
 @pytest.mark.parametrize(
     ("part", "kind", "content"),
     [
-        (1, "latency", "| fastv (authors' way) |"),
-        (5, "throughput", "largest batch"),
+        (1, "latency", "| fastv |"),
+        (5, "lengths", "lengths not seen before, batch 1, 16 visual tokens"),
+        (9, "profile", "one prefill, by the profiler, 16 visual tokens"),
+        (13, "throughput", "largest batch, 16 visual tokens"),
     ],
 )
 def test_gpu_parts_run_on_a_cpu(part: int, kind: str, content: str, tmp_path: Path) -> None:
@@ -281,6 +283,7 @@ def test_gpu_parts_run_on_a_cpu(part: int, kind: str, content: str, tmp_path: Pa
         gpu.main(
             [
                 *("--part", str(part), "--device", "cpu", "--batch", "1", "--new-tokens", "3"),
+                *("--visual", "16", "--prompts", "1", "--layer-rounds", "1"),
                 *("--limit", "2", *TINY, str(tmp_path)),
             ]
         )
@@ -293,7 +296,7 @@ def test_gpu_parts_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
     gpu.main(["--list"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(gpu.PARTS) == 12
+    assert len(lines) == len(gpu.PARTS) == 20
     assert lines[0].split() == ["1", "latency", "llava-1.5-7b"]
 
 

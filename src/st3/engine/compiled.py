@@ -23,8 +23,8 @@ from st3.engine.kv.timeline import Timeline
 from st3.engine.masks import finish
 from st3.engine.plan import Plan
 from st3.engine.steps import Step
-from st3.engine.upload import upload
 from st3.errors import UnsupportedModelError
+from st3.methods.upload import upload
 
 
 class CompiledStep(Step[KVStore]):

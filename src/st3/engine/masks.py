@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from st3.engine.upload import upload
+from st3.methods.upload import upload
 
 Kind = Literal["sdpa", "eager", "flash"]
 Starts = tuple[tuple[int, ...], ...]

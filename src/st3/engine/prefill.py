@@ -10,7 +10,6 @@ loop. So what can be done once, or for all layers in a row, is not done between 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
@@ -32,6 +31,7 @@ from st3.engine.masks import (
     prefill_mask,
     visible_keys,
 )
+from st3.engine.memo import Memo
 from st3.engine.plan import Budgets, Plan
 from st3.engine.prompt import Block, Rows
 from st3.engine.ranker import Ranker
@@ -43,8 +43,8 @@ from st3.engine.select import (
     scatter_columns,
     select,
 )
-from st3.engine.upload import upload
 from st3.errors import TrimStateError
+from st3.methods.upload import upload
 
 
 class Prefill:
@@ -86,7 +86,7 @@ class Prefill:
         self.blocks: dict[int, Block] = {}
         self.attended: dict[int, tuple[Block, bool]] = {}
         self._columns: dict[int, Tensor] = {}  # of the layer before, that a layer begins with
-        self._shared: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._shared = Memo()
 
     @cached_property
     def _kept(self) -> dict[int, Budgets]:
@@ -98,6 +98,9 @@ class Prefill:
 
     def enter(self, layer: int, inputs: LayerInputs) -> None:
         """Drop what ``layer`` no longer sees from its inputs."""
+        if layer == 0 and self._kept and not self.extends:
+            # Looked at while the device has little to do, so that the host waits for no layer.
+            self._is_plain(inputs.mask)
         self._choose_block(layer, inputs.hidden)
         if layer in self._columns:
             inputs.hidden = gather_columns(inputs.hidden, self._columns[layer])
@@ -152,32 +155,29 @@ class Prefill:
         index, tables = self.block.index, inputs.tables
         if index is not None:
             if tables is not None:
-                inputs.tables = self._once(tables, partial(gather_tables, tables, index))
+                make = partial(gather_tables, tables, index)
+                inputs.tables = self._shared.once(tables, make, id(self.block))
             for name, value in inputs.others.items():
                 inputs.others[name] = gather_tokens(value, index, self.rows.length)
-
-    def _once(self, original: Any, make: Callable[[], Any], everywhere: bool = False) -> Any:
-        """``make()`` once in a block: a text model shares masks and tables between layers."""
-        key = 0 if everywhere else id(self.block), id(original)
-        if key not in self._shared:
-            # What it is made of is held, so that its id stays its own.
-            self._shared[key] = make(), original
-        return self._shared[key][0]
 
     def _narrow_mask(self, layer: int, mask: Any, hidden: Tensor) -> Any:
         if self.extends:
             return self._extension_mask(layer, mask, hidden)
-        return self._once(mask, lambda: self._mask(mask, hidden))
+        # A text model shares masks and tables between layers.
+        return self._shared.once(mask, lambda: self._mask(mask, hidden), id(self.block))
 
     def _mask(self, mask: Any, hidden: Tensor) -> Tensor | None:
         """The mask of left-aligned rows."""
-        if mask is None or mask.dim() == 2 or self._is_plain(mask):
+        if self._is_plain(mask):
             return prefill_mask(hidden.shape[-2], self.plan.kind, hidden.dtype, hidden.device)
         block = self.block.to(mask.device)
         return gather_mask(mask, block.source_columns(), block.valid)
 
-    def _is_plain(self, mask: Tensor) -> bool:
-        return bool(self._once(mask, lambda: is_plain(mask, self._valid), everywhere=True))
+    def _is_plain(self, mask: Any) -> bool:
+        """Whether left-aligned rows need no mask for what ``mask`` says."""
+        if mask is None or mask.dim() == 2:
+            return True
+        return bool(self._shared.once(mask, lambda: is_plain(mask, self._valid)))
 
     # In a layer -------------------------------------------------------------------------------
 

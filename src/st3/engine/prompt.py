@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from st3.engine.upload import upload
+from st3.methods.upload import upload
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,7 @@ class Ranker:
             "group": block.group,
             "images": self.rows.images,
             "grids": self.rows.grids,
+            "most_text": max(self.rows.n_text),
             "complete": block.index is None,
             "at_end": self._at_end(block),
             "prepared": _to(self._prepared, block.visual.device),

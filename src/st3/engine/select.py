@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from st3.engine.prompt import Block, table
-from st3.engine.upload import upload
+from st3.methods.upload import upload
 
 
 def rank_visual(block: Block, score: Tensor) -> Tensor:

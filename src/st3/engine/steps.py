@@ -19,9 +19,9 @@ from st3.engine.kv.timeline import Timeline
 from st3.engine.masks import Starts, decode_mask, finish
 from st3.engine.parallel import mean_over_ranks
 from st3.engine.plan import Plan
-from st3.engine.upload import upload
 from st3.errors import UnsupportedModelError
 from st3.methods.scores import LayerView
+from st3.methods.upload import upload
 
 S = TypeVar("S", bound=Store)
 

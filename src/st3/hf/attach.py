@@ -17,13 +17,21 @@ from st3.engine.prefill import Prefill
 from st3.engine.session import Session
 from st3.errors import UnsupportedModelError
 from st3.hf import call
-from st3.hf.attention import ATTRIBUTE, LayerHandle, attention_of, base_attention, registered
+from st3.hf.attention import (
+    ATTRIBUTE,
+    LayerHandle,
+    attention_of,
+    base_attention,
+    on_unplanned_kernels,
+    registered,
+)
 from st3.hf.cache import CacheSeam, new_cache
 from st3.hf.compile import compiled_forward
 from st3.hf.generation import checked_prefill, narrowed_deepstack, noticed_candidates
 from st3.hf.hooks import Hooks
 from st3.hf.layer_parts import listen_to_parts
 from st3.models import Family, Parts
+from st3.models.visual import visual_mask_for
 
 
 class Attachment:
@@ -132,6 +140,7 @@ class Attachment:
         if self.compile_decode is not None:
             forward = compiled_forward(text.forward, self.compile_decode, self.session)
             hooks.replace(text, "forward", forward)
+        hooks.replace(text, "forward", on_unplanned_kernels(text.forward, self.session))
         if hasattr(self.model, "_prefill"):
             anneals = self.session.plan.schedule.drops
             hooks.replace(self.model, "_prefill", checked_prefill(self.model._prefill, anneals))
@@ -263,7 +272,7 @@ class Attachment:
     def _visual_tokens(self, embeds: Tensor, past: int) -> Tensor | None:
         """[B, T] bool for the chunk under way, or None if it has no image."""
         if self.visual_mask is not None and past == 0:
-            return _for_rows(self.visual_mask, embeds)
+            return visual_mask_for(self.visual_mask, embeds)
         # No image can come behind a prompt without image arguments: candidates copied from it
         # (prompt lookup) may be placeholders.
         if past and not self.visual.has_image:
@@ -283,15 +292,3 @@ class Attachment:
                 stacklevel=2,
             )
         return None
-
-
-def _for_rows(mask: Tensor, embeds: Tensor) -> Tensor:
-    """The caller's visual_mask for a batch of prompts: generate() repeats each row for beams and
-    return sequences."""
-    rows, tokens = embeds.shape[:2]
-    if mask.shape[1] != tokens or rows % mask.shape[0]:
-        raise ValueError(
-            f"visual_mask is {tuple(mask.shape)}, the prompt [batch, tokens] = {(rows, tokens)}: "
-            "pass the mask of this prompt"
-        )
-    return mask.to(embeds.device).repeat_interleave(rows // mask.shape[0], dim=0)

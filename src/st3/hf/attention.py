@@ -7,11 +7,13 @@ point made for this: no model uses them until its text config says so.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -57,6 +59,31 @@ def attention_set(config: Any, name: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def on_unplanned_kernels(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
+    """A text model's ``forward`` whose trimmed passes do without cuDNN's sdpa kernels, on CUDA.
+
+    Recent GPUs take those first. They are planned anew for each length, which takes 20 ms (H100,
+    torch 2.11), and a trimmed model has another length in most layers and steps. This is torch's
+    own switch. It holds for the process: an untrimmed model that runs in another thread meanwhile
+    takes another kernel, too.
+    """
+    cuda = torch.backends.cuda
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        embeds = kwargs.get("inputs_embeds")
+        on_cuda = embeds is not None and embeds.device.type == "cuda"
+        if session.current is None or not on_cuda or not cuda.cudnn_sdp_enabled():
+            return forward(*args, **kwargs)
+        cuda.enable_cudnn_sdp(False)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            cuda.enable_cudnn_sdp(True)
+
+    return run
 
 
 def base_attention(name: str, module: nn.Module) -> Attend:

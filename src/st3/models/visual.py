@@ -216,3 +216,15 @@ def _without_pixels(name: str, value: Any) -> Any:
     if name.startswith("pixel_values") and isinstance(value, Tensor):
         return torch.empty_like(value, device="meta")
     return value
+
+
+def visual_mask_for(mask: Tensor, embeds: Tensor) -> Tensor:
+    """The caller's visual_mask for a batch of prompts: generate() repeats each row for beams and
+    return sequences."""
+    rows, tokens = embeds.shape[:2]
+    if mask.shape[1] != tokens or rows % mask.shape[0]:
+        raise ValueError(
+            f"visual_mask is {tuple(mask.shape)}, the prompt [batch, tokens] = {(rows, tokens)}: "
+            "pass the mask of this prompt"
+        )
+    return mask.to(embeds.device).repeat_interleave(rows // mask.shape[0], dim=0)

@@ -12,8 +12,8 @@ from st3.engine.kv.buffer import KVBuffer, Room
 from st3.engine.kv.layout import capacity_for
 from st3.engine.kv.timeline import Timeline
 from st3.engine.kv.visible import RowEntries
-from st3.engine.upload import upload
 from st3.errors import TrimStateError
+from st3.methods.upload import upload
 
 
 class Store(ABC):

@@ -123,13 +123,15 @@ class Attention:
         return score if self.debias == "none" else _without_trend(score, view, self.debias)
 
     def over(self, view: LayerView, rows: Tensor) -> Tensor:
-        """Mean attention of the columns ``rows`` [B, N] bool over all columns, [B, N]."""
+        """Mean attention of the text tokens ``rows`` [B, N] bool over all columns, [B, N]."""
         batch, columns = rows.shape
         count = rows.sum(1)
         # The wanted rows first, in their order; shorter lists end in rows that count for nothing.
         order = torch.argsort((~rows).to(torch.uint8), dim=1, stable=True)
         total = torch.zeros(batch, columns, device=rows.device)
-        for start in range(0, int(count.max()), ROWS_AT_ONCE):
+        # (how many there are is known without a wait for the device)
+        most = int(count.max()) if view.most_text is None else min(view.most_text, columns)
+        for start in range(0, most, ROWS_AT_ONCE):
             part = order[:, start : start + ROWS_AT_ONCE]
             weights = view.row_logits(part).softmax(dim=-1)[..., view.first_column :]
             joined = self._join(weights, view.visual)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from st3.methods.schedule import exact
+from st3.methods.upload import upload
 
 Stage = Literal["embeds", "input", "attention"]
 Shape = tuple[int, ...]
@@ -35,6 +36,7 @@ class TokenView:
         images: for each row the original visual tokens of each image; empty if unknown.
         grids: for each row the shape of each image's tokens in reading order, (rows, columns) or
             (frames, rows, columns) of a video, None where they are no grid; empty if unknown.
+        most_text: the most text tokens of any row; None if the host does not know.
         complete: whether no visual token has been dropped so far.
         at_end: whether the prompt's last token is known to stand in the last column of every row.
         wanted: the most visual tokens that any row will keep of those it ranks; None for all, where
@@ -57,6 +59,7 @@ class TokenView:
     group: Tensor | None = None
     images: tuple[tuple[int, ...], ...] = ()
     grids: tuple[tuple[Shape | None, ...], ...] = ()
+    most_text: int | None = None
     complete: bool = True
     at_end: bool = False
     wanted: int | None = None
@@ -88,7 +91,7 @@ class TokenView:
                 for i in range(max(map(len, self.images), default=0))
             ]
         for tokens, counts in sharing:
-            yield tokens, torch.tensor(counts, device=tokens.device)[:, None]
+            yield tokens, upload(counts, tokens.device)[:, None]
 
     @property
     def question(self) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from st3.methods.scores.base import Shape, TokenView
 from st3.methods.scores.grid import of_tokens, shapes_of
+from st3.methods.upload import upload
 
 
 def cells(view: TokenView) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,7 +34,7 @@ def _image(view: TokenView) -> Tensor:
     """The number of each visual token's image, [B, N]."""
     most = max(map(len, view.images), default=0)
     counts = [list(row) + [0] * (most - len(row)) for row in view.images]
-    ends = torch.tensor(counts, device=view.ordinal.device).cumsum(1)[:, :-1]
+    ends = upload(counts, view.ordinal.device).cumsum(1)[:, :-1]
     return (view.ordinal[:, :, None] >= ends[:, None]).sum(2)
 
 
