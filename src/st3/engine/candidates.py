@@ -13,8 +13,8 @@ from st3.engine.plan import Plan
 from st3.engine.prompt import Block
 from st3.engine.ranker import DeferredScore
 from st3.engine.select import rank_visual
-from st3.engine.upload import upload
 from st3.errors import TrimStateError
+from st3.methods.upload import upload
 
 
 def candidates_mask(

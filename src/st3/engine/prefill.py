@@ -98,7 +98,7 @@ class Prefill:
 
     def enter(self, layer: int, inputs: LayerInputs) -> None:
         """Drop what ``layer`` no longer sees from its inputs."""
-        if layer == 0 and self._kept and not self.extends:
+        if layer == 0 and any(self.plan.prunes) and not self.extends:
             # Looked at while the device has little to do, so that the host waits for no layer.
             self._is_plain(inputs.mask)
         self._choose_block(layer, inputs.hidden)
