@@ -53,7 +53,7 @@ def main() -> None:
             args = [str(folder / "in"), "-o", str(out), "-p", PROMPT, "--policy", policy,
                     "--batch", str(batch), "--max-new-tokens", str(given.tokens)]  # fmt: skip
             if actors:
-                args += ["--ray", "local", "--actors", str(actors), "--window", str(batch)]
+                args += ["--ray", "local", "--replicas", str(actors), "--window", str(batch)]
             subprocess.run(
                 [sys.executable, "-m", "st3.tools.cli", "batch", *args],
                 check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -313,7 +313,7 @@ def test_wrong_use_is_one_line(pictures: Path, tmp_path: Path, tiny_model: Path)
         ((tmp_path / "none.jsonl", *out), "no such file or folder"),
         ((tmp_path / "file", *out), "nor a .jsonl or .parquet file"),
         ((fine, *out, "--policy", "nonsense"), "--policy nonsense"),
-        ((fine, *out, "--actors", 2), "need --ray"),
+        ((fine, *out, "--replicas", 2), "need --ray"),
         ((fine, *out, "--device-map", "here"), "--device-map here: choose auto"),
         ((fine, *out, "--device-map", "auto", "--device", "cpu"), "exclude each other"),
         ((fine, "-o", tmp_path / "file"), "cannot write"),
@@ -361,3 +361,26 @@ def test_images_are_turned_and_made_rgb(tmp_path: Path) -> None:
     Image.new("L", (30, 20)).save(buffer, "jpeg", exif=exif)
     opened = load(buffer.getvalue(), tmp_path)
     assert (opened.size, opened.mode) == ((20, 30), "RGB")
+
+
+def test_the_system_prompt_is_every_rows(
+    pictures: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from st3.tools.batch import worker
+
+    seen: list[Any] = []
+    real = worker.encode
+
+    def encode(model: Any, processor: Any, chats: Any, **padding: Any) -> Any:
+        seen.extend(chat[0] for chat in chats)
+        return real(model, processor, chats, **padding)
+
+    monkeypatch.setattr(worker, "encode", encode)
+    words = (pictures, "-o", tmp_path / "out", "-p", "red", "-m", tiny_model, "--max-new-tokens", 2)
+    first = invoke(*words, "--system", "be brief")
+    assert first.exit_code == 0, first.output
+    assert seen == 5 * [{"role": "system", "content": [{"type": "text", "text": "be brief"}]}]
+    for other in ((), ("--system", "be long")):
+        again = invoke(*words, *other)
+        assert again.exit_code == 2
+        assert "system" in again.stderr

@@ -21,7 +21,10 @@ COMMANDS = (
     "analyze", "batch", "bench", "cost", "demo", "eval", "generate", "models", "policies",
     "report", "serve", "vllm check",
 )  # fmt: skip
-JSON = ("analyze", "batch", "bench", "cost", "eval", "generate", "models", "policies", "report")
+JSON = (
+    "analyze", "batch", "bench", "cost", "eval", "generate", "models", "policies", "report",
+    "vllm check",
+)  # fmt: skip
 LOADS = ("analyze", "batch", "bench", "demo", "eval", "generate", "serve")
 
 
@@ -106,7 +109,7 @@ def test_quiet_leaves_the_answer_alone(picture: Path, tiny_model: Path) -> None:
         (["--heatmap", "kept.png", "--layers", "99"], "no layer 99, the model has 0 to 7"),
         (["--save", "run", "--policy", "dycoke"], "--save: a run of dycoke cannot be recorded"),
         (["--save", "run", "--policy", "st3:rerank_every=4"], "cannot be recorded"),
-        (["--runs", "2"], "--runs is for --compare"),
+        (["--rounds", "2"], "--rounds is for --compare"),
         (["--device", "foo"], "no such device; use auto, cpu"),
     ],
 )
@@ -147,7 +150,7 @@ def test_a_report_as_json(tmp_path: Path) -> None:
 
 def test_prompts_in_a_file_that_is_not_there(picture: Path, tmp_path: Path) -> None:
     words = ("analyze", "-i", picture, "-o", tmp_path / "seen", "-p")
-    check_error(st3(*words, "nosuch.txt"), 2, "--prompts nosuch.txt: no such file")
+    check_error(st3(*words, "nosuch.txt"), 2, "--prompt nosuch.txt: no such file")
     there = tmp_path / "seen"
     there.write_text("x")
     check_error(st3(*words, "what?"), 2, "that is a file, name a folder")

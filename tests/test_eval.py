@@ -326,6 +326,31 @@ def test_results_of_other_settings_are_kept_apart(
     assert "holds results with another model" in result.stderr
 
 
+def test_the_system_prompt_is_asked_with_and_kept_apart(
+    folder: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    real = Runner.encode
+
+    def encode(self: Runner, chats: Any) -> Any:
+        inputs = real(self, chats)
+        seen.extend(self.processor.batch_decode(inputs["input_ids"]))
+        return inputs
+
+    monkeypatch.setattr(Runner, "encode", encode)
+    words = ("--policies", "vtw", "--limit", 1, "--out", tmp_path / "out", "--json")
+    done = st3_eval(folder, tiny_model, *words, "--system", "green and red")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["conditions"]["system"] == "green and red"
+    asked = [text for text in seen if "what" in text or "describe" in text]
+    assert asked
+    assert all("green and red" in text for text in asked)
+    for other in ((), ("--system", "blue")):
+        again = st3_eval(folder, tiny_model, *words, *other)
+        assert again.exit_code == 1
+        assert "holds results with another system" in again.stderr
+
+
 @pytest.mark.parametrize("name", ["st3", "torch", "transformers", "dtype", "device"])
 def test_results_of_other_versions_are_not_mixed(
     folder: Path, tiny_model: Path, tmp_path: Path, name: str

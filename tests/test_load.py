@@ -161,7 +161,7 @@ def test_what_is_in_the_cache_is_loaded_without_the_hub(
         real = kind.from_pretrained
         here = functools.partial(_then, real, tiny_model, asked)
         monkeypatch.setattr(kind, "from_pretrained", here)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "config.json")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "config.json")
     assert load("somebody/a-model", "cpu").name == "somebody/a-model"
     assert asked == [True, True]
 

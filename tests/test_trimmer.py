@@ -155,6 +155,16 @@ def test_a_trimmer_can_be_attached_again_and_again() -> None:
     assert traces(case.model) == before
 
 
+def test_a_trimmer_says_in_one_line_what_it_is() -> None:
+    case = Case.of(MAIN[0])
+    name = type(case.model).__name__
+    trimmer = st3.trim(case.model, "fastv:layer=2,drop=0.75")
+    assert repr(trimmer) == f"<Trimmer of {name}: fastv:drop=0.75, not attached>"
+    with trimmer:
+        assert repr(trimmer) == f"<Trimmer of {name}: fastv:drop=0.75, attached>"
+    assert "not attached" in repr(trimmer)
+
+
 def test_a_trimmer_cannot_be_attached_twice() -> None:
     case = Case.of("llava")
     trimmed = logits(case, ST3)

@@ -107,6 +107,10 @@ class Trimmer:
         self._latest_cache: weakref.ref[Any] | None = None
         self._outer: Trimmer | None = None
 
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "not attached"
+        return f"<Trimmer of {type(self.model).__name__}: {self.policy}, {state}>"
+
     @property
     def policy(self) -> Policy:
         """What is dropped. Fixed: a schedule, hooks and caches are made for it."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, LlavaNextConfig, PreTrainedConfig
 
@@ -52,10 +53,15 @@ def shape(name: str) -> Shape:
     return SHAPES[name]
 
 
-def load_config(name_or_path: str | Path) -> PreTrainedConfig:
+def load_config(name_or_path: str | Path, **hub: Any) -> PreTrainedConfig:
     """The config of a shape, of a model folder, of a config.json, or of a model id on the hub.
 
-    Raises ValueError where none of them is found.
+    Args:
+        hub: arguments of ``AutoConfig.from_pretrained`` for an id: ``revision``,
+            ``local_files_only`` ...
+
+    Raises:
+        ValueError: none of them is found.
     """
     name = str(name_or_path)
     if name in SHAPES:
@@ -66,7 +72,7 @@ def load_config(name_or_path: str | Path) -> PreTrainedConfig:
             f"named shapes: {', '.join(SHAPES)}"
         )
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot load a config from {name!r}: {error}\nUse a folder with a config.json, or a "

@@ -41,6 +41,7 @@ class Options:
             is given as its string, or as it was read.
         batch_size: rows answered together.
         window: rows sorted by length together; what an actor is given at a time.
+        system: the system prompt of every row.
     """
 
     input: Path
@@ -50,6 +51,7 @@ class Options:
     max_new_tokens: int
     batch_size: int
     window: int
+    system: str | None = None
 
     def asked(self) -> dict[str, Any]:
         """What must not change when a run is continued."""
@@ -58,7 +60,7 @@ class Options:
             "model": self.model,
             "policy": str(self.policy),
             "policy_in_full": repr(plain(parse(self.policy))),  # defaults may change
-            **{name: getattr(self, name) for name in ("prompt", "max_new_tokens")},
+            **{name: getattr(self, name) for name in ("prompt", "system", "max_new_tokens")},
             **{name: versions()[name] for name in ("st3", "torch", "transformers")},
         }
 
@@ -66,8 +68,9 @@ class Options:
         """Raises BatchError for a policy that does not fit the model."""
         try:
             return Worker(
-                loaded.model, loaded.processor, self.policy, self.batch_size, self.max_new_tokens
-            )
+                loaded.model, loaded.processor, self.policy, self.batch_size, self.max_new_tokens,
+                self.system,
+            )  # fmt: skip
         except (ValueError, TypeError) as error:
             raise BatchError(f"policy {self.policy}: {first_line(error)}") from error
 

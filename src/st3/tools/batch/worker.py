@@ -59,6 +59,7 @@ class Worker:
         policy: how to trim.
         batch_size: rows answered together.
         max_new_tokens: longest answer.
+        system: the system prompt of every row; None: none.
 
     Raises:
         ValueError: a policy that does not fit the model.
@@ -71,8 +72,9 @@ class Worker:
         policy: str | Policy,
         batch_size: int,
         max_new_tokens: int,
+        system: str | None = None,
     ) -> None:
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.system = model, processor, system
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.trimmer = trim(model, policy)
         with self.trimmer:  # refuses now what it would refuse at every row
@@ -171,7 +173,7 @@ class Worker:
         """Answers to rows, given with their marks and images."""
         if not shown:
             return []
-        chats = [ask([image], row.prompt) for row, _, image in shown]
+        chats = [ask([image], row.prompt, self.system) for row, _, image in shown]
         inputs = encode(self.model, self.processor, chats, padding=True)
         self._check_length(int(inputs["attention_mask"].sum(dim=1).max()))
         width = inputs["input_ids"].shape[1]

@@ -1,7 +1,8 @@
-"""What every command has: --version, --quiet, and a help in which flags take no value."""
+"""What every command has: --version, --quiet, old names of options, flags without a value."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from st3.tools.cli import _common
+from st3.tools.cli._options import OLD_NAMES
 
 
 def print_version(value: bool) -> None:
@@ -52,7 +54,16 @@ class Plain:
 
 
 class Command(Plain, TyperCommand):
-    """A command of st3."""
+    """A command of st3, which takes its options' old names, too."""
+
+    def make_parser(self, ctx: Any) -> Any:
+        parser = super().make_parser(ctx)
+        params = {name: param for param in self.get_params(ctx) for name in param.opts}
+        for old, name in OLD_NAMES.get(self.name or "", {}).items():
+            twin = copy.copy(params[name])
+            twin.opts, twin.secondary_opts = [old], []
+            twin.add_to_parser(parser, ctx)
+        return parser
 
 
 class Group(Plain, TyperGroup):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -74,6 +75,12 @@ def split_policies(text: str) -> list[str]:
         elif part.strip():
             parts.append(part.strip())
     return parts
+
+
+def listed(given: Sequence[str] | None, default: Sequence[str]) -> list[str]:
+    """The policies that --policies names, which may be repeated; ``default`` where it is not
+    given."""
+    return [name for text in given or default for name in split_policies(text)]
 
 
 def shown(text: str, policy: Policy) -> str:

@@ -30,6 +30,7 @@ def load(
     tensor_parallel: int | None = None,
     attention: str | None = None,
     threads: int | None = None,
+    revision: str | None = None,
 ) -> Loaded:
     """Load a folder or hub id (None: the bundled model). Raises CliError with the remedy.
 
@@ -38,12 +39,15 @@ def load(
         tensor_parallel: processes that share each layer, in place of ``device``.
         attention: transformers' attention kernel; None: its choice.
         threads: of the CPU, from now on in this process; None: torch's choice.
+        revision: branch, tag or commit of a hub id.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     where = _where(device, device_map, tensor_parallel)
     try:
-        return loading.load(name, device, dtype, trust_remote_code, attention, **where)
+        return loading.load(
+            name, device, dtype, trust_remote_code, attention, revision=revision, **where
+        )
     except LoadError as error:
         raise CliError(str(error), 2 if error.usage else 1) from error
 
@@ -61,9 +65,12 @@ def load_images(paths: Sequence[str]) -> list[Image.Image]:
         raise CliError(str(error), 2) from error
 
 
-def prepare(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> Any:
-    """The inputs of generate() for one user turn: all images, then the prompt."""
-    return encode(loaded.model, loaded.processor, [ask(images, prompt)])
+def prepare(
+    loaded: Loaded, images: Sequence[Image.Image], prompt: str, system: str | None = None
+) -> Any:
+    """The inputs of generate() for one user turn: all images, then the prompt. A system prompt
+    comes before it."""
+    return encode(loaded.model, loaded.processor, [ask(images, prompt, system)])
 
 
 def _where(device: str, device_map: str | None, tensor_parallel: int | None) -> dict[str, Any]:

@@ -17,21 +17,31 @@ from st3.tools.common.errors import first_line
 from st3.tools.see.record import record
 
 
-def places(loaded: Loaded, inputs: Any, pictures: Sequence[Image], prompt: str) -> list[grid.Place]:
+def places(
+    loaded: Loaded,
+    inputs: Any,
+    pictures: Sequence[Image],
+    prompt: str,
+    system: str | None = None,
+) -> list[grid.Place]:
     """Where the visual tokens of a prompt lie. Raises UnknownPlaces."""
 
     def process(drawn: list[Image]) -> Any:
-        return _loading.prepare(loaded, drawn, prompt)
+        return _loading.prepare(loaded, drawn, prompt, system)
 
     return grid.places(loaded.model, inputs, pictures, process)
 
 
 def places_or_why(
-    loaded: Loaded, inputs: Any, pictures: Sequence[Image], prompt: str
+    loaded: Loaded,
+    inputs: Any,
+    pictures: Sequence[Image],
+    prompt: str,
+    system: str | None = None,
 ) -> tuple[list[grid.Place] | None, str]:
     """The places, or None and why they are not known."""
     try:
-        return places(loaded, inputs, pictures, prompt), ""
+        return places(loaded, inputs, pictures, prompt, system), ""
     except UnknownPlaces as error:
         return None, str(error)
 
@@ -47,7 +57,7 @@ def save_run(
 ) -> None:
     """Answer once more, watched, and write what was seen; times are those of the run before, which
     ``result`` holds."""
-    found, why_not = places_or_why(loaded, inputs, pictures, result["prompt"])
+    found, why_not = places_or_why(loaded, inputs, pictures, result["prompt"], result.get("system"))
     about = {key: str(result[key]) for key in ("model", "prompt", "conditions")}
     with _loading.quiet():
         run = record(

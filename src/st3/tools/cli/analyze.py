@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import time
@@ -20,6 +21,9 @@ from st3.tools.cli._options import (
     MaxNewTokens,
     Model,
     Precision,
+    Revision,
+    System,
+    Threads,
     TrustRemoteCode,
 )
 from st3.tools.common.errors import first_line
@@ -34,24 +38,38 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 def analyze(
     images: Annotated[
         list[Path],
-        typer.Option("--images", "-i", help="An image or a folder of images; may be repeated."),
+        typer.Option(
+            "--image", "-i", metavar="FILE_OR_FOLDER",
+            help="An image or a folder of images; may be repeated.",
+        ),
     ],
     prompts: Annotated[
         list[str],
         typer.Option(
-            "--prompts", "-p", metavar="TEXT_OR_FILE",
+            "--prompt", "-p", metavar="TEXT_OR_FILE",
             help="A prompt, or a text file with one a line; may be repeated. Images take turns.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for page, figures and data.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="DIR", help="Folder for page, figures and data."),
+    ],
+    system: System = None,
     model: Model = None,
+    revision: Revision = None,
     max_new_tokens: MaxNewTokens = 64,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many images.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="The first N images.")
+    ] = None,
     keep: Annotated[
-        float, typer.Option(help="Share of the visual tokens in a kept set, for the overlaps.")
-    ] = 0.25,
+        str,
+        typer.Option(
+            metavar="SHARE", help="Of the visual tokens in a kept set, for the overlaps."
+        ),
+    ] = "25%",
     as_json: AsJson = False,
     attention: Attention = None,
+    threads: Threads = None,
     device: Device = "auto",
     dtype: Precision = DType.auto,
     trust_remote_code: TrustRemoteCode = False,
@@ -69,8 +87,7 @@ def analyze(
 
     st3 analyze -i photos/ -p questions.txt -o seen -m ./llava-1.5-7b-hf --dtype float16
     """
-    if not 0 < keep < 1:
-        raise CliError(f"--keep {keep}: give a share between 0 and 1", 2)
+    share = _share(keep)
     paths = image_files(images)[:limit]
     texts = prompt_texts(prompts)
     _check_folder(out)
@@ -78,16 +95,19 @@ def analyze(
     with console.status("importing torch and transformers"):
         from st3.tools.cli import _loading
     with console.status(f"loading {model or 'the bundled model'}"):
-        loaded = _loading.load(model, device, dtype.value, trust_remote_code, attention=attention)
+        loaded = _loading.load(
+            model, device, dtype.value, trust_remote_code,
+            attention=attention, threads=threads, revision=revision,
+        )  # fmt: skip
     start = time.perf_counter()
-    analysis, unplaced = _analysed(loaded, paths, texts, max_new_tokens, keep)
+    analysis, unplaced = _analysed(loaded, paths, texts, system, max_new_tokens, share)
     about = {
         "model": loaded.name,
         "prompts": f"{_number(len(paths), 'image')}, {_number(len(texts), 'prompt')}, "
         f"{analysis.decode_steps} decode steps (at most {max_new_tokens} new tokens each)",
         "visual": f"{analysis.visual_tokens:.0f} in a prompt; {unplaced}".removesuffix("; "),
         "conditions": f"{loaded.conditions()}, greedy, untrimmed",
-        "command": _command(model, images, prompts, max_new_tokens, limit),
+        "command": _command(model, images, prompts, system, max_new_tokens, limit),
     }  # fmt: skip
     files = _written(out, analysis, about)
     if as_json:
@@ -109,12 +129,12 @@ def image_files(given: list[Path]) -> list[Path]:
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
             if not inside:
-                raise CliError(f"--images {path}: there are no images in this folder", 2)
+                raise CliError(f"--image {path}: there are no images in this folder", 2)
             found += inside
         elif path.is_file():
             found.append(path)
         else:
-            raise CliError(f"--images {path}: no such file or folder", 2)
+            raise CliError(f"--image {path}: no such file or folder", 2)
     return found
 
 
@@ -127,15 +147,24 @@ def prompt_texts(given: list[str]) -> list[str]:
             try:
                 lines = path.read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
-                raise CliError(f"--prompts {text}: {first_line(error)}", 2) from error
+                raise CliError(f"--prompt {text}: {first_line(error)}", 2) from error
             found += [line.strip() for line in lines if line.strip()]
         elif re.fullmatch(r"\S+\.(txt|csv|md|jsonl?)", text):
-            raise CliError(f"--prompts {text}: no such file", 2)
+            raise CliError(f"--prompt {text}: no such file", 2)
         elif text.strip():
             found.append(text)
     if not found:
-        raise CliError("--prompts: there is no prompt in what was given", 2)
+        raise CliError("--prompt: there is no prompt in what was given", 2)
     return found
+
+
+def _share(text: str) -> float:
+    from st3.methods.policies import read_budget
+
+    with contextlib.suppress(ValueError):
+        if 0 < (share := read_budget(text)) < 1:
+            return share
+    raise CliError(f"--keep {text}: give a share between 0 and 1, such as 25%", 2)
 
 
 def _check_folder(out: Path) -> None:
@@ -155,6 +184,7 @@ def _command(
     model: str | None,
     images: list[Path],
     prompts: list[str],
+    system: str | None,
     max_new_tokens: int,
     limit: int | None,
 ) -> str:
@@ -163,6 +193,7 @@ def _command(
         words += ["-i", str(path)]
     for text in prompts:
         words += ["-p", text]
+    words += ["--system", system] if system else []
     words += ["-m", model] if model else []
     words += ["--max-new-tokens", str(max_new_tokens)]
     words += ["--limit", str(limit)] if limit else []
@@ -170,7 +201,12 @@ def _command(
 
 
 def _analysed(
-    loaded: Loaded, paths: list[Path], texts: list[str], max_new_tokens: int, keep: float
+    loaded: Loaded,
+    paths: list[Path],
+    texts: list[str],
+    system: str | None,
+    max_new_tokens: int,
+    keep: float,
 ) -> tuple[Analysis, str]:
     from rich.progress import Progress
 
@@ -186,10 +222,12 @@ def _analysed(
         for number, path in enumerate(paths):
             (picture,) = _loading.load_images([str(path)])
             prompt = texts[number % len(texts)]
-            inputs = _loading.prepare(loaded, [picture], prompt)
+            inputs = _loading.prepare(loaded, [picture], prompt, system)
             key = (picture.size, prompt)
             if key not in known and not why_not:
-                known[key], why_not = _seeing.places_or_why(loaded, inputs, [picture], prompt)
+                known[key], why_not = _seeing.places_or_why(
+                    loaded, inputs, [picture], prompt, system
+                )
             yield inputs, known.get(key)
 
     with Progress(console=stderr(), transient=True) as progress:

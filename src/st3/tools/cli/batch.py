@@ -24,6 +24,7 @@ from st3.tools.cli._common import (
 from st3.tools.cli._options import (
     AsJson,
     Attention,
+    BatchSize,
     Budget,
     Device,
     DeviceMap,
@@ -32,6 +33,9 @@ from st3.tools.cli._options import (
     Model,
     PolicyName,
     Precision,
+    Revision,
+    System,
+    Threads,
     TrustRemoteCode,
 )
 from st3.tools.common.errors import first_line
@@ -50,10 +54,12 @@ def batch(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="For rows without one, and for folders.")
     ] = None,
+    system: System = None,
     model: Model = None,
+    revision: Revision = None,
     policy: PolicyName = DEFAULT_POLICY,
     budget: Budget = None,
-    batch_size: Annotated[int, typer.Option("--batch", min=1, help="Rows answered together.")] = 8,
+    batch_size: BatchSize = 8,
     window: Annotated[
         int | None, typer.Option(min=1, help="Rows sorted by length together. Default: 8 batches.")
     ] = None,
@@ -61,20 +67,23 @@ def batch(
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="A Ray cluster, or `local` to start one.")
     ] = None,
-    actors: Annotated[
+    replicas: Annotated[
         int | None,
         typer.Option(min=1, help="Models on Ray. Default: one for each GPU; 1 without GPUs."),
     ] = None,
-    gpus_per_actor: Annotated[
-        int | None, typer.Option(min=0, help="Ray; more than 1 with --device-map. Default: 1.")
+    gpus_per_replica: Annotated[
+        int | None,
+        typer.Option(min=0, help="GPUs of a model on Ray; more than 1 with --device-map. "
+                     "Default: 1."),
     ] = None,
     as_json: AsJson = False,
     attention: Attention = None,
+    threads: Threads = None,
     device: Device = "auto",
     device_map: DeviceMap = None,
     dtype: Precision = DType.auto,
     trust_remote_code: TrustRemoteCode = False,
-) -> None:
+) -> None:  # fmt: skip
     """Answer many prompts about images, and go on where a killed run stopped.
 
     Each row of the input has an "image" (a path or a data URL) and, if it has them, an "id" and a
@@ -86,10 +95,10 @@ def batch(
 
     st3 batch rows.jsonl --out answers/ -m ./llava-1.5-7b-hf --policy st3-7b --batch 16
 
-    st3 batch rows.parquet --out answers/ -m ./llava-1.5-7b-hf --ray auto --actors 8
+    st3 batch rows.parquet --out answers/ -m ./llava-1.5-7b-hf --ray auto --replicas 8
     """
-    if ray is None and (actors is not None or gpus_per_actor is not None):
-        raise CliError("--actors and --gpus-per-actor need --ray", 2)
+    if ray is None and (replicas is not None or gpus_per_replica is not None):
+        raise CliError("--replicas and --gpus-per-replica need --ray", 2)
     if prompt is not None and not prompt.strip():
         raise CliError("the prompt is empty: say what to answer with -p", 2)
     with stderr().status("importing torch and transformers"):
@@ -100,7 +109,8 @@ def batch(
     options = Options(
         input=source.expanduser().absolute(),
         prompt=prompt,
-        model=BUNDLED_MODEL if model is None else model,
+        system=system,
+        model=BUNDLED_MODEL if model is None else model + (f"@{revision}" if revision else ""),
         policy=chosen,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
@@ -114,13 +124,15 @@ def batch(
         trust_remote_code,
         device_map=device_map,
         attention=attention,
+        threads=threads,
+        revision=revision,
     )
     try:
         execute: Any = here
         if ray is not None:
             from st3.tools.batch.ray import on_ray
 
-            execute = on_ray(ray, actors, gpus_per_actor)
+            execute = on_ray(ray, replicas, gpus_per_replica)
         with _ends_on_request(), _Progress() as progress, _loading.quiet():
             summary = run(
                 options, load, out.expanduser(), execute, progress.start, progress.advance

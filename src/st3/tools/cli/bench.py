@@ -13,13 +13,13 @@ import typer
 from st3.methods import DEFAULT_POLICY
 from st3.tools.cli._common import (
     CliError,
+    listed,
     print_json,
     read_policy,
-    split_policies,
     stderr,
     stdout,
 )
-from st3.tools.cli._options import AsJson, Budget
+from st3.tools.cli._options import AsJson, Budget, Device, Policies, Threads
 from st3.tools.common.errors import first_line
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def bench(
             help=f"Random weights of a named shape (llava-1.5-7b ...). Default: {DEFAULT_SHAPE}.",
         ),
     ] = None,
-    policies: Annotated[
-        str, typer.Option(metavar="P,P,...", help="Policies to measure; see `st3 policies`.")
-    ] = DEFAULT_POLICY,
+    policies: Policies = None,
     budget: Budget = None,
     peers: Annotated[
         bool, typer.Option(help="Also random choice, a smaller image, FastV (both ways) and VTW.")
@@ -55,16 +53,16 @@ def bench(
     text: Annotated[
         int | None, typer.Option(min=2, help="Text tokens of a row. Default: the shape's.")
     ] = None,
-    images: Annotated[
+    image_count: Annotated[
         int | None, typer.Option(min=1, help="Images that the visual tokens come from.")
     ] = None,
-    new_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens to generate; 0: measure the prefill alone.")
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, help="Length of every answer; 0: measure the prefill alone.")
     ] = 32,
     ragged: Annotated[
         bool, typer.Option("--ragged", help="Rows of different lengths and image counts.")
     ] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; methods take turns in each.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed; methods take turns in each.")] = 5,
     layer_rounds: Annotated[
         int,
         typer.Option(
@@ -73,17 +71,18 @@ def bench(
             "possible on this machine. 0: leave it out.",
         ),
     ] = 10,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16.")
+    ] = "bfloat16",
     attention: Annotated[
-        str, typer.Option(help="sdpa, flash_attention_2 ... (transformers' attn_implementation).")
+        str, typer.Option(metavar="KERNEL", help="sdpa, eager, flash_attention_2 ...")
     ] = "sdpa",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")
-    ] = None,
+    threads: Threads = None,
     as_json: AsJson = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write JSON, Markdown and PNG there.")
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Write JSON, Markdown and PNG there."),
     ] = None,
 ) -> None:
     """Measure trimming against the untouched model and against other methods, in one process.
@@ -92,7 +91,7 @@ def bench(
 
     st3 bench --threads 1 --batch 1,8 --out results
 
-    st3 bench --shape llava-1.5-7b --device cuda --new-tokens 128
+    st3 bench --shape llava-1.5-7b --device cuda --max-new-tokens 128
 
     st3 bench --model ./llava-1.5-7b-hf --policies "st3-7b,fastv:layer=2,drop=0.75" --no-peers
     """
@@ -109,7 +108,8 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     with _one_line_errors():
-        chosen = [read_policy(name, budget, "--policies") for name in split_policies(policies)]
+        names = listed(policies, [DEFAULT_POLICY])
+        chosen = [read_policy(name, budget, "--policies") for name in names]
         methods = measuring.compare(chosen, peers)
         with console.status("making the model"):
             where, kind = device_of(device), dtype_of(dtype)
@@ -123,10 +123,10 @@ def bench(
                 batch=size,
                 visual=visual or subject.visual_tokens,
                 text=text or subject.text_tokens,
-                images=images or (subject.images if visual is None else 1),
-                new_tokens=new_tokens,
+                images=image_count or (subject.images if visual is None else 1),
+                new_tokens=max_new_tokens,
                 ragged=ragged,
-                repeats=repeats,
+                repeats=rounds,
                 layer_rounds=layer_rounds,
             )
             for size in sizes

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from st3.methods import DEFAULT_POLICY
-from st3.tools.cli._common import CliError, print_json, read_policy, shown, stderr, stdout
-from st3.tools.cli._options import AsJson, Budget
+from st3.tools.cli._common import (
+    CliError,
+    listed,
+    print_json,
+    read_policy,
+    shown,
+    stderr,
+    stdout,
+)
+from st3.tools.cli._options import AsJson, Budget, Policies, Revision, TrustRemoteCode
 from st3.tools.common.errors import LoadError, first_line
 
 if TYPE_CHECKING:
     from st3.cost import CostRow
 
 DEFAULT_SHAPE = "llava-1.5-7b"
+MOST_PIXELS = 64_000_000
 DEFAULT_POLICIES = [DEFAULT_POLICY, "st3", "fastv:layer=2", "fastv:layer=3", "vtw"]
 
 
@@ -27,38 +37,55 @@ def cost(
             "--model", "-m", metavar="SHAPE|FOLDER|ID", help="A named shape, or any model's config."
         ),
     ] = DEFAULT_SHAPE,
-    policy: Annotated[
+    revision: Revision = None,
+    policies: Policies = None,
+    budget: Budget = None,
+    image: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME[:KEY=VALUE,...]|FILE.json",
-            help=f"A policy; may be given again. Default: {', '.join(DEFAULT_POLICIES)}.",
+            "--image", "-i", metavar="FILE",
+            help="Count the visual tokens of this image; may be repeated. Needs a processor: a "
+            "model's folder or hub id.",
         ),
     ] = None,
-    budget: Budget = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WxH", help="The same for an image of this size in pixels."),
+    ] = None,
     visual: Annotated[
         int | None, typer.Option(min=1, help="Visual tokens. Default: the shape's.")
     ] = None,
     text: Annotated[int, typer.Option(min=0, help="Text tokens of the prompt.")] = 64,
-    images: Annotated[
+    image_count: Annotated[
         int | None, typer.Option(min=1, help="Images that the visual tokens come from.")
     ] = None,
-    new_tokens: Annotated[
-        int, typer.Option(min=1, help="Generated tokens over which the KV cache is averaged.")
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Length of the answer, over which KV memory is averaged.")
     ] = 128,
-    dtype: Annotated[str, typer.Option(help="Of the KV cache.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="Of the KV cache: float32, bfloat16, float16.")
+    ] = "bfloat16",
     as_json: AsJson = False,
-) -> None:
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:  # fmt: skip
     """Compute what policies save: prefill FLOPs, visual tokens, KV memory. Nothing is measured and
-    no model is built.
+    no model is built. Without --policies: balanced, st3, FastV at two layers, VTW.
 
     [bold]Examples[/bold]
 
     st3 cost
 
-    st3 cost --model llava-next-7b --policy st3-7b --policy fastv:layer=2,drop=0.75
+    st3 cost -m llava-next-7b --policies st3-7b,fastv:layer=2,drop=0.75
 
-    st3 cost --model ./my-model --visual 1024 --new-tokens 300 --json
+    st3 cost -m Qwen/Qwen2.5-VL-7B-Instruct --image photo.jpg
+
+    st3 cost -m ./my-model --size 1344x896 --size 640x480 --max-new-tokens 300 --json
     """
+    given_by = [name for name, value in (
+        ("--image", image), ("--size", size), ("--visual", visual)) if value]  # fmt: skip
+    if len(given_by) > 1:
+        raise CliError(f"{' and '.join(given_by)} exclude each other: give one of them", 2)
+    sizes = [_size(one) for one in size or ()]
     with stderr().status("importing transformers"):
         from st3.cost import TextDims, cost_table
         from st3.cost.shapes import SHAPES, load_config
@@ -67,14 +94,20 @@ def cost(
         from st3.methods.policies import check_model, with_budget
         from st3.models import model_facts
     shape = SHAPES.get(model)
-    names = policy or DEFAULT_POLICIES
+    names = listed(policies, DEFAULT_POLICIES)
     chosen = [read_policy(name, budget) for name in names]
-    _check_hub(model)
+    hub = _hub(model, revision)
+    if hub or trust_remote_code:
+        hub["trust_remote_code"] = trust_remote_code
     try:
-        config = load_config(model)
-        if visual is None and shape is None:
-            known = ", ".join(SHAPES)
-            raise ValueError(f"--visual says how many visual tokens; only shapes know it: {known}")
+        config = load_config(model, **hub)
+        counted = _counted(model, config, shape, image, sizes, revision, trust_remote_code)
+        tokens = counted or visual or (shape.visual_tokens if shape else 0)
+        if not tokens:
+            raise ValueError(
+                "how many visual tokens? Say --image, --size or --visual; only named shapes know: "
+                f"{', '.join(SHAPES)}"
+            )
         dims = TextDims.from_config(config)
         wiring = Wiring(dims.sources, dims.in_order)
         for one in chosen:
@@ -82,19 +115,19 @@ def cost(
         rows = cost_table(
             config,
             text,
-            visual or (shape.visual_tokens if shape else 0),
+            tokens,
             {str(one): lay_out(with_budget(one, dims.num_layers), wiring) for one in chosen},
-            new_tokens,
+            max_new_tokens,
             dtype,
-            images or (shape.images if shape and visual is None else 1),
+            image_count or len(image or sizes) or (shape.images if shape and visual is None else 1),
         )
     except ValueError as error:
         raise CliError(first_line(error), 2) from error
     given = {
-        "model": model,
-        "visual": visual or (shape.visual_tokens if shape else 0),
+        "model": model if revision is None else f"{model}@{revision}",
+        "visual": tokens,
         "text": text,
-        "new_tokens": new_tokens,
+        "new_tokens": max_new_tokens,
         "dtype": dtype,
     }
     if as_json:
@@ -105,16 +138,62 @@ def cost(
         _show(given, rows, called)
 
 
-def _check_hub(model: str) -> None:
-    """Raises CliError for a hub id where the hub cannot be reached."""
-    if "/" not in model or Path(model).exists():
-        return
+def _hub(model: str, revision: str | None) -> dict[str, Any]:
+    """What from_pretrained is told of a hub id. Raises CliError where the hub cannot be reached and
+    the model is not in the cache, and for a revision of a shape or folder."""
+    if "/" not in model and not Path(model).exists():
+        if revision is not None:
+            raise CliError(f"--revision is for a hub id: {model!r} is none", 2)
+        return {}
     from st3.tools.common.load import hub_options
 
     try:
-        hub_options(model, model)
+        return hub_options(model, model if revision is None else f"{model}@{revision}", revision)
     except LoadError as error:
-        raise CliError(str(error)) from error
+        raise CliError(str(error), 2 if error.usage else 1) from error
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Width and height in pixels: ``1344x896``."""
+    found = re.fullmatch(r"\s*([1-9]\d*)\s*[x*\u00d7]\s*([1-9]\d*)\s*", text, re.IGNORECASE)
+    if found is None:
+        raise CliError(f"--size {text}: give width and height in pixels, such as 1344x896", 2)
+    width, height = int(found[1]), int(found[2])
+    if width * height > MOST_PIXELS:
+        raise CliError(f"--size {text}: that is more than {MOST_PIXELS // 10**6} megapixels", 2)
+    return width, height
+
+
+def _counted(
+    model: str,
+    config: Any,
+    shape: Any,
+    files: list[str] | None,
+    sizes: list[tuple[int, int]],
+    revision: str | None,
+    trust_remote_code: bool,
+) -> int:
+    """The visual tokens of the images that were named; 0 where none was."""
+    if not files and not sizes:
+        return 0
+    if shape is not None:
+        raise CliError(
+            f"--image and --size need the model's processor, which the shape {model} does not "
+            "have: give its folder or hub id, or --visual",
+            2,
+        )
+    from PIL import Image
+
+    from st3.tools.cli._loading import load_images
+    from st3.tools.common.load import load_processor
+    from st3.tools.common.visual import visual_tokens
+
+    images = load_images(files or ()) or [Image.new("RGB", one) for one in sizes]
+    try:
+        processor = load_processor(model, trust_remote_code, revision)
+    except LoadError as error:
+        raise CliError(str(error), 2 if error.usage else 1) from error
+    return visual_tokens(config, processor, images)
 
 
 def _show(given: dict[str, Any], rows: list[CostRow], called: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ from st3.tools.cli._options import (
     Model,
     PolicyName,
     Precision,
+    Revision,
     Threads,
     TrustRemoteCode,
 )
@@ -27,6 +28,7 @@ from st3.tools.common.errors import first_line
 
 def demo(
     model: Model = None,
+    revision: Revision = None,
     policy: PolicyName = DEFAULT_POLICY,
     budget: Budget = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 0,
@@ -58,8 +60,9 @@ def demo(
     chosen = read_policy(policy, budget)
     with console.status(f"loading {model or 'the bundled model'}"):
         loaded = _loading.load(
-            model, device, dtype.value, trust_remote_code, attention=attention, threads=threads
-        )
+            model, device, dtype.value, trust_remote_code,
+            attention=attention, threads=threads, revision=revision,
+        )  # fmt: skip
     listener = listen("127.0.0.1", port)
     try:
         engine = Engine(loaded.model, loaded.processor, chosen)

@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from st3.methods import DEFAULT_POLICY
-from st3.tools.cli._common import CliError, print_json, split_policies, stderr, stdout
+from st3.tools.cli._common import CliError, listed, print_json, stderr, stdout
 from st3.tools.cli._options import (
     AsJson,
     Attention,
+    BatchSize,
     Device,
     DType,
     Model,
+    Policies,
     Precision,
+    Revision,
+    System,
+    Threads,
     TrustRemoteCode,
 )
 from st3.tools.common.errors import first_line
@@ -25,11 +30,12 @@ from st3.tools.common.errors import first_line
 if TYPE_CHECKING:
     from st3.tools.eval import Dataset, Entry, Evaluation, Summary
 
-DEFAULT_POLICIES = f"{DEFAULT_POLICY},fastv,vtw,pyramiddrop"
+DEFAULT_POLICIES = [DEFAULT_POLICY, "fastv", "vtw", "pyramiddrop"]
 
 
 def evaluate(
     model: Model = None,
+    revision: Revision = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -39,17 +45,11 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(metavar="T,T,...", help="Some of the set's tasks. Default: all.")
     ] = None,
-    policies: Annotated[
-        str,
-        typer.Option(
-            metavar="P,P,...", help="See `st3 policies`; `all` is every one, as it is by default."
-        ),
-    ] = DEFAULT_POLICIES,
+    system: System = None,
+    policies: Policies = None,
     budgets: Annotated[
         str | None,
         typer.Option(
-            "--budgets",
-            "--budget",
             metavar="S,S,...",
             help="Set each policy to these mean visual shares, such as 20%,35%.",
         ),
@@ -64,7 +64,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="The first N items of each task.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Items at a time.")] = 16,
+    batch: BatchSize = 16,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Longest answer. Default: 160 for descriptions, else 16."),
@@ -72,19 +72,21 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Keep finished items, JSON, Markdown, PNG there; goes on from it."
+            "--out", "-o", metavar="DIR",
+            help="Keep finished items, JSON, Markdown, PNG there; goes on from it.",
         ),
     ] = None,
     as_json: AsJson = False,
     attention: Attention = None,
+    threads: Threads = None,
     device: Device = "auto",
     dtype: Precision = DType.auto,
     trust_remote_code: TrustRemoteCode = False,
-) -> None:
+) -> None:  # fmt: skip
     """Measure how much of the untrimmed model's answers each policy keeps.
 
-    The untrimmed model, random choice at each policy's counts, an even grid and the image made
-    smaller are in every table.
+    Without --policies: balanced, fastv, vtw and pyramiddrop. The untrimmed model, random choice at
+    each policy's counts, an even grid and the image made smaller are in every table.
 
     [bold]Examples[/bold]
 
@@ -114,10 +116,13 @@ def evaluate(
             usable,
         )
     with _one_line_errors(2):
-        chosen = label_policies(split_policies(policies))
+        chosen = label_policies(listed(policies, DEFAULT_POLICIES))
         questions = _questions(data, tasks, half, limit)
     with console.status(f"loading {model or 'the bundled model'}"):
-        loaded = _loading.load(model, device, dtype.value, trust_remote_code, attention=attention)
+        loaded = _loading.load(
+            model, device, dtype.value, trust_remote_code,
+            attention=attention, threads=threads, revision=revision,
+        )  # fmt: skip
     with _one_line_errors(1):
         able, refused = usable(loaded.model, chosen)
         rows, notes = entries(able, shares, len(family_of(loaded.model).parts(loaded.model).layers))
@@ -132,6 +137,7 @@ def evaluate(
             "dtype": str(loaded.model.dtype),
             "device": loaded.model.device.type,
             "engine": given["engine"],
+            **({} if system is None else {"system": system}),
             **{key: version for key, version in versions().items() if key != "python"},
         }
         given |= {
@@ -141,6 +147,7 @@ def evaluate(
             "items": len(questions.items),
             "batch": batch,
             "seeds": SEEDS,
+            **({} if system is None else {"system": system}),
         }
         work = Evaluation(
             loaded.model,
@@ -150,6 +157,7 @@ def evaluate(
             Store(out, settings),
             batch,
             max_new_tokens,
+            system=system,
         )
         with _loading.quiet():
             records = _run(work)

@@ -32,6 +32,9 @@ from st3.tools.cli._options import (
     Model,
     PolicyName,
     Precision,
+    Revision,
+    System,
+    Threads,
     TrustRemoteCode,
 )
 from st3.tools.common.errors import first_line
@@ -51,15 +54,17 @@ def generate(
         typer.Argument(metavar="IMAGE", help="Image files, all shown in one prompt; - is stdin."),
     ],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question or instruction.")],
+    system: System = None,
     model: Model = None,
+    revision: Revision = None,
     policy: PolicyName = DEFAULT_POLICY,
     budget: Budget = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer untrimmed as well, and time both.")
     ] = False,
-    runs: Annotated[
+    rounds: Annotated[
         int | None,
-        typer.Option(min=1, help="Timed runs of each with --compare, for medians. Default: 3."),
+        typer.Option(min=1, help="Timed rounds with --compare, for medians. Default: 3."),
     ] = None,
     heatmap: Annotated[
         Path | None,
@@ -76,6 +81,7 @@ def generate(
     max_new_tokens: MaxNewTokens = 200,
     as_json: AsJson = False,
     attention: Attention = None,
+    threads: Threads = None,
     device: Device = "auto",
     device_map: DeviceMap = None,
     tp: Annotated[
@@ -106,8 +112,8 @@ def generate(
         heatmap, layers = None, None
     if not prompt.strip():
         raise CliError("the prompt is empty: say what to answer with -p", 2)
-    if runs is not None and not compare:
-        raise CliError("--runs is for --compare, which times both answers: give it as well", 2)
+    if rounds is not None and not compare:
+        raise CliError("--rounds is for --compare, which times both answers: give it as well", 2)
     if heatmap is not None:
         _check_writable(heatmap)
     elif layers is not None:
@@ -125,8 +131,9 @@ def generate(
     pictures = _loading.load_images(images)
     with console.status(f"loading {model or 'the bundled model'}"):
         loaded = _loading.load(
-            model, device, dtype.value, trust_remote_code, device_map, tp, attention
-        )
+            model, device, dtype.value, trust_remote_code, device_map, tp, attention, threads,
+            revision,
+        )  # fmt: skip
     if len(pictures) > 1 and not as_json:
         console.print(
             f"{len(pictures)} images in one prompt; `st3 batch` answers each by itself",
@@ -137,6 +144,7 @@ def generate(
         "policy": policy,
         "images": images,
         "prompt": prompt,
+        **({} if system is None else {"system": system}),
         "conditions": loaded.conditions(),
     }
     with _failures_in_one_line():
@@ -147,15 +155,15 @@ def generate(
             _check_layers(wanted, trimmer.schedule.num_layers)
         if save is not None:
             _check_saved(trimmer, policy)
-        inputs = _loading.prepare(loaded, pictures, prompt)
+        inputs = _loading.prepare(loaded, pictures, prompt, system)
     if compare:
-        result |= _compared(loaded, inputs, trimmer, max_new_tokens, runs or 3, policy, as_json)
+        result |= _compared(loaded, inputs, trimmer, max_new_tokens, rounds or 3, policy, as_json)
     else:
         result |= _answered(loaded, inputs, trimmer, max_new_tokens, as_json)
     result["report"] = trimmer.report.to_dict()
     if heatmap is not None:
         with _failures_in_one_line():
-            places = _seeing.places(loaded, inputs, pictures, prompt)
+            places = _seeing.places(loaded, inputs, pictures, prompt, system)
         _draw(heatmap, places, pictures, trimmer.report, wanted, policy)
         result["heatmap"] = str(heatmap)
         if not as_json:

@@ -12,6 +12,7 @@ def models(as_json: AsJson = False) -> None:
     [bold]Example[/bold]: st3 models
     """
     from st3.models import families
+    from st3.models.hub import HUB_IDS
     from st3.tools.common import tables
 
     known = families()
@@ -22,6 +23,7 @@ def models(as_json: AsJson = False) -> None:
                     {
                         "model_type": family.model_type,
                         "name": family.name,
+                        "hub_id": HUB_IDS.get(family.model_type),
                         "heatmap": family.layout.placed,
                         "notes": family.notes,
                     }
@@ -39,5 +41,11 @@ def models(as_json: AsJson = False) -> None:
     console.print(tables.console(head, rows, left=(0, 1, 2, 3), fold=(1, 3)))
     console.print(
         "\nmodel_type is the field of that name in the model's config.json. heat map: whether st3 "
-        "knows where a visual token lies in the image."
+        "knows where a visual token lies in the image.\n"
+    )
+    ids = [(f.model_type, HUB_IDS[f.model_type]) for f in known if f.model_type in HUB_IDS]
+    console.print(tables.console(("model_type", "a hub id, for -m"), ids, left=(0, 1)))
+    console.print(
+        "\nThe ids are those that transformers' documentation names. st3 was not run on them: what "
+        "is tested is each family's code, on small random models."
     )

@@ -20,7 +20,8 @@ def report(
         Path, typer.Argument(metavar="RUN", help="A folder that `st3 generate --save RUN` wrote.")
     ],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Default: RUN/report.html.")
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE.html", help="Default: RUN/report.html."),
     ] = None,
     gif: Annotated[
         Path | None,

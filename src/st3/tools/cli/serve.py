@@ -14,12 +14,15 @@ import typer
 from st3.methods import DEFAULT_POLICY
 from st3.tools.cli._common import BUNDLED_MODEL, CliError, read_policy, stderr, warn
 from st3.tools.cli._options import (
+    POLICY,
     Attention,
     Budget,
     Device,
     DType,
+    MaxNewTokens,
     Model,
     Precision,
+    Revision,
     Threads,
     TrustRemoteCode,
 )
@@ -31,15 +34,16 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 def serve(
     model: Model = None,
+    revision: Revision = None,
     policy: Annotated[
-        str,
-        typer.Option(metavar="NAME[:KEY=VALUE,...]|FILE.json", help="Of requests that name none."),
+        str, typer.Option(metavar=POLICY, help="Of requests that name none; see `st3 policies`.")
     ] = DEFAULT_POLICY,
     budget: Budget = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="What clients call the model. Default: as --model.")
+        str | None,
+        typer.Option(metavar="NAME", help="What clients call the model. Default: as --model."),
     ] = None,
     kv_budget: Annotated[
         str | None,
@@ -52,7 +56,7 @@ def serve(
     max_prefills: Annotated[
         int, typer.Option(min=1, help="Prompts taken in between two decode steps.")
     ] = 4,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 4096,
+    max_new_tokens: MaxNewTokens = 4096,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(min=1, help="Default: the model's positions.")
     ] = None,
@@ -132,6 +136,7 @@ def serve(
         trust_remote_code,
         attention=attention,
         threads=threads,
+        revision=revision,
     )
     try:
         settings = Settings(
@@ -147,7 +152,7 @@ def serve(
             max_body_bytes=_size("--max-body", max_body),
             max_images=max_images,
             max_pixels=max_pixels,
-            max_tokens=max_tokens,
+            max_tokens=max_new_tokens,
             request_timeout=timeout,
             shutdown_timeout=grace,
             page=page,

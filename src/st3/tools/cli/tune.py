@@ -14,19 +14,23 @@ import typer
 from st3.tools.cli._common import (
     BUNDLED_MODEL,
     CliError,
+    listed,
     print_json,
     printable,
-    split_policies,
     stderr,
     stdout,
 )
 from st3.tools.cli._options import (
     AsJson,
     Attention,
+    BatchSize,
     Device,
     DType,
     Model,
+    Policies,
     Precision,
+    Revision,
+    Threads,
     TrustRemoteCode,
 )
 from st3.tools.common.errors import first_line
@@ -45,6 +49,7 @@ class Aim(StrEnum):
 
 def tune(
     model: Model = None,
+    revision: Revision = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -57,42 +62,44 @@ def tune(
     ] = "98% of answers",
     aim: Annotated[Aim, typer.Option("--for", help="What is to be saved.")] = Aim.end_to_end,
     out: Annotated[
-        Path, typer.Option(metavar="FILE.json", help="The policy; a page beside it.")
+        Path,
+        typer.Option("--out", "-o", metavar="FILE.json", help="The policy; a page beside it."),
     ] = Path("policy.json"),
     sure: Annotated[
         bool, typer.Option("--sure", help="Take only what meets the goal with 95 % certainty.")
     ] = False,
-    policies: Annotated[
-        str, typer.Option(metavar="P,P,...", help="What to try; `all`: every method of st3.")
-    ] = "all",
+    policies: Policies = None,
     budgets: Annotated[
         str | None,
-        typer.Option("--budgets", "--budget", metavar="S,S,...",
+        typer.Option(metavar="S,S,...",
                      help="Mean visual shares. Default: 70%,50%,35%,25%,15%."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use so many items. Default: all; of the scenes 40.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="N items. Default: all; of the drawn scenes 40."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Items at a time.")] = 16,
+    batch: BatchSize = 16,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(min=2, help="Longest answer. Default: 16; 160 for descriptions; 64 without "
                      "labels."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Of timing.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed; policies take turns in each.")] = 5,
     seed: Annotated[int, typer.Option(help="Of how items are dealt to the halves.")] = 0,
     as_json: AsJson = False,
     attention: Attention = None,
+    threads: Threads = None,
     device: Device = "auto",
     dtype: Precision = DType.auto,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """Find the policy and budget that saves most and keeps the answers, with evidence.
 
-    Candidates are narrowed down on one half of the items, the finalists are timed, and the cheapest
-    one that meets the goal is confirmed on the other half. FILE.json can be given wherever a policy
-    can; beside it lie the page (.html), the table (.md) and a folder (.run) from which a killed run
-    goes on, and a run with another goal starts.
+    Without --policies every method of st3 is tried. Candidates are narrowed down on one half of the
+    items, the finalists are timed, and the cheapest one that meets the goal is confirmed on the
+    other half. FILE.json can be given wherever a policy can; beside it lie the page (.html), the
+    table (.md) and a folder (.run) from which a killed run goes on, and a run with another goal
+    starts.
 
     [bold]Examples[/bold]
 
@@ -117,11 +124,14 @@ def tune(
     with _one_line_errors(2):
         share = read_goal(goal)
         shares = _budgets(budgets)
-        chosen = sources(split_policies(policies))
+        chosen = sources(listed(policies, ["all"]))
         given = questions(data, limit, seed)
     name = None if model == BUNDLED_MODEL else model
     with console.status(f"loading {model or 'the bundled model'}"):
-        loaded = _loading.load(name, device, dtype.value, trust_remote_code, attention=attention)
+        loaded = _loading.load(
+            name, device, dtype.value, trust_remote_code,
+            attention=attention, threads=threads, revision=revision,
+        )  # fmt: skip
     with _one_line_errors(1):
         with _loading.quiet():
             layers = len(find_parts(loaded.model).layers)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Annotated, Any
 
 import typer
 
+from st3.methods import DEFAULT_POLICY
 from st3.tools.cli._command import Command, common
-from st3.tools.cli._common import CliError, read_policy, stderr, stdout
-from st3.tools.cli._options import Budget
+from st3.tools.cli._common import CliError, print_json, read_policy, stderr, stdout
+from st3.tools.cli._options import AsJson, Budget, PolicyName, Revision
 from st3.tools.common.errors import first_line
 
 app = typer.Typer(
@@ -28,10 +30,8 @@ def vllm() -> None:
 @common
 def check(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a hub's id.")],
-    policy: Annotated[
-        str,
-        typer.Option(metavar="NAME[:KEY=VALUE,...]|FILE.json", help="What st3 is to trim with."),
-    ] = "st3",
+    revision: Revision = None,
+    policy: PolicyName = DEFAULT_POLICY,
     budget: Budget = None,
     visual: Annotated[int, typer.Option(min=1, help="Visual tokens of a prompt.")] = 576,
     options: Annotated[
@@ -40,6 +40,7 @@ def check(
             "--engine-args", metavar="JSON", help='vLLM\'s own, such as \'{"dtype": "float16"}\'.'
         ),
     ] = "{}",
+    as_json: AsJson = False,
 ) -> None:
     """Say whether a model, the installed vLLM and its settings fit, and why not. Nothing is loaded.
 
@@ -55,6 +56,8 @@ def check(
         raise CliError(f"--engine-args is not JSON: {first_line(error)}", 2) from error
     if not isinstance(given, dict):
         raise CliError("--engine-args must be a JSON object, such as '{\"block_size\": 16}'", 2)
+    if revision is not None:
+        given["revision"] = revision
     read_policy(policy, budget)  # says what is wrong by the options' names
     wanted = {"policy": policy} | ({} if budget is None else {"budget": budget})
     try:
@@ -77,17 +80,22 @@ def check(
         plan = asked.plan_for(config.model_config)
     except (TypeError, ValueError, OSError) as error:
         raise CliError(first_line(error)) from error
-    console = stdout()
-    console.print(f"vLLM {hooks.version()}, {config.model_config.architectures[0]}")
-    _show(plan, config.cache_config.block_size, visual)
-    for advice in settings.advice(config):
-        console.print(f"[yellow]advice[/yellow]: {advice}")
-    for one in problems:
-        console.print(f"[red]no[/red]: {one}")
+    words = ["vllm", "serve", model, *(["--revision", revision] if revision else [])]
+    command = shlex.join([*words, "--additional-config", json.dumps({settings.KEY: wanted})])
+    told = {
+        "vllm": hooks.version(),
+        "architecture": config.model_config.architectures[0],
+        "plan": _plan(plan, config.cache_config.block_size, visual),
+        "advice": list(settings.advice(config)),
+        "problems": problems,
+        "command": None if problems else command,
+    }
+    if as_json:
+        print_json({"fits": not problems, **told})
+    else:
+        _show(told)
     if problems:
         raise typer.Exit(1)
-    flag = json.dumps({settings.KEY: wanted})
-    console.print(f"it fits: vllm serve {model} --additional-config '{flag}'", soft_wrap=True)
 
 
 def _config(model: str, given: dict[str, Any]) -> Any:
@@ -96,14 +104,23 @@ def _config(model: str, given: dict[str, Any]) -> Any:
     return EngineArgs(model=model, **given).create_engine_config()
 
 
-def _show(plan: Any, block: int, visual: int) -> None:
-    console = stdout()
+def _plan(plan: Any, block: int, visual: int) -> str:
     if plan is None:
-        console.print("the policy drops nothing: vLLM runs as it is")
-        return
+        return "the policy drops nothing: vLLM runs as it is"
     kept = plan.mean_kept(visual, block)
-    console.print(
+    return (
         f"{plan.policy}: {plan.num_layers} layers in {plan.groups} KV cache groups of "
         f"{plan.group_size}; of {visual} visual tokens {kept:.0f} are held after prefill, mean "
         f"over the layers ({kept / visual:.1%}), in blocks of {block}"
     )
+
+
+def _show(told: dict[str, Any]) -> None:
+    console = stdout()
+    console.print(f"vLLM {told['vllm']}, {told['architecture']}\n{told['plan']}")
+    for advice in told["advice"]:
+        console.print(f"[yellow]advice[/yellow]: {advice}")
+    for one in told["problems"]:
+        console.print(f"[red]no[/red]: {one}")
+    if told["command"]:
+        console.print(f"it fits: {told['command']}", soft_wrap=True, markup=False)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
@@ -14,10 +15,13 @@ from st3.tools.common.load import end_tokens, pad_left
 Chat = list[dict[str, Any]]
 
 
-def ask(images: Sequence[Image.Image], text: str) -> Chat:
-    """A user's turn: all images, then the text."""
+def ask(images: Sequence[Image.Image], text: str, system: str | None = None) -> Chat:
+    """A user's turn: all images, then the text; behind a system prompt, if there is one."""
     shown = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
+    turn = {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
+    if not system:
+        return [turn]
+    return [{"role": "system", "content": [{"type": "text", "text": system}]}, turn]
 
 
 def encode(model: Any, processor: Any, chats: Sequence[Chat], **padding: Any) -> Any:
@@ -30,14 +34,20 @@ def encode(model: Any, processor: Any, chats: Sequence[Chat], **padding: Any) ->
         padding: the tokenizer's arguments for rows of different lengths.
 
     Raises:
-        ValueError: a text with a placeholder for which there is no image; and what else the
-            processor refuses.
+        ValueError: a text with a placeholder for which there is no image, a conversation that the
+            chat template refuses (a system prompt, with some); and what else the processor refuses.
     """
-    try:
-        inputs = _inputs(processor, chats, padding)
-    except StopIteration as error:  # transformers 5.17; 5.23 raises ValueError
-        raise ValueError("the text holds an image's placeholder without an image") from error
-    return inputs.to(model.device, dtype=model.dtype)
+    return _inputs(processor, chats, padding).to(model.device, dtype=model.dtype)
+
+
+def tokens(processor: Any, chat: Chat) -> list[int]:
+    """The tokens of a prompt, without a model.
+
+    Raises:
+        ValueError: as :func:`encode` does.
+    """
+    ids: list[int] = _inputs(processor, [chat], {})["input_ids"][0].tolist()
+    return ids
 
 
 class Asker:
@@ -70,6 +80,15 @@ class Asker:
 
 
 def _inputs(processor: Any, chats: Sequence[Chat], padding: dict[str, Any]) -> Any:
+    try:
+        return _written(processor, chats, padding)
+    except StopIteration as error:  # transformers 5.17; 5.23 raises ValueError
+        raise ValueError("the text holds an image's placeholder without an image") from error
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses this: {error}") from error
+
+
+def _written(processor: Any, chats: Sequence[Chat], padding: dict[str, Any]) -> Any:
     if getattr(processor, "chat_template", None):
         return processor.apply_chat_template(
             list(chats),

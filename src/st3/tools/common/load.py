@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import huggingface_hub
 import torch
@@ -27,7 +28,7 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to answer. name: as the user gave it."""
+    """A model that is ready to answer. name: as the user gave it, ``id@revision`` with one."""
 
     name: str
     model: Any
@@ -54,6 +55,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     attention: str | None = None,
+    revision: str | None = None,
     **where: Any,
 ) -> Loaded:
     """A model in eval mode and its processor.
@@ -63,23 +65,35 @@ def load(
         device: as for :func:`device_of`.
         dtype: ``"auto"`` (the checkpoint's), or as for :func:`dtype_of`.
         attention: transformers' attention kernel; None: its choice.
+        revision: branch, tag or commit of a hub id; None: its main branch.
         where: arguments of from_pretrained that spread the model over devices, in place of
             ``device``: device_map, distributed_config.
 
     Raises:
         LoadError: no such model, one that is no image-text-to-text model, a checkpoint that lacks
-            weights of the model, a device that cannot be used here.
+            weights of the model, a device that cannot be used here, a revision of a folder.
     """
-    source, shown = _source(name)
-    hub = hub_options(source, shown)
+    source, shown = _source(name, revision)
+    hub = hub_options(source, shown, revision)
+    processor = _processor(source, shown, hub, trust_remote_code)
+    model = _model(source, shown, hub, device, dtype, trust_remote_code, attention, where)
+    return Loaded(shown, model, processor)
+
+
+def load_processor(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The processor of :func:`load` alone, for what needs no model."""
+    source, shown = _source(name, revision)
+    return _processor(source, shown, hub_options(source, shown, revision), trust_remote_code)
+
+
+def _processor(source: str, shown: str, hub: dict[str, Any], trust_remote_code: bool) -> Any:
     with _explained(shown, source), quiet():
         processor = AutoProcessor.from_pretrained(
             source, trust_remote_code=trust_remote_code, **hub
         )
     if not hasattr(processor, "image_processor"):
         raise LoadError(f"cannot use model {shown!r}: its processor takes no images")
-    model = _model(source, shown, hub, device, dtype, trust_remote_code, attention, where)
-    return Loaded(shown, model, processor)
+    return processor
 
 
 def load_model(
@@ -88,11 +102,12 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     attention: str | None = None,
+    revision: str | None = None,
     **where: Any,
 ) -> Any:
     """The model of :func:`load` alone, for what needs no processor."""
-    source, shown = _source(name)
-    hub = hub_options(source, shown)
+    source, shown = _source(name, revision)
+    hub = hub_options(source, shown, revision)
     return _model(source, shown, hub, device, dtype, trust_remote_code, attention, where)
 
 
@@ -186,10 +201,10 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _source(name: str | None) -> tuple[str, str]:
-    """What transformers is given, and what messages call it."""
+def _source(name: str | None, revision: str | None = None) -> tuple[str, str]:
+    """What transformers is given, and what messages and records call it."""
     if name is not None:
-        return str(_folder_or_id(name)), name
+        return str(_folder_or_id(name)), name if revision is None else f"{name}@{revision}"
     try:
         return str(bundled_model()), BUNDLED_MODEL
     except FileNotFoundError as error:
@@ -212,20 +227,29 @@ PATIENCE = 8.0
 """Seconds for a first sign of life of the model hub."""
 
 
-def hub_options(source: str, shown: str) -> dict[str, Any]:
-    """What from_pretrained is told of a hub id: where the hub cannot be reached, to look into the
-    local cache alone. It would try each of a dozen files six times, for minutes.
+def hub_options(source: str, shown: str, revision: str | None = None) -> dict[str, Any]:
+    """What from_pretrained is told of a hub id: its revision and, where the hub cannot be reached,
+    to look into the local cache alone. It would try each of a dozen files six times, for minutes.
 
     Raises:
-        LoadError: the hub cannot be reached, and the model is not in the cache.
+        LoadError: a revision of a folder, which has none; or the hub cannot be reached, and the
+            model is not in the cache.
     """
-    if Path(source).is_dir() or huggingface_hub.constants.HF_HUB_OFFLINE:
-        return {}
-    if _answers(f"{huggingface_hub.constants.ENDPOINT}/{source}/resolve/main/config.json"):
-        return {}
-    if not isinstance(huggingface_hub.try_to_load_from_cache(source, "config.json"), str):
+    if Path(source).exists():
+        if revision is None:
+            return {}
+        message = f"a revision is for a hub id: {shown!r} is a folder here"
+        raise LoadError(message, usage=True)
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return options
+    hub = huggingface_hub.constants.ENDPOINT
+    if _answers(f"{hub}/{source}/resolve/{quote(revision or 'main', safe='')}/config.json"):
+        return options
+    cached = huggingface_hub.try_to_load_from_cache(source, "config.json", revision=revision)
+    if not isinstance(cached, str):
         raise LoadError(_explain(shown, source, OSError("the hub cannot be reached")))
-    return {"local_files_only": True}
+    return {**options, "local_files_only": True}
 
 
 def _answers(url: str) -> bool:

@@ -25,6 +25,7 @@ class Evaluation:
 
     Args:
         max_new_tokens: longest answer; None: 160 for descriptions, 16 for questions.
+        system: the system prompt of every item; None: none.
         on_items: called with the number of (item, policy) pairs that are finished further, and
             what is worked on.
     """
@@ -37,9 +38,10 @@ class Evaluation:
     batch: int = 16
     max_new_tokens: int | None = None
     on_items: Callable[[int, str], None] = lambda count, what: None
+    system: str | None = None
 
     def __post_init__(self) -> None:
-        self.runner = Runner(self.model, self.processor)
+        self.runner = Runner(self.model, self.processor, self.system)
         self._warm = False
 
     @property

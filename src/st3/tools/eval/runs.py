@@ -94,19 +94,23 @@ class Runner(Asker):
 
     ``shrink`` is the share of their pixels that images are made smaller to first, None to leave
     them as they are.
+
+    Args:
+        system: the system prompt of every conversation; None: none.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, system: str | None = None) -> None:
         super().__init__(model, processor)
+        self.system = system
         self._smaller = Downsampler(self)
 
     def _chats(self, items: Sequence[Item], shrink: float | None = None) -> list[Chat]:
         if shrink is None:
-            return [_chat(item) for item in items]
+            return [_chat(item, self.system) for item in items]
         chats = []
         for item in items:
             images = [self._smaller(open_image(path), shrink) for path in item.images]
-            chats.append(ask(images, item.turns[0].question))
+            chats.append(ask(images, item.turns[0].question, self.system))
         return chats
 
     def _kept(
@@ -135,7 +139,7 @@ class Runner(Asker):
         """The untrimmed answers with their distributions."""
         follow = _Follow()
         tokens, seconds = self._generate(
-            self.encode([_chat(item) for item in items]),
+            self.encode(self._chats(items)),
             max_new_tokens,
             logits_processor=LogitsProcessorList([follow]),
         )
@@ -226,5 +230,5 @@ class Runner(Asker):
         return Talk(answers, tokens, seconds, kept)
 
 
-def _chat(item: Item) -> Chat:
-    return ask([open_image(path) for path in item.images], item.turns[0].question)
+def _chat(item: Item, system: str | None = None) -> Chat:
+    return ask([open_image(path) for path in item.images], item.turns[0].question, system)

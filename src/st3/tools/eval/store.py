@@ -62,7 +62,8 @@ class Store:
         path = folder / SETTINGS
         if path.is_file():
             known = json.loads(path.read_text(encoding="utf-8"))
-            if other := [key for key in settings if known.get(key) != settings[key]]:
+            keys = {**settings, **known}
+            if other := [key for key in keys if known.get(key) != settings.get(key)]:
                 raise ValueError(
                     f"{folder} holds results with another {', '.join(other)}: name another folder, "
                     "or remove it"
