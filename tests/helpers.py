@@ -196,6 +196,7 @@ class Case:
             tokens,
             score=reference_score(policy.scorer(), self.family, self.model, self.batch),
             recall=policy.rerank if policy.recalls else None,
+            heads=policy.per_head,
             **options,
         )
 

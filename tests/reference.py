@@ -131,6 +131,8 @@ class _Pass:
     score: Score | None
     rank: str
     recall: int | None = None  # decode steps between choices among all kept tokens
+    heads: bool = False  # whether each KV head shows its own
+    head_scores: dict[int, Tensor] = field(default_factory=dict)  # [B, KV heads, T]
     kept: dict[int, Tensor] = field(default_factory=dict)
     scores: dict[int, Tensor] = field(default_factory=dict)
     rank_scores: dict[int, Tensor] = field(default_factory=dict)
@@ -206,10 +208,16 @@ class _Pass:
         return self.kept[layer]
 
     def decode(self, layer: int, step: int) -> Tensor:
-        """Which prompt positions ``layer`` shows in decode step ``step``."""
+        """Which prompt positions ``layer`` shows in decode step ``step``, [B, T], or [B, KV heads,
+        T] where heads differ."""
         kept = self.kept[layer]
+        if self.heads and layer in self.head_scores:
+            by_head = self.head_scores[layer].unbind(1)
+            return torch.stack([self._shown(kept, layer, step, ranks) for ranks in by_head], 1)
         source = self.scores if self.rank == "own" else self.rank_scores
-        ranks = source.get(layer, self.scores[layer])
+        return self._shown(kept, layer, step, source.get(layer, self.scores[layer]))
+
+    def _shown(self, kept: Tensor, layer: int, step: int, ranks: Tensor) -> Tensor:
         chosen = self.choose(
             kept & self.visual, ranks, lambda n: self.schedule.visible(layer, n, step)
         )
@@ -229,7 +237,8 @@ def _attention(
     layer = module.layer_idx
     batch, _, q_len, _ = query.shape
     k_len, prompt = key.shape[2], now.valid.shape[1]
-    hidden = torch.zeros(batch, 1, q_len, k_len, dtype=torch.bool)
+    kv_heads = key.shape[1] if now.heads else 1
+    hidden = torch.zeros(batch, kv_heads, q_len, k_len, dtype=torch.bool)
     prefill = k_len == q_len
     if prefill:
         below = max((i for i in now.kept if i < layer), default=None)
@@ -237,9 +246,12 @@ def _attention(
     else:
         for i in range(q_len):
             step = k_len - q_len + i - prompt + 1
-            hidden[:, 0, i, :prompt] = ~now.decode(layer, step)
+            shown = now.decode(layer, step)
+            hidden[:, :, i, :prompt] = ~(shown if shown.dim() == 3 else shown[:, None])
     assert attention_mask is not None, "eager attention has a mask"
-    mask = attention_mask[..., :k_len].expand(batch, -1, -1, -1)
+    if now.heads:
+        hidden = hidden.repeat_interleave(query.shape[1] // kv_heads, 1)
+    mask = attention_mask[..., :k_len].expand(batch, hidden.shape[1], -1, -1)
     mask = mask.masked_fill(hidden, torch.finfo(query.dtype).min)
     output = eager(module, query, key, value, mask, **kwargs)
     if prefill:
@@ -271,6 +283,34 @@ def _measure(now: _Pass, layer: int, query: Tensor, key: Tensor, kwargs: dict[st
         seen.softcap = kwargs.get("softcap")
         seen.query, seen.key, seen.attention = query, key, attention
         now.scores[layer] = (now.score.later or now.score.of)(seen)
+    if now.heads:
+        now.head_scores[layer] = _by_head(now, layer, logits, query, key, kwargs)
+
+
+def _by_head(
+    now: _Pass, layer: int, logits: Tensor, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """What each KV head's own query heads say, [B, KV heads, T]; ``key`` is repeated for them."""
+    kv_heads = now.keys[layer].shape[1]
+    share = query.shape[1] // kv_heads
+    found = []
+    for head in range(kv_heads):
+        own = slice(head * share, (head + 1) * share)
+        attention = logits[:, own].float().softmax(-1).mean(1)
+        if now.score is None:
+            found.append(attention)
+            continue
+        seen = now.seen(layer, now.kept[layer], scaling=kwargs["scaling"])
+        seen.softcap = kwargs.get("softcap")
+        seen.query, seen.key, seen.attention = query[:, own], key[:, own], attention
+        size, plain = query.shape[-1], dict(now.plain)
+        for name, heads in (("q", own), ("k", slice(head, head + 1))):
+            if (layer, name) in plain:
+                every = plain[layer, name].reshape(*now.valid.shape, -1, size)
+                plain[layer, name] = every[:, :, heads].flatten(2)
+        seen.plain = plain
+        found.append((now.score.later or now.score.of)(seen))
+    return torch.stack(found, 1)
 
 
 def _recall(now: _Pass, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
@@ -360,6 +400,7 @@ def _new_pass(
     rank: str = "own",
     repeat: int = 1,
     recall: int | None = None,
+    heads: bool = False,
 ) -> _Pass:
     valid = batch["attention_mask"].bool()
     if repeat > 1:
@@ -367,7 +408,7 @@ def _new_pass(
         visual_mask = visual_mask.repeat_interleave(repeat, 0)
         if per_image_spans is not None:
             per_image_spans = [row for row in per_image_spans for _ in range(repeat)]
-    return _Pass(schedule, visual_mask, valid, per_image_spans, score, rank, recall)
+    return _Pass(schedule, visual_mask, valid, per_image_spans, score, rank, recall, heads)
 
 
 def reference_prefill(
@@ -411,6 +452,7 @@ def reference_generate(
     score: Score | None = None,
     rank: str = "own",
     recall: int | None = None,
+    heads: bool = False,
     **generate: Any,
 ) -> tuple[Tensor, Tensor]:
     """Tokens [B, new] and logits [B, new, V] of greedy decoding (``generate`` may ask for more:
@@ -418,14 +460,17 @@ def reference_generate(
 
     ``rank="own"``: annealing orders a layer's tokens by the attention measured in that layer;
     ``"decision"``: by the scores of the latest decision at or before it. ``recall`` is the number
-    of steps between new choices among all that a layer kept.
+    of steps between new choices among all that a layer kept; ``heads``: each KV head orders a
+    layer's tokens by its own query heads.
     """
     repeat = (
         generate.get("num_beams", 1)
         if generate.get("num_beams", 1) > 1
         else generate.get("num_return_sequences", 1)
     )
-    now = _new_pass(batch, schedule, visual_mask, per_image_spans, score, rank, repeat, recall)
+    now = _new_pass(
+        batch, schedule, visual_mask, per_image_spans, score, rank, repeat, recall, heads
+    )
     options = {"do_sample": False, **generate}
     with _running(model, now), torch.no_grad():
         out = model.generate(

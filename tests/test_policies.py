@@ -96,7 +96,9 @@ def test_annealing_options_come_on_top_of_a_string() -> None:
         ValueError, match=r"has no argument 'tau': it takes layer, drop, score, budget$"
     ):
         parse(st3.FastV(), tau=3)
-    with pytest.raises(ValueError, match=r"recall_every, score, curve, tau, floor, budget$"):
+    with pytest.raises(
+        ValueError, match=r"recall_every, score, per_head, curve, tau, floor, budget$"
+    ):
         parse("st3", period=3)
 
 

@@ -14,7 +14,7 @@ from st3.engine import compiled
 from st3.engine.events import Events, Observer
 from st3.engine.masks import kind_of
 from st3.engine.parallel import head_group
-from st3.engine.plan import Plan, lay_out
+from st3.engine.plan import Plan, check_windows, lay_out
 from st3.engine.session import Session
 from st3.engine.wiring import Wiring
 from st3.errors import TrimStateError
@@ -98,6 +98,7 @@ class Trimmer:
         parts = self.parts
         self.wiring = Wiring(parts.sources, parts.in_order, parts.borrows, parts.pads)
         self.schedule = lay_out(self.policy, self.wiring)
+        check_windows(self.policy, parts.windows)
         self.active = self.schedule.drops or own_cache
         self._reporter = Reporter(str(self.policy), self.schedule, self.model.config)
         self._events = Events()
@@ -216,6 +217,7 @@ class Trimmer:
             wiring=self.wiring,
             per_image=self.per_image,
             ranks=head_group(next(iter(self.parts.softmax.values()))),
+            per_head=self.policy.per_head,
         )
 
     def _unhook(self) -> None:

@@ -30,7 +30,7 @@ def candidates_mask(
     would see.
 
     Args:
-        score: [1, N], what the layer's cache is ordered by.
+        score: [1, N] or [1, KV heads, N], what the layer's cache is ordered by.
         budgets: the counts that shares are taken of, of the only row.
         tail: columns that are candidates.
     """
@@ -39,10 +39,14 @@ def candidates_mask(
     columns, device = call.query.shape[2], call.query.device
     seen = causal(columns, columns, device) if call.mask is None else as_bool(call.mask)
     seen = seen.expand(call.query.shape[0], 1, columns, columns).clone()
+    if score.dim() == 3:
+        block, score = block.apart(score.shape[1]), score[0]
+        seen = seen.repeat_interleave(call.query.shape[1], 1)
     rank = rank_visual(block, score)
     group = torch.zeros_like(rank) if block.group is None else block.group
     for place in range(tail):
         shown = [plan.schedule.visible(layer, n, place + 1) for n in budgets]
         gone = block.visual & (rank >= upload(shown, rank.device)[group])
-        seen[:, :, columns - tail + place] &= ~gone[:, None]
+        hidden = gone.repeat_interleave(seen.shape[1] // len(gone), 0)
+        seen[:, :, columns - tail + place] &= ~hidden
     return finish(seen, plan.kind, call.query.dtype)

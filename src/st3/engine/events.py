@@ -109,7 +109,7 @@ class Observer:
 
     def written(self, layer: int, columns: Tensor) -> None:
         """A layer's prompt was written to the cache: original columns in the cache's order,
-        [B, width], right-aligned."""
+        [B, width], or [B, KV heads, width] where each head has its own, right-aligned."""
 
     def passed(self, event: PassEvent) -> None:
         """A pass is over."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -37,6 +37,7 @@ class Plan:
         per_image: whether each image has a budget of its own.
         unrotate: takes RoPE off queries and keys; None unless the score needs it.
         ranks: the processes that share the model's heads, or None.
+        per_head: whether caches are ordered per KV head.
     """
 
     schedule: Schedule
@@ -49,6 +50,7 @@ class Plan:
     recalls: bool = False
     unrotate: Unrotate | None = None
     ranks: Any = None
+    per_head: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -172,6 +174,15 @@ def lay_out(policy: Policy, wiring: Wiring) -> Schedule:
         _check_order(policy, schedule, wiring)
     check_ranked(policy, schedule)
     return schedule
+
+
+def check_windows(policy: Policy, windows: Sequence[int | None]) -> None:
+    """Raise ``UnsupportedModelError`` for a ranking per head where layers have sliding windows."""
+    if policy.per_head and any(window is not None for window in windows):
+        raise UnsupportedModelError(
+            "this model's sliding windows go by the places of the entries, which its heads would "
+            "not share: leave per_head out"
+        )
 
 
 def _check_order(policy: Policy, schedule: Schedule, wiring: Wiring) -> None:

@@ -189,7 +189,7 @@ class Prefill:
         self._rank(layer, call, store)
         # Flash attention takes no mask per query: there candidates see what the prompt sees.
         if self.rows.tail and self.ordered[layer] and self.plan.kind != "flash":
-            score, (budgets,), tail = self.ranker.scores[layer], self.budgets, self.rows.tail
+            score, (budgets,), tail = self.ranker.for_cache(layer), self.budgets, self.rows.tail
             call.mask = candidates_mask(self.plan, layer, self.block, score, budgets, call, tail)
         chooses = self.plan.drops_behind[layer] and self.plan.by_attention is not None
         if chooses and layer + 1 not in self.blocks:
@@ -264,7 +264,7 @@ class Prefill:
     def _admit(self, layer: int) -> None:
         """Let the cache of ``layer`` take over the prompt that it was given."""
         block, size_first = self.attended[layer]
-        score = self.ranker.scores[layer] if self.ordered[layer] else None
+        score = self.ranker.for_cache(layer) if self.ordered[layer] else None
         columns = self._store(layer).admit(block, score, self.budgets, size_first)
         if columns is not None:
             self.events.written(layer, columns)

@@ -86,6 +86,18 @@ class Block:
         }
         return replace(self, **moved)
 
+    def apart(self, heads: int) -> Block:
+        """A block in which each of ``heads`` KV heads is a row."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        repeated: dict[str, Any] = {
+            name: value.repeat_interleave(heads, 0)
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        for name in ("counts", "kept"):
+            repeated[name] = tuple(row for row in values[name] for _ in range(heads))
+        return replace(self, **repeated)
+
     def source_columns(self) -> Tensor:
         """Original column of each column, [B, N]."""
         return self._identity if self.index is None else self.index

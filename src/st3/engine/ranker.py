@@ -19,6 +19,7 @@ from st3.engine.plan import Plan
 from st3.engine.prompt import Block, Rows
 from st3.methods.scores import LayerView, Score, TokenView
 from st3.methods.scores.base import last_rows
+from st3.methods.scores.heads import per_head
 
 
 @dataclass
@@ -30,16 +31,20 @@ class DeferredScore:
             which the cache holds, all that such a score reads.
         given: the attention call's ``scaling`` and ``softcap``.
         facts: what the view says of the layer's columns.
+        heads: whether it is wanted of each KV head.
     """
 
     score: Score
     row: Tensor
     given: dict[str, Any]
     facts: dict[str, Any]
+    heads: bool = False
 
     def compute(self, key: Tensor) -> Tensor:
-        """[B, N], of the keys [B, KV heads, N, head size] that the layer had."""
+        """[B, N], or [B, KV heads, N], of the layer's keys [B, KV heads, N, head size]."""
         view = LayerView.of(self.row, key, self.given, last_query=self.row, **self.facts)
+        if self.heads:
+            return per_head(self.score, view)
         return cast(Any, self.score)(view)
 
 
@@ -54,6 +59,8 @@ class Ranker:
     Attributes:
         scores: what each layer orders its cache by, and the layer behind it drops by: [B, N] of
             the layer's columns.
+        head_scores: what each layer orders its cache by instead, where heads differ:
+            [B, KV heads, N].
     """
 
     def __init__(self, plan: Plan, rows: Rows, orders: tuple[bool, ...], tower: Tensor | None):
@@ -61,6 +68,7 @@ class Ranker:
         self.rows = rows
         self.tower = tower
         self.scores: dict[int, Tensor | DeferredScore] = {}
+        self.head_scores: dict[int, Tensor] = {}
         self._carried: Tensor | None = None  # of the present columns, for later layers
         self._prepared: Tensor | None = None
         self._noted: Tensor | None = None  # of the layer before
@@ -133,6 +141,8 @@ class Ranker:
         with torch.no_grad():
             view = self._layer_view(layer, block, query, key, key_valid, given)
             score = mean_over_ranks(cast(Any, plan.by_attention)(view), plan.ranks)
+            if plan.per_head and self._orders[layer]:
+                self.head_scores[layer] = per_head(cast(Score, plan.by_attention), view)
         self.scores[layer] = score
         if len(users) > 1:
             self._carried = score
@@ -153,6 +163,11 @@ class Ranker:
             return self._carried
         score = self.scores.get(layer - 1)
         return score if isinstance(score, Tensor) else None
+
+    def for_cache(self, layer: int) -> Tensor | DeferredScore:
+        """What the cache of ``layer`` is ordered by."""
+        heads = self.head_scores.get(layer)
+        return self.scores[layer] if heads is None else heads
 
     def dropped(self, columns: Tensor) -> None:
         """Only ``columns`` [B, N'] are left."""
@@ -181,6 +196,7 @@ class Ranker:
             row,
             {name: given.get(name) for name in ("scaling", "softcap")},
             facts | self._columns(block),
+            self.plan.per_head,
         )
 
     # Views ------------------------------------------------------------------------------------

@@ -115,7 +115,13 @@ def cache_order(
 ) -> Tensor | None:
     """The columns in the order of the KV cache, [B, M], right-aligned: padding, then visual tokens
     by rising importance, then text. Without a score visual tokens are left in their places. None
-    means that the columns already stand so. ``floors[row][group]`` tokens are never annealed."""
+    means that the columns already stand so. ``floors[row][group]`` tokens are never annealed. Of a
+    score [B, KV heads, N] an order of each head, [B, KV heads, M]."""
+    if score is not None and score.dim() == 3:
+        heads = score.shape[1]
+        repeated = [row for row in floors for _ in range(heads)]
+        order = cache_order(block.apart(heads), score.flatten(0, 1), repeated)
+        return None if order is None else order.unflatten(0, (-1, heads))
     if score is None and block.valid is None:
         return None
     columns = block.visual.shape[1]

@@ -111,6 +111,8 @@ def unsupported(policy: Policy) -> str | None:
     score: Any = policy.scorer()
     if policy.rerank:
         return "ranking anew while decoding reads attention weights that its kernels do not keep"
+    if policy.per_head:
+        return "the heads of a layer share its block table"
     missing = needs_of(score) - {"grids"}
     if missing:
         return f"its score needs {', '.join(sorted(missing))}, which vLLM does not hand out"

@@ -7,9 +7,11 @@ Either way a buffer is a tensor of the former shape; only its strides differ.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from st3.engine.select import gather_columns
+from st3.errors import UnsupportedModelError
 
 
 def is_lean(*tensors: Tensor) -> bool:
@@ -58,8 +60,17 @@ def select_rows(buffer: Tensor, indices: Tensor) -> Tensor:
     return buffer.index_select(0, indices)
 
 
+def in_order(positions: Tensor, order: Tensor) -> Tensor:
+    """``positions`` [B, N] in an order [B, M], or in those of each head, [B, KV heads, M]."""
+    order = order.to(positions.device)
+    if order.dim() == 3:
+        positions = positions[:, None].expand(-1, order.shape[1], -1)
+    return positions.gather(-1, order)
+
+
 def copy_columns(source: Tensor, order: Tensor | None, target: Tensor) -> None:
-    """``target[b, :, i] = source[b, :, order[b, i]]``; all columns in their order if None."""
+    """``target[b, :, i] = source[b, :, order[b, i]]``; all columns in their order if None. Where
+    ``order`` is that of each head, ``target[b, h, i] = source[b, h, order[b, h, i]]``."""
     size_first = is_size_first(target)
     if order is None and not size_first:
         target.copy_(source)
@@ -70,7 +81,16 @@ def copy_columns(source: Tensor, order: Tensor | None, target: Tensor) -> None:
     # 20 times faster on a CPU than `gather` along the sequence of [B, heads, N, head size].
     batch, heads, columns, size = source.shape
     rows = source.transpose(1, 2).reshape(batch, columns, heads * size)
-    if order is not None:
+    if order is not None and order.dim() == 3:
+        if order.shape[1] != heads:
+            raise UnsupportedModelError(
+                "this model caches a form of its keys that heads share: leave per_head out"
+            )
+        place = torch.arange(batch, device=order.device)[:, None, None] * columns
+        head = torch.arange(heads, device=order.device)[:, None]
+        index = ((place + order) * heads + head).transpose(1, 2)  # [B, M, heads]
+        rows = rows.view(-1, size).index_select(0, index.flatten()).view(batch, -1, heads * size)
+    elif order is not None:
         rows = gather_columns(rows, order)
     if not size_first:
         target.copy_(rows.view(batch, -1, heads, size).transpose(1, 2))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from st3.engine.kv.base import Store
 from st3.engine.kv.buffer import KVBuffer
-from st3.engine.kv.layout import entry_bytes, is_lean
+from st3.engine.kv.layout import entry_bytes, in_order, is_lean
 from st3.engine.kv.timeline import Phase, Timeline
 from st3.engine.kv.visible import FOREVER, RowEntries, row_starts
 from st3.engine.prompt import Block
@@ -36,7 +36,7 @@ class Pending:
     Attributes:
         key, value: as the model made them, [B, KV heads, N, head size].
         block: its columns; None for a text prompt that was stored before it was trimmed.
-        score: [B, N], what the visual tokens are ordered by; None where nothing anneals.
+        score: [B, N] or [B, KV heads, N], what the visual tokens are ordered by, if they are.
         positions: original columns [B, N].
         size_first: how the buffer shall hold its keys.
         width: columns that the buffer will have in use.
@@ -160,7 +160,7 @@ class KVStore(Store):
         """Write an admitted prompt into the buffer, in the order of the cache. Changes state.
 
         Returns:
-            original columns in that order [B, width]; None if no prompt waited.
+            original columns in that order, as events tell it; None if no prompt waited.
         """
         prompt = self.pending
         if prompt is None or not self.rows:
@@ -172,7 +172,7 @@ class KVStore(Store):
         if positions is None:
             raise TrimStateError(f"layer {self.layer} was given no columns with its prompt")
         if order is not None:
-            positions = positions.gather(1, order.to(positions.device))
+            positions = in_order(positions, order)
         base = 0
         if self.window is not None:
             # A turn behind it may be under way already, whose first token sees furthest back.

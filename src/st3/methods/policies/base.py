@@ -55,6 +55,13 @@ class Policy(ABC):
         tokens that come to it, and not by that of the layer before."""
         return False
 
+    @property
+    def per_head(self) -> bool:
+        """Whether each KV head of a layer goes by its own query heads where annealing hides visual
+        tokens, so that heads keep different ones; drops in the prefill are of a layer as a whole.
+        """
+        return False
+
     def at_budget(self, num_layers: int, mean_keep: float) -> Policy:
         """This policy with its counts scaled so that the visual share, averaged over the layers,
         is ``mean_keep``; its other arguments stay.
@@ -103,6 +110,10 @@ class Wrapped(Policy):
     @property
     def own_layer(self) -> bool:
         return self.policy.own_layer
+
+    @property
+    def per_head(self) -> bool:
+        return self.policy.per_head
 
     def at_budget(self, num_layers: int, mean_keep: float) -> Policy:
         return self.policy.at_budget(num_layers, mean_keep)
@@ -153,11 +164,34 @@ def check_ranked(policy: Policy, schedule: Schedule) -> None:
             f"policy {policy} takes its counts from the images, which its score does not give, or "
             "which cannot be annealed: give it a budget, or say how much is kept"
         )
+    if policy.per_head:
+        _check_per_head(policy, schedule)
     if policy.own_layer:
         raise ValueError(
             f"policy {policy} ranks in the layer that drops, which the engine cannot: leave "
             "own_layer out, to rank in the layer before"
         )
+
+
+def _check_per_head(policy: Policy, schedule: Schedule) -> None:
+    score = policy.scorer()
+    taken: Any = getattr(score, "later", None) or score
+    if not schedule.anneals or policy.rerank:
+        raise ValueError(
+            f"policy {policy} ranks per head, which counts where annealing hides tokens by the "
+            "prompt's attention: leave per_head out, or curve=none, rerank_every and recall_every"
+        )
+    if stage_of(taken) != "attention" or getattr(taken, "lazy", 0):
+        raise ValueError(
+            f"policy {policy} ranks per head, and its score is not taken in each layer's "
+            "attention: use one that is, such as score=attention or score=mixed"
+        )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar, Self
 
-from st3.methods.policies.base import Policy, check_layer
+from st3.methods.policies.base import Policy, check_flag, check_layer
 from st3.methods.policies.layouts import check_within
 from st3.methods.policies.registry import register
 from st3.methods.schedule import Anneal, Schedule, check_share, exact
@@ -26,15 +26,18 @@ class Evict(Policy):
         keep: share of the visual tokens that it keeps.
         score: by what each layer ranks them; "attention" of the last token as SnapKV takes it,
             "text-rows" as LOOK-M does, "mmr-attention" for importance and diversity as MixKV.
+        per_head: whether each KV head keeps those that its own query heads look at, as SnapKV does,
+            in place of one choice for all heads of a layer.
 
     Source: the class of methods that evict after a whole prefill: LOOK-M (arXiv 2406.18139),
-    VL-Cache (arXiv 2410.23317), MixKV. Departures: one choice for all heads of a layer, one share
-    for all layers from ``layer`` on, and nothing is merged.
+    VL-Cache (arXiv 2410.23317), MixKV. Departures: one share for all layers from
+    ``layer`` on, and nothing is merged.
     """
 
     layer: int = 0
     keep: float = 0.35
     score: str = "attention"
+    per_head: bool = False
 
     name: ClassVar[str] = "evict"
     paper: ClassVar[str] = "after LOOK-M (arXiv 2406.18139) and VL-Cache (arXiv 2410.23317)"
@@ -43,6 +46,7 @@ class Evict(Policy):
         check_layer("layer", self.layer)
         check_share("keep", self.keep)
         score_named(self.score)
+        check_flag("per_head", self.per_head)
 
     def scorer(self) -> Score:
         return score_named(self.score)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Self
 
-from st3.methods.policies.base import Policy, check_count, check_layer
+from st3.methods.policies.base import Policy, check_count, check_flag, check_layer
 from st3.methods.schedule import Anneal, Schedule, check_share, exact, round_share
 from st3.methods.scores.base import Score
 from st3.methods.scores.registry import score_named
@@ -47,6 +47,7 @@ class Progressive(Policy):
         recall_every: the same over all stored visual tokens: what annealing had hidden may come
             back, and nothing is freed. Not together with ``rerank_every``.
         score: by what tokens are ranked, a name that :func:`st3.methods.scores.score_named` knows.
+        per_head: whether each KV head anneals by its own query heads' attention.
 
     Raises:
         ValueError: an argument out of range; from :meth:`schedule`, a layout that does not fit
@@ -62,6 +63,7 @@ class Progressive(Policy):
     rerank_every: int | None = None
     recall_every: int | None = None
     score: str = "attention"
+    per_head: bool = False
 
     def __post_init__(self) -> None:
         check_layer("first_layer", self.first_layer)
@@ -80,6 +82,7 @@ class Progressive(Policy):
         if self.rerank_every and self.recall_every:
             raise ValueError("rerank_every and recall_every exclude each other: give one of them")
         score_named(self.score)
+        check_flag("per_head", self.per_head)
         if not isinstance(self.anneal, Anneal):
             raise ValueError(f"anneal must be an st3.Anneal, got {self.anneal!r}")
         last = None if self.ratio is not None else self.final_keep

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from st3.methods.policies.base import Policy, check_count
+from st3.methods.policies.base import Policy, check_count, check_flag
 from st3.methods.policies.layouts import check_within, with_keep
 from st3.methods.policies.registry import register
 from st3.methods.schedule import Schedule, check_share, exact
@@ -43,8 +43,7 @@ class PyramidDrop(Policy):
         score_named(self.score)
         check_count("stages", self.stages, 2)
         check_share("keep", self.keep)
-        if not isinstance(self.own_layer, bool):
-            raise ValueError(f"own_layer must be true or false, got {self.own_layer!r}")
+        check_flag("own_layer", self.own_layer)
 
     def scorer(self) -> Score:
         return score_named(self.score)

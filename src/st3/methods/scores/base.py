@@ -149,13 +149,14 @@ class LayerView(TokenView):
         """Scaled attention logits of the prompt's last token over the keys, [B, heads, K], fp32;
         see :meth:`row_logits`."""
         if not self.at_end:
-            return self._logits(self._last_query(), self.last[:, None])[:, :, 0]
-        logits = self._scaled(self._last_query())[:, :, 0]  # nothing is behind the last token
+            return self._logits(self.last_rows(), self.last[:, None])[:, :, 0]
+        logits = self._scaled(self.last_rows())[:, :, 0]  # nothing is behind the last token
         if self.key_valid is not None:
             logits = logits.masked_fill(~self.key_valid[:, None], float("-inf"))
         return logits
 
-    def _last_query(self) -> Tensor:
+    def last_rows(self) -> Tensor:
+        """The queries of the prompts' last tokens, [B, query heads, 1, head size]."""
         if self.last_query is not None:
             return self.last_query
         return last_rows(self.query, self.last, self.at_end)

@@ -232,10 +232,10 @@ def shown_by(sources: Sequence[int | None]) -> dict[int, list[int]]:
 def check_watchable(trimmer: Trimmer) -> None:
     if trimmer.observers(Watch):
         raise TrimStateError("this model is being watched already")
-    if trimmer.compile_decode or trimmer.policy.rerank:
+    if trimmer.compile_decode or trimmer.policy.rerank or trimmer.policy.per_head:
         raise TrimStateError(
-            "a run that decodes compiled, or ranks tokens anew while it decodes, cannot be "
-            "watched: leave out compile_decode, and rerank_every, recall_every or dycoke"
+            "a run that decodes compiled, ranks tokens anew while it decodes, or per head, cannot "
+            "be watched: leave out compile_decode, rerank_every, recall_every, dycoke and per_head"
         )
 
 
