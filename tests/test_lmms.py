@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
+import st3
+from st3.methods.policies import parse, plain
+from st3.methods.policies.saved import ModelFacts, to_dict
 from st3.tools.eval import Evaluation, Store, bundled_scenes, entries, label_policies
 from st3.tools.eval.text import is_right
-from st3.tools.lmms.settings import arguments
+from st3.tools.lmms.settings import arguments, policy_text
 from st3.tools.lmms.task import write_task
 
 GREEDY = {"max_new_tokens": 128, "num_beams": 1, "do_sample": False}
@@ -79,14 +83,51 @@ def test_the_harness_finds_st3(harness: Any) -> None:
     assert get_model("st3").__module__ == "st3.tools.lmms.model"
 
 
-def test_policy_arguments_may_stand_by_themselves(harness: Any) -> None:
-    from st3.methods.policies import parse
-    from st3.tools.lmms.model import _policy_text
-
-    assert _policy_text("st3", {}) == "st3"
+def test_policy_arguments_may_stand_by_themselves() -> None:
+    assert policy_text("st3", {}) == "st3"
     whole = parse("fastv:layer=3,drop=0.75")
-    assert parse(_policy_text("fastv", {"layer": 3, "drop": 0.75})) == whole
-    assert parse(_policy_text("fastv:layer=3", {"drop": 0.75})) == whole
+    assert parse(policy_text("fastv", {"layer": 3, "drop": 0.75})) == whole
+    assert parse(policy_text("fastv:layer=3", {"drop": 0.75})) == whole
+    assert parse(policy_text("grid", {"keep": 0.123456789})) == st3.UniformGrid(0.123456789)
+    assert parse(policy_text("evict", {"per_head": True})) == st3.Evict(per_head=True)
+    assert parse(policy_text("vtw", {"layer": None})) == st3.VTW()
+
+
+@pytest.mark.parametrize("budget", [0.35, "35%", "0.35"])
+@pytest.mark.parametrize("policy", ["balanced", "fastv:layer=2", "sparsevlm"])
+def test_a_budget_is_the_one_of_every_command(policy: str, budget: Any) -> None:
+    """As ``--budget`` and ``st3.trim(budget=)`` take it: the mean share over the layers."""
+    found = parse(policy_text(policy, {"budget": budget}))
+    assert found == parse(policy, budget=0.35)
+    assert found.schedule(16).mean_share == pytest.approx(0.35, abs=1e-6)
+
+
+@pytest.mark.parametrize("budget", ["much", 1.5, True, -0.1])
+def test_a_budget_that_is_none(budget: Any) -> None:
+    with pytest.raises(ValueError, match=r"is no share of the visual tokens: write 35% or 0\.35"):
+        parse(policy_text("balanced", {"budget": budget}))
+
+
+def test_a_budget_comes_on_top_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    facts = ModelFacts("m", "llava", 16)
+    path.write_text(json.dumps(to_dict(parse("fastv"), facts)))
+    found = parse(policy_text(str(path), {"budget": "40%"}))
+    assert plain(found) == parse("fastv", budget=0.4)
+
+
+def test_the_harness_hands_the_budget_on(harness: Any) -> None:
+    """From ``--model_args`` to what the model keeps."""
+    from lmms_eval.models import get_model
+
+    model = get_model("st3").create_from_arg_string(
+        "policy=fastv,layer=1,budget=35%,dtype=float32", {"device": "cpu", "batch_size": 1}
+    )
+    assert model.policy == parse("fastv:layer=1,budget=35%")
+    image = Image.new("RGB", (96, 96), "white")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what is this?"}]
+    share = model._answer([[{"role": "user", "content": content}]], {"max_new_tokens": 2})[1]
+    assert share == pytest.approx(0.35, abs=0.01)
 
 
 def test_the_harness_measures_what_st3_eval_measures(harness: Any, tmp_path: Path) -> None:

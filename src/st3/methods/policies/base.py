@@ -181,7 +181,7 @@ def _check_per_head(policy: Policy, schedule: Schedule) -> None:
             f"policy {policy} ranks per head, which counts where annealing hides tokens by the "
             "prompt's attention: leave per_head out, or curve=none, rerank_every and recall_every"
         )
-    if stage_of(taken) != "attention" or getattr(taken, "lazy", 0):
+    if stage_of(taken) != "attention" or getattr(taken, "lazy", False):
         raise ValueError(
             f"policy {policy} ranks per head, and its score is not taken in each layer's "
             "attention: use one that is, such as score=attention or score=mixed"

@@ -19,7 +19,7 @@ from st3.methods.policies import parse
 from st3.tools.common.chats import Asker
 from st3.tools.common.images import to_rgb
 from st3.tools.common.load import load
-from st3.tools.lmms.settings import arguments, ends
+from st3.tools.lmms.settings import arguments, ends, policy_text
 
 
 class TrimmedModel(lmms):
@@ -57,7 +57,7 @@ class TrimmedModel(lmms):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.policy = parse(_policy_text(policy, options))
+        self.policy = parse(policy_text(policy, options))
         self.accelerator = Accelerator()
         self._rank = self.accelerator.local_process_index
         self._world_size = self.accelerator.num_processes
@@ -150,11 +150,3 @@ class TrimmedModel(lmms):
         raise NotImplementedError(
             "st3 answers single rounds in lmms-eval; `st3 eval` has conversations"
         )
-
-
-def _policy_text(policy: str, options: dict[str, Any]) -> str:
-    parts = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
-             for key, value in options.items()]  # fmt: skip
-    if not parts:
-        return policy
-    return policy + ("," if ":" in policy else ":") + ",".join(parts)

@@ -43,6 +43,17 @@ def arguments(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     }, left_out
 
 
+def policy_text(policy: str, options: Mapping[str, Any]) -> str:
+    """A policy's string with further arguments, which lmms-eval has read as Python values."""
+    parts = [
+        f"{key}={str(value).lower() if value is None or isinstance(value, bool) else value}"
+        for key, value in options.items()
+    ]
+    if not parts:
+        return policy
+    return policy + ("," if ":" in policy else ":") + ",".join(parts)
+
+
 def ends(settings: Mapping[str, Any]) -> list[str]:
     """The strings behind which a task cuts an answer."""
     until = settings.get("until") or []
