@@ -65,6 +65,7 @@ METHODS: dict[str, st3.Policy] = {
     "mmr": st3.MMR(keep=0.4),
     "evs": st3.EVS(keep=0.4),
     "vidcom2": st3.VidCom2(keep=0.4),
+    "prunesid": st3.PruneSID(keep=0.4),
     "pixelprune": st3.PixelPrune(threshold=3.7),  # of pixels that are random
     "evict": st3.Evict(layer=1, keep=0.3, score="mmr-attention"),
     "dycoke": st3.DyCoke(layer=2, keep=0.3, every=3),

@@ -263,3 +263,50 @@ def transprune(seen: Seen, row: int, scorer: Any) -> Tensor:
 
 def half_up(share: float, count: int) -> int:
     return math.floor(Fraction(str(share)) * count + Fraction(1, 2))
+
+
+def prunesid(seen: Seen, row: int, scorer: Any) -> Tensor:
+    """The set that stays gets 1; what else there is 0."""
+    score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
+    hidden = seen.inputs[0][row].double()
+    for there in groups(seen, row):
+        for place in principal_choice(hidden[there], half_up(scorer.keep, len(there))):
+            score[there[place]] = 1
+    return score
+
+
+def principal_choice(tokens: Tensor, kept: int) -> list[int]:
+    """PruneSID's choice of ``kept`` of the ``tokens`` [N, D], step by step."""
+    count, wanted = len(tokens), min(max(kept // 4, 4), tokens.shape[1] - 1)
+    if not count:
+        return []
+    squashed = tokens.sigmoid().T  # observations are channels, variables are tokens
+    squashed = squashed - squashed.mean(0)
+    weights = torch.linalg.svd(squashed, full_matrices=False).Vh[:wanted].abs()
+    member = [int(weights[:, i].argmax()) for i in range(count)]
+    unit = torch.nn.functional.normalize(tokens, dim=-1)
+    cosine = unit @ unit.T
+    limit = max(18 * kept / count, 1) * float(cosine.triu().mean())
+    ordered_by_group, free = [], []
+    for group in range(wanted):
+        own = [i for i in range(count) if member[i] == group]
+        queue = sorted(own, key=lambda i: -float(weights[member[i], i]))
+        unlike: list[int] = []
+        for token in queue:
+            if all(float(cosine[token, other]) <= limit for other in unlike):
+                unlike.append(token)
+        free.append(len(unlike))
+        ordered_by_group.append(unlike + [i for i in queue if i not in unlike])
+    sizes = [len(own) for own in ordered_by_group]
+    low = [min(1, size) for size in sizes]
+    high = [min(5 * math.ceil(kept / 64), *both) for both in zip(sizes, free, strict=True)]
+    while sum(high) < kept:
+        high = [min(one + 1, size) for one, size in zip(high, sizes, strict=True)]
+    rest = max(0, kept - sum(low))
+    ends = [round(Fraction(sum(free[: i + 1]), sum(free)) * rest) for i in range(wanted)]
+    parts = [end - before for end, before in zip(ends, [0, *ends], strict=False)]
+    quota = [min(p + one, most) for p, one, most in zip(parts, low, high, strict=True)]
+    for group in sorted(range(wanted), key=lambda g: -free[g]):
+        quota[group] += max(0, min(high[group] - quota[group], rest + sum(low) - sum(quota)))
+    chosen = [i for own, n in zip(ordered_by_group, quota, strict=True) for i in own[:n]]
+    return chosen[:kept]

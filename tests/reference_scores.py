@@ -25,6 +25,7 @@ from tests.reference_picks import (
     half_up,
     hiprune,
     marginal_relevance,
+    prunesid,
     question,
     relevance,
     row_of,
@@ -351,6 +352,7 @@ TABLE: dict[type, tuple[Formula, str]] = {
     scores.ConditionalDPP: (cdpruner, "embeds"),
     scores.Relevance: (relevance, "embeds"),
     scores.Transition: (transprune, "input"),
+    scores.Principal: (prunesid, "embeds"),
 }
 TOWER: dict[type, Formula] = {
     scores.ClassAttention: visionzip,

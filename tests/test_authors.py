@@ -17,6 +17,7 @@ from torch import Tensor
 import st3
 from st3.methods.schedule import exact, round_share
 from st3.methods.scores import LayerView, TokenView, score_named
+from tests.reference_picks import principal_choice
 from tests.test_cover import image_of
 
 SEEDS = [0, 1, 2]
@@ -258,6 +259,22 @@ def test_evs(seed: int, keep: float) -> None:
     count = max(24, round_share(exact(keep), 120))
     wanted = score.argsort(descending=True, stable=True)[:count]
     assert kept(st3.EVS(keep=keep).scorer()(view), view, count) == set(wanted.tolist())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("count", [1, 3, 16, 48, 72, 96, 143, 144])
+@pytest.mark.parametrize("alike", [0.0, 2.0])
+def test_prunesid(seed: int, count: int, alike: float) -> None:
+    """Groups, the tokens in them that are unlike, and parts, by the steps of its code."""
+    view = shown(seed)
+    assert view.hidden is not None
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(5, 32, generator=generator)  # tokens of few kinds, as images have them
+    kinds = torch.randint(0, 5, (view.hidden.shape[1],), generator=generator)
+    view.hidden = view.hidden + alike * common[kinds]
+    wanted = set(principal_choice(of(view).double(), count))
+    assert len(wanted) == count
+    assert kept(st3.PruneSID(keep=count / N).scorer()(view), view, count) == wanted
 
 
 @pytest.mark.parametrize("seed", SEEDS)

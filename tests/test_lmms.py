@@ -118,9 +118,9 @@ def test_a_budget_comes_on_top_of_a_file(tmp_path: Path) -> None:
 
 def test_the_harness_hands_the_budget_on(harness: Any) -> None:
     """From ``--model_args`` to what the model keeps."""
-    from lmms_eval.models import get_model
+    from st3.tools.lmms.model import TrimmedModel
 
-    model = get_model("st3").create_from_arg_string(
+    model = TrimmedModel.create_from_arg_string(
         "policy=fastv,layer=1,budget=35%,dtype=float32", {"device": "cpu", "batch_size": 1}
     )
     assert model.policy == parse("fastv:layer=1,budget=35%")

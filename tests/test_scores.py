@@ -101,6 +101,7 @@ def test_scores_on_another_schedule(score: str) -> None:
         "scope",
         "mmr",
         "vidcom2",
+        "prunesid",
         "hiprune",
         "vispruner",
         "vscan",
@@ -118,6 +119,7 @@ def test_several_images_in_a_prompt(method: str) -> None:
         "v2drop",
         "visionzip",
         "dart",
+        "prunesid",
         "scope",
         "mmr",
         "hiprune",
@@ -134,7 +136,7 @@ def test_a_budget_for_each_image(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["divprune", "dart", "feather", "visionzip", "vscan", "transprune"]
+    "method", ["divprune", "dart", "feather", "visionzip", "vscan", "transprune", "prunesid"]
 )
 def test_beam_search(method: str) -> None:
     Case.of("llava").check_generate(METHODS[method], 8, num_beams=3)

@@ -14,7 +14,7 @@ from st3.engine import compiled
 from st3.engine.events import Events, Observer
 from st3.engine.masks import kind_of
 from st3.engine.parallel import head_group
-from st3.engine.plan import Plan, check_windows, lay_out
+from st3.engine.plan import Plan, lay_out
 from st3.engine.session import Session
 from st3.engine.wiring import Wiring
 from st3.errors import TrimStateError
@@ -84,8 +84,7 @@ class Trimmer:
         self.model: Any = base_model(model)
         given = parse(policy, **options)
         self.per_image, self.visual_mask = per_image, check_visual_mask(visual_mask)
-        self.compile_decode = compile_decode
-        self.decode_bucket = decode_bucket
+        self.compile_decode, self.decode_bucket = compile_decode, decode_bucket
         self.family = family_of(model, untested)
         self.parts = self.family.parts(model)
         check_model(given, model_facts(self.model.config))
@@ -97,8 +96,7 @@ class Trimmer:
             )
         parts = self.parts
         self.wiring = Wiring(parts.sources, parts.in_order, parts.borrows, parts.pads)
-        self.schedule = lay_out(self.policy, self.wiring)
-        check_windows(self.policy, parts.windows)
+        self.schedule = lay_out(self.policy, self.wiring, parts.windows)
         self.active = self.schedule.drops or own_cache
         self._reporter = Reporter(str(self.policy), self.schedule, self.model.config)
         self._events = Events()
@@ -204,20 +202,20 @@ class Trimmer:
             self._hooks.copies_clean(module)
 
     def _plan(self) -> Plan:
-        score = self.policy.scorer()
+        policy, score = self.policy, self.policy.scorer()
         rotary = self.active and "rotary" in needs_of(score)
         return Plan(
             schedule=self.schedule,
             score=score,
-            rerank=self.policy.rerank,
-            recalls=self.policy.recalls,
+            rerank=policy.rerank,
+            recalls=policy.recalls,
+            per_head=policy.per_head,
             unrotate=self.family.inverse_rotation(self.parts) if rotary else None,
             kind=kind_of(attention_of(self.parts.text.config)),
             windows=self.parts.windows,
             wiring=self.wiring,
             per_image=self.per_image,
             ranks=head_group(next(iter(self.parts.softmax.values()))),
-            per_head=self.policy.per_head,
         )
 
     def _unhook(self) -> None:

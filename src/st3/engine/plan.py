@@ -156,8 +156,8 @@ class Plan:
         return _anneals(self.schedule, numbers, self.wiring.own)
 
 
-def lay_out(policy: Policy, wiring: Wiring) -> Schedule:
-    """The schedule of a policy on a decoder.
+def lay_out(policy: Policy, wiring: Wiring, windows: Sequence[int | None] = ()) -> Schedule:
+    """The schedule of a policy on a decoder, whose layers may have sliding ``windows``.
 
     Raises:
         ValueError: if it does not fit the number of layers, or drops tokens where nothing has
@@ -173,16 +173,12 @@ def lay_out(policy: Policy, wiring: Wiring) -> Schedule:
         schedule = lay(policy, layers, first, wiring.first_shared, wiring.borrows, wiring.in_order)
         _check_order(policy, schedule, wiring)
     check_ranked(policy, schedule)
-    return schedule
-
-
-def check_windows(policy: Policy, windows: Sequence[int | None]) -> None:
-    """Raise ``UnsupportedModelError`` for a ranking per head where layers have sliding windows."""
     if policy.per_head and any(window is not None for window in windows):
         raise UnsupportedModelError(
             "this model's sliding windows go by the places of the entries, which its heads would "
             "not share: leave per_head out"
         )
+    return schedule
 
 
 def _check_order(policy: Policy, schedule: Schedule, wiring: Wiring) -> None:
