@@ -131,8 +131,8 @@ class Part:
 
     def write(self) -> None:
         where = conditions(self.device, dtype_of(self.given.dtype))
-        where["commit"] = where["commit"] or self.given.commit
-        name = f"gpu-{self.shape}-{self.kind}"
+        where["commit"] = self.given.commit or where["commit"]
+        name = "-".join(["gpu", self.shape, self.kind, *self.given.suffix])
         plots = importlib.util.find_spec("matplotlib") is not None and not self.given.no_plots
         data, page, *_ = save(
             self.results, where, self.given.out, name, plots and bool(self.results)
@@ -363,8 +363,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--compile", default="reduce-overhead", help="torch.compile's mode, or its options as JSON"
     )
-    parser.add_argument("--commit", help="what this tree is a copy of, if git is not there")
+    parser.add_argument("--commit", help="what this tree is a copy of, where git does not know")
     parser.add_argument("--budget", type=float, default=480, help="seconds for new measurements")
+    parser.add_argument("--suffix", nargs="*", default=[], help="behind the names of the results")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)

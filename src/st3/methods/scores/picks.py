@@ -25,12 +25,12 @@ class Picks:
     def take(self, gain: Tensor) -> Tensor:
         """The free visual token [B] with the largest ``gain`` [B, N]; the earlier of equals. Rows
         that have none left give any column, which changes nothing."""
-        token = gain.masked_fill(~self.free, float("-inf")).argmax(dim=1)
-        before = self.turn_of[self.row, token]
-        self.turn_of[self.row, token] = before.clamp_max(self.turn)
-        self.free[self.row, token] = False
+        token = gain.masked_fill(~self.free, float("-inf")).argmax(dim=1, keepdim=True)
+        # (scatter takes a number as it is; an index would copy it to the device, and wait)
+        self.turn_of.scatter_(1, token, self.turn_of.gather(1, token).clamp_max(self.turn))
+        self.free.scatter_(1, token, False)
         self.turn += 1
-        return token
+        return token[:, 0]
 
     def scores(self, rest: Tensor) -> Tensor:
         """Scores that give this order; tokens never picked follow by ``rest`` [B, N]."""
