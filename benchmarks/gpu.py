@@ -150,6 +150,8 @@ def _table(title: str, rows: list[dict[str, Any]]) -> str:
     """Rows of plain values as a Markdown table."""
 
     def show(value: Any) -> str:
+        if value is None:
+            return "-"
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     names = list(rows[0]) if rows else []
@@ -313,17 +315,20 @@ def graphs(part: Part) -> None:
             continue
         usual = run(subject, workload, part.core(), bandwidth=bandwidth, prefills=False)
         part.results.append(usual)
-        for found in compiled_decode(subject, workload, policies, _options(part.given.compile)):
-            label = found.label if found.label != "none" else own_cache().label
-            eager = next(row for row in usual.rows if row.label == label)
+        compiled = compiled_decode(subject, workload, policies, _options(part.given.compile))
+        by_label = {one.label.replace("none", own_cache().label): one for one in compiled}
+        for row in usual.rows:
+            found = by_label.get(row.label)
             rows.append(
                 {
-                    "method": label,
+                    "method": row.label,
                     "batch": workload.batch,
                     "visual": workload.visual,
-                    "TPOT usual, ms": 1e3 * sorted(eager.tpot)[len(eager.tpot) // 2],
-                    "TPOT compiled, ms": 1e3 * found.tpot,
-                    "compiled / time to read its bytes": found.over_bound(bandwidth),
+                    "TPOT usual, ms": 1e3 * statistics.median(row.tpot),
+                    "TPOT compiled, ms": 1e3 * found.tpot if found else None,
+                    "compiled / time to read its bytes": found.over_bound(bandwidth)
+                    if found
+                    else None,
                 }
             )
         part.log(f"graphs: {workload.title}")
@@ -361,7 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=5, help="of each new length")
     parser.add_argument("--limit", type=int, help="largest batch that is tried")
     parser.add_argument(
-        "--compile", default="reduce-overhead", help="torch.compile's mode, or its options as JSON"
+        "--compile", default="graphs", help="compile_decode of st3.trim, or its options as JSON"
     )
     parser.add_argument("--commit", help="what this tree is a copy of, where git does not know")
     parser.add_argument("--budget", type=float, default=480, help="seconds for new measurements")

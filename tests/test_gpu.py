@@ -165,25 +165,28 @@ def test_a_policy_that_drops_nothing_changes_no_bit(
 
 
 @pytest.mark.parametrize("rows", ["solo", "ragged"])
-@pytest.mark.parametrize("options", ["reduce-overhead", {"backend": "cudagraphs"}])
+@pytest.mark.parametrize("options", ["graphs", "reduce-overhead"])
 def test_compiled_decoding_gives_the_same(options: Any, rows: str, gpu: torch.device) -> None:
-    case = moved(Case.of("llava", SOLO if rows == "solo" else four_rows("llava")), gpu)
+    name = "qwen2_5_vl" if options == "graphs" else "llava"
+    case = moved(Case.of(name, SOLO if rows == "solo" else four_rows(name)), gpu)
     plain = case.generate(POLICIES["st3"], 24)
-    with st3.trim(case.model, POLICIES["st3"], compile_decode=options):
-        for _ in range(2):
+    with st3.trim(case.model, POLICIES["st3"], compile_decode=options, decode_bucket=32):
+        for _ in range(3):
             out = case.generate(None, 24)
             near(torch.stack(out.logits), torch.stack(plain.logits), 1e-4)
             assert torch.equal(out.sequences, plain.sequences)
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("policy", [*JUDGED, "covered", "none"])
-def test_memory_comes_back(policy: str, gpu: torch.device) -> None:
+def test_memory_comes_back(policy: str, graphs: bool, gpu: torch.device) -> None:
     case = moved(Case.of("llava", four_rows("llava")), gpu)
     chosen = (POLICIES | METHODS)[policy]
     case.generate(chosen)  # what libraries allocate once
     gc.collect()
     before = torch.cuda.memory_allocated()
-    with st3.trim(case.model, chosen), torch.no_grad():
+    how = "graphs" if graphs else None
+    with st3.trim(case.model, chosen, compile_decode=how), torch.no_grad():
         case.generate(None)
         case.model(**case.batch)
     gc.collect()

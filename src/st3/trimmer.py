@@ -49,10 +49,10 @@ class Trimmer:
         visual_mask: [B, T] bool, which tokens of the prompt are visual, for prompts passed as
             ready-made ``inputs_embeds`` without ``pixel_values``.
         untested: try a family that st3 has no tests for.
-        compile_decode: a mode of torch.compile ("default", or "reduce-overhead" for CUDA graphs),
-            or a dict of its keyword arguments, to run decode steps as one graph over buffers of
-            fixed size; None runs them as they are. It pays where decoding is bound by kernel
-            launches.
+        compile_decode: how decode steps run as one graph over buffers of fixed size: "graphs" for
+            CUDA graphs, which are there at once; a mode of torch.compile ("default",
+            "reduce-overhead" ...) or a dict of its keyword arguments, which take long to compile.
+            None runs steps as they are. It pays where decoding is bound by kernel launches.
         decode_bucket: tokens to which the size of those buffers is rounded up.
         options: further arguments of the policy, e.g. ``trim(model, "st3", tau=64)``, or
             ``budget=0.35``, the mean share of the visual tokens over the layers.

@@ -70,6 +70,17 @@ class CompiledStep(Step[KVStore]):
         for tensor in (self.starts, self.ends, self.position):
             torch._dynamo.mark_static_address(tensor)  # CUDA graphs then read it in place
 
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Where everything lies that the step reads and writes in place: work that was recorded for
+        one step holds for another whose places are the same."""
+        buffers = [store.filled for store in self.stores.values()]
+        tensors = [self.starts, self.ends, self.position]
+        for buffer in buffers:
+            held = (buffer.keys, buffer.values, buffer.positions)
+            tensors += [tensor for tensor in held if tensor is not None]
+        return tuple(number for t in tensors for number in (t.data_ptr(), *t.shape))
+
     def done(self) -> None:
         """The compiled step has run: let go of the cache, which may end before the trimmer does."""
         for store in self.stores.values():

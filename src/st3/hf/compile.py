@@ -10,10 +10,11 @@ import torch
 
 from st3.engine.compiled import CompiledStep
 from st3.engine.session import Session
+from st3.hf import graphs
 from st3.hf.call import compiled_arguments
 
 _number = itertools.count()
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+MODES = (graphs.MODE, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def compiled_forward(
@@ -22,11 +23,14 @@ def compiled_forward(
     """A text model's ``forward``: compiled for decode steps, as it is for everything else.
 
     Args:
-        options: a mode of torch.compile, or its keyword arguments.
+        options: a mode of torch.compile or its keyword arguments, or "graphs" for CUDA graphs that
+            are recorded without it.
 
     Raises:
         ValueError: for an unknown mode.
     """
+    if options == graphs.MODE:
+        return graphs.recorded_forward(forward, session)
     if isinstance(options, str):
         if options not in MODES:
             raise ValueError(f"unknown compile_decode={options!r}: use one of {', '.join(MODES)}")
