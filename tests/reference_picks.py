@@ -283,6 +283,7 @@ def principal_choice(tokens: Tensor, kept: int) -> list[int]:
     squashed = tokens.sigmoid().T  # observations are channels, variables are tokens
     squashed = squashed - squashed.mean(0)
     weights = torch.linalg.svd(squashed, full_matrices=False).Vh[:wanted].abs()
+    weights = (weights * 65536).round()  # so that equal tokens have equal weights
     member = [int(weights[:, i].argmax()) for i in range(count)]
     unit = torch.nn.functional.normalize(tokens, dim=-1)
     cosine = unit @ unit.T

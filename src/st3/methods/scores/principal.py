@@ -88,7 +88,8 @@ def _grouped(hidden: Tensor, tokens: Tensor, kept: Tensor) -> tuple[Tensor, Tens
     vectors = torch.linalg.eigh(squashed @ squashed.transpose(1, 2)).eigenvectors.flip(-1)
     number = torch.arange(vectors.shape[-1], device=hidden.device)
     wanted = (kept // 4).clamp(LEAST_GROUPS, hidden.shape[-1] - 1)  # there are no more
-    weights = vectors.abs().masked_fill(number >= wanted[..., None], -1.0)
+    # Tokens that are the same (newlines) have the same weight, whatever the rounding.
+    weights = (vectors.abs() * 65536).round().masked_fill(number >= wanted[..., None], -1.0)
     weight, group = weights.max(-1)
     return weight, group, vectors.shape[-1]
 
