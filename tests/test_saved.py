@@ -54,6 +54,21 @@ def test_a_file_is_the_policy_in_it(file: Path) -> None:
     assert plain(parse("fastv")) == parse("fastv")
 
 
+def test_a_path_is_a_file(file: Path, tmp_path: Path) -> None:
+    assert parse(file) == parse(str(file))
+    assert plain(parse(file, budget="50%")) == parse(POLICY, budget=0.5)
+    odd = write(tmp_path / "tuned.policy")  # whatever its name
+    assert plain(parse(odd)) == parse(POLICY)
+    with pytest.raises(ValueError, match="cannot read the policy"):
+        parse(tmp_path / "none.json")
+
+
+def test_a_long_name_is_not_read_back_in_full() -> None:
+    with pytest.raises(ValueError, match=r"^unknown policy 'x{60}\.\.\.': use one of") as error:
+        parse("x" * 100_000)
+    assert len(str(error.value)) < 500
+
+
 def test_arguments_beside_a_file(file: Path) -> None:
     policy = parse(f"{file}:layer=3", budget="50%")
     assert str(policy) == "fastv:layer=3,drop=0.75,budget=0.5"
@@ -73,9 +88,15 @@ def test_texts_from_elsewhere_read_no_files(file: Path) -> None:
     [
         (None, "cannot read the policy .*: No such file"),
         ("policy", "is not JSON"),
-        ("[1]", "is no policy that st3 tune wrote"),
-        ("{}", "'model' is missing"),
-        ('{"model": {"name": "a", "type": "b", "layers": 3}}', "'policy' is missing"),
+        ("[1]", "is no policy that st3 tune wrote: it holds no object"),
+        ("null", "it holds no object"),
+        ("[" * 100_000, "is not JSON"),
+        ("{}", "'policy' is missing"),
+        ('{"policy": "st3"}', "'model' is missing"),
+        ('{"policy": "st3", "model": []}', r"its model is \[\]"),
+        ('{"policy": "st3", "model": {"name": "a", "type": "b"}}', "'layers' is missing"),
+        (json.dumps(to_dict(parse("st3"), replace(TINY, layers=True))), "its layers is True"),
+        (json.dumps(to_dict(parse("st3"), TINY) | {"policy_in_full": 3}), "its policy_in_full is"),
         (json.dumps(to_dict(parse("st3"), TINY) | {"policy": 3}), "its policy is 3"),
         (json.dumps(to_dict(parse("st3"), TINY) | {"policy": "a.json"}), "its policy is 'a.json'"),
         (json.dumps(to_dict(parse("st3"), TINY) | {"policy": "magic"}), "unknown policy 'magic'"),

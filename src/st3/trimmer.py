@@ -25,7 +25,7 @@ from st3.hf.check import check
 from st3.hf.generation import check_generation
 from st3.hf.hooks import Hooks
 from st3.methods import DEFAULT_POLICY
-from st3.methods.policies import Policy, check_model, parse, with_budget
+from st3.methods.policies import Policy, PolicyLike, check_model, parse, with_budget
 from st3.methods.scores import needs_of
 from st3.models import base_model, family_of, model_facts
 from st3.models.visual import check_visual_mask
@@ -71,7 +71,7 @@ class Trimmer:
     def __init__(
         self,
         model: nn.Module,
-        policy: str | Policy = DEFAULT_POLICY,
+        policy: PolicyLike = DEFAULT_POLICY,
         *,
         per_image: bool = False,
         own_cache: bool = False,

@@ -9,6 +9,7 @@ from st3.methods.discover import import_all
 from st3.methods.policies.base import Policy
 from st3.methods.policies.budget import read_budget, with_budget
 from st3.methods.policies.registry import (
+    PolicyLike,
     available,
     parse,
     parse_text,
@@ -20,6 +21,7 @@ from st3.methods.policies.saved import check_model, plain
 
 __all__ = [
     "Policy",
+    "PolicyLike",
     "available",
     "check_model",
     "parse",

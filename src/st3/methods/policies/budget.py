@@ -49,7 +49,7 @@ class Budgeted(Wrapped):
             ValueError: a score that depends on how many tokens stay.
         """
         score = self.policy.scorer()
-        if getattr(score, "keep", None) is not None:
+        if any(getattr(score, name, None) is not None for name in ("keep", "above")):
             raise ValueError(
                 f"what policy {self} ranks by is known with the model's layers: see with_budget()"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
@@ -17,11 +18,15 @@ from st3.methods.policies.budget import Budgeted, read_budget
 from st3.methods.policies.saved import Saved, read, split
 from st3.methods.schedule import Anneal
 
+PolicyLike = str | Policy | os.PathLike[str]
+"""What :func:`parse` reads."""
+
 P = TypeVar("P", bound=type[Policy])
 _POLICIES: dict[str, type[Policy]] = {}
 _PRESETS: dict[str, Policy] = {}
 
 FLAT = ("curve", "tau", "floor")  # an Anneal's fields, which a policy's options name as their own
+SHOWN = 60  # characters of what nobody knows
 _WORDS = {"none": None, "true": True, "false": False}
 
 
@@ -46,7 +51,7 @@ def presets() -> dict[str, Policy]:
     return dict(_PRESETS)
 
 
-def parse(text: str | Policy, **options: Any) -> Policy:
+def parse(text: PolicyLike, **options: Any) -> Policy:
     """A policy from a string such as ``"st3"`` or ``"fastv:layer=2,drop=0.5"``.
 
     Lists are written ``3/7/16``, and policies as arguments in parentheses:
@@ -56,7 +61,7 @@ def parse(text: str | Policy, **options: Any) -> Policy:
     besides, "35%" or "0.35": the mean share of the visual tokens over the layers, to which its
     counts are scaled once the model's layers are known.
 
-    A text that ends in ".json" names a file that ``st3 tune`` wrote.
+    A text that ends in ".json", or a path, names a file that ``st3 tune`` wrote.
 
     Args:
         text: a policy's string, or a policy, which is returned with other arguments.
@@ -69,6 +74,8 @@ def parse(text: str | Policy, **options: Any) -> Policy:
         ValueError: unknown method or argument, a value out of its range, or a file that is none.
         TypeError: neither a policy nor a string.
     """
+    if isinstance(text, os.PathLike):
+        return _from_file(os.fspath(text), "", options)
     file = split(text) if isinstance(text, str) else None
     if file is not None:
         return _from_file(*file, options)
@@ -89,7 +96,8 @@ def parse_text(text: str | Policy, **options: Any) -> Policy:
         known = [*_POLICIES, *_PRESETS]
         near = difflib.get_close_matches(name.lower(), known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown policy {name!r}: use one of {', '.join(known)}{hint}")
+        shown = name if len(name) <= SHOWN else name[:SHOWN] + "..."
+        raise ValueError(f"unknown policy {shown!r}: use one of {', '.join(known)}{hint}")
     return _changed(start, {**_read(start, arguments), **options})
 
 

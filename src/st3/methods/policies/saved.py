@@ -7,11 +7,12 @@ import re
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from st3.errors import OtherModelWarning
 from st3.methods.policies.base import Policy, Wrapped
 
+T = TypeVar("T")
 _FILE = re.compile(r"(.+\.json)(?::(.*))?")
 
 
@@ -90,16 +91,31 @@ def read(path: str) -> tuple[str, str, ModelFacts]:
         data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read the policy {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the policy {path} is not JSON: {error}") from error
-    try:
-        model = ModelFacts(**{key: data["model"][key] for key in ("name", "type", "layers")})
-        text, full = data["policy"], data["policy_in_full"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no policy that st3 tune wrote: {error} is missing") from error
-    if not isinstance(text, str) or split(text):
+    text = _item(path, data, "policy", str)
+    if split(text):
         raise ValueError(f"{path} is no policy that st3 tune wrote: its policy is {text!r}")
-    return text, full, model
+    facts = _item(path, data, "model", dict)
+    model = ModelFacts(
+        _item(path, facts, "name", str),
+        _item(path, facts, "type", str),
+        _item(path, facts, "layers", int),
+    )
+    return text, _item(path, data, "policy_in_full", str), model
+
+
+def _item(path: str, data: Any, key: str, kind: type[T]) -> T:
+    """An entry of a file."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is no policy that st3 tune wrote: it holds no object")
+    if key not in data:
+        raise ValueError(f"{path} is no policy that st3 tune wrote: {key!r} is missing")
+    value = data[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        shown = repr(value)[:40]
+        raise ValueError(f"{path} is no policy that st3 tune wrote: its {key} is {shown}")
+    return value
 
 
 def to_dict(policy: Policy, model: ModelFacts) -> dict[str, Any]:
