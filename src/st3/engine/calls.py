@@ -129,6 +129,11 @@ class AttentionCall:
 class Pass(Protocol):
     """A forward pass of the text model under way."""
 
+    def leaves(self, layer: int) -> bool:
+        """Whether a decoder layer that is given no mask is given all else as it is: then there is
+        no need to :meth:`enter`."""
+        ...
+
     def enter(self, layer: int, inputs: LayerInputs) -> None:
         """A decoder layer is about to run: change what it is given."""
 

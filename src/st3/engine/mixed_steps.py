@@ -25,6 +25,9 @@ class _Mixed(Step[Any]):
     _kernel: Any = staticmethod(decode.decode_attention)
     _watched = True
 
+    def leaves(self, layer: int) -> bool:
+        return False
+
     def _mask(self, layer: int, hidden: Tensor) -> Tensor | None:
         source = self.plan.wiring.sources[layer]
         if source is None:

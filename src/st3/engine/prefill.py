@@ -96,6 +96,9 @@ class Prefill:
 
     # Before a layer ---------------------------------------------------------------------------
 
+    def leaves(self, layer: int) -> bool:
+        return False
+
     def enter(self, layer: int, inputs: LayerInputs) -> None:
         """Drop what ``layer`` no longer sees from its inputs."""
         if layer == 0 and any(self.plan.prunes) and not self.extends:

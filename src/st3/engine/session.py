@@ -35,6 +35,9 @@ class Untouched:
     def __init__(self, events: Events, block: Block | None) -> None:
         self.events, self.block = events, block
 
+    def leaves(self, layer: int) -> bool:
+        return True
+
     def enter(self, layer: int, inputs: LayerInputs) -> None:
         return None
 

@@ -33,6 +33,9 @@ class Step(ABC, Generic[S]):
     def __init__(self, plan: Plan, stores: dict[int, S], timeline: Timeline, events: Events):
         self.plan, self.stores, self.timeline, self.events = plan, stores, timeline, events
 
+    def leaves(self, layer: int) -> bool:
+        return False
+
     def enter(self, layer: int, inputs: LayerInputs) -> None:
         inputs.mask, inputs.changed = self._mask(layer, inputs.hidden), True
 
@@ -90,6 +93,10 @@ class TextStep(Step[KVStore]):
             for store in stores.values():
                 store.make_room(timeline.tokens)
 
+    def leaves(self, layer: int) -> bool:
+        # (flash attention reads more out of a layer's inputs than the mask)
+        return self.plan.kind == "sdpa" and self._unmasked.get(layer, False)
+
     def _mask(self, layer: int, hidden: Tensor) -> Tensor | None:
         if self._unmasked[layer]:
             return None
@@ -146,6 +153,10 @@ class JoinedStep(Step[JoinedStore]):
             self._logical = upload(lengths, device)[:, None]  # [B, 1]
         due = [bool(s.rerank and (s.steps + 1) % s.rerank == 0) for s in sequences]
         self._due = upload(due, device) if any(due) else None
+
+    def leaves(self, layer: int) -> bool:
+        plain = self.plan.kind == "sdpa" and self.plan.windows[layer] is None
+        return plain and self._even.get(layer, False)
 
     def _mask(self, layer: int, hidden: Tensor) -> Tensor | None:
         past, first = self.stores[layer], self._first[layer]

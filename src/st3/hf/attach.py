@@ -245,7 +245,7 @@ class Attachment:
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             current = session.current
-            if current is None:
+            if current is None or (call.is_unmasked(args, kwargs) and current.leaves(index)):
                 return None
             with session.events.span("gather"):
                 inputs, named = call.layer_inputs(module, args, kwargs, parts)

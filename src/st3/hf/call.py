@@ -121,6 +121,11 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 # Decoder layers -----------------------------------------------------------------------------------
 
 
+def is_unmasked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a decoder layer is given no mask."""
+    return len(args) == 1 and kwargs.get(_MASK) is None
+
+
 def layer_inputs(
     module: nn.Module,
     args: tuple[Any, ...],
