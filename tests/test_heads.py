@@ -13,10 +13,12 @@ from st3.engine import prefill
 from st3.engine.candidates import candidates_mask
 from st3.engine.kv.layout import copy_columns
 from st3.hf.cache import stores_of
-from st3.hf.call import cache_of
+from st3.hf.call import CACHE, cache_of
+from tests import reference
 from tests.helpers import ANNEAL, DEEP, Case, answer, assert_same, images
 from tests.test_serve_batch import company
-from tests.zoo import I, T
+from tests.test_turns import turn, words
+from tests.zoo import I, T, build
 
 # Two KV heads of two query heads each; DeepStack and normed queries; a pixel shuffle; one KV head
 # for all; a layer that others read.
@@ -104,6 +106,40 @@ def test_candidates_in_the_prompts_own_pass(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_budget_for_each_image() -> None:
     case = Case.of("llava", SEVERAL)
     case.check_generate(POLICIES["mixed"], 8, spans=images(case))
+
+
+@pytest.mark.parametrize("policy", ["evict", "st3"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_further_turn_of_text(name: str, policy: str) -> None:
+    case = Case.of(name, [[T(5), I(), T(4)], [T(3), I(), T(9)]])
+    new, chosen = words(2, 4, seed=9), POLICIES[policy]
+    with st3.trim(case.model, chosen), torch.no_grad():
+        first = case.generate(None, 6)
+        second = case.model.generate(**turn(case, first, new))
+        third = case.model.generate(**turn(case, second, new))
+    now = reference._new_pass(
+        case.batch, case.schedule(chosen), case.visual, None, None, heads=True
+    )
+    cache = reference.full_cache(case.model)
+    with reference._running(case.model, now), torch.no_grad():
+        slow = case.generate(None, 6, **{CACHE: cache})
+        for out in (second, third):
+            slow = case.model.generate(**turn(case, slow, new))
+            assert_same(torch.stack(out.logits), torch.stack(slow.logits))
+
+
+@pytest.mark.parametrize("policy", [EVICT, POLICIES["st3"]], ids=str)
+def test_layers_with_a_state(policy: st3.Policy) -> None:
+    """Which have no KV entries: the others keep those of each head. A row of a batch is the row
+    alone."""
+    family, model = build("qwen3_5")
+    rows = [[T(5), I(3, 4), T(4)], [T(3), I(2, 3), T(2), I(3, 4), T(6)]]
+    with torch.no_grad(), st3.trim(model, policy):
+        whole = model.generate(**family.inputs(model, rows), max_new_tokens=8, do_sample=False)
+        for row in range(2):
+            inputs = family.inputs(model, rows, only=row)
+            alone = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            assert torch.equal(alone[0, -8:], whole[row, -8:])
 
 
 def test_turns_crops_and_compaction() -> None:

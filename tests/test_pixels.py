@@ -3,16 +3,20 @@ model from which the tokens were taken out, and wherever a row's count matters."
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import st3
 from st3.methods.scores import Novelty
 from st3.models import visual
+from st3.tools.serve import Engine
 from tests.helpers import Case, answer, assert_same, images, rows_for
 from tests.reference_pixels import surprises
+from tests.serving import load, picture, turn
 from tests.test_serve_batch import company
 from tests.zoo import I, T, V, build
 
@@ -187,6 +191,21 @@ def test_rows_that_join_a_running_batch() -> None:
     for i in range(2):
         got = torch.stack(both.logits[i])
         assert_same(got, both.alone(inputs[i], SOME, len(got)))
+
+
+def test_a_server_tells_of_them(tiny_model: Path) -> None:
+    """Of a flat image one token, and of the figures in an answer the untrimmed number."""
+    engine = Engine(*load(tiny_model), policy="pixelprune", kv_budget_bytes=1 << 20)
+    flat = Image.new("RGB", (30, 30), (20, 120, 200))
+    try:
+        told = [
+            engine.complete(engine.prepare(turn("what is the image", *pictures), max_tokens=3))
+            for pictures in ([flat], [flat, picture()], [])
+        ]
+    finally:
+        engine.close()
+    assert [one.visual_tokens for one in told] == [16, 32, 0]
+    assert [one.mean_share for one in told] == [1 / 16, 17 / 32, 1.0]
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "gemma4_per_layer"])
