@@ -54,6 +54,12 @@ def test_the_table_shows_the_default_policies() -> None:
     assert "not measured" in done.stdout
 
 
+def test_counts_that_the_image_says_are_told_as_the_most() -> None:
+    said = "pixelprune: at most; how many tokens stay is the image's own number."
+    assert said in cost("--policies", "balanced,pixelprune").stdout
+    assert "at most" not in cost("--policies", "balanced,pixelprune:keep=0.3").stdout
+
+
 def test_presets_keep_their_names_in_the_table() -> None:
     done = cost("--policy", "st3-7b", "--policy", "st3-13b")
     assert [line.split()[0] for line in done.stdout.splitlines() if "st3-" in line] == [

@@ -112,11 +112,12 @@ def cost(
         wiring = Wiring(dims.sources, dims.in_order)
         for one in chosen:
             check_model(one, model_facts(config))
+        laid = {str(one): lay_out(with_budget(one, dims.num_layers), wiring) for one in chosen}
         rows = cost_table(
             config,
             text,
             tokens,
-            {str(one): lay_out(with_budget(one, dims.num_layers), wiring) for one in chosen},
+            laid,
             max_new_tokens,
             dtype,
             image_count or len(image or sizes) or (shape.images if shape and visual is None else 1),
@@ -136,6 +137,11 @@ def cost(
         # A preset by its name: what it stands for does not fit into a column.
         called = {str(one): shown(name, one) for name, one in zip(names, chosen, strict=True)}
         _show(given, rows, called)
+        if at_most := [called[name] for name, schedule in laid.items() if schedule.counted]:
+            stdout().print(
+                f"{', '.join(at_most)}: at most; how many tokens stay is the image's own number.",
+                style="dim",
+            )
 
 
 def _hub(model: str, revision: str | None) -> dict[str, Any]:
