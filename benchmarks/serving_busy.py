@@ -7,7 +7,7 @@ A random LLaVA of 24 layers (bf16) answers a request of 576 visual and --tokens 
 arm is a process of its own with other threads (torch's), and another wait policy of the OpenMP
 runtime: what a thread does that waits for the others, spin or sleep. The arms take turns --repeats
 times; beside every second turn run --busy processes: loops, or with --rival torch matrix products
-on all cores, whose threads spin as well.
+on all cores, whose threads spin as well. The files are named after both, serving-busy-torch-3.
 """
 
 from __future__ import annotations
@@ -143,10 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = dataclasses.asdict(Size(24, 1024, 24, 1))
     text = (
         f"# One request beside a busy process\n\n{in_words(where)}; {CORES} cores, "
-        f"{given.tokens} new tokens, {given.repeats} turns.\n\n{markdown(head, rows)}\n"
+        f"{given.tokens} new tokens, {given.repeats} turns.\n\n{markdown(head, rows)}\n\n"
+        "Seconds of the whole answer: the median of the turns, and the slowest. A rival of torch "
+        f"computes on {CORES} threads.\n"
     )
     given.out.mkdir(parents=True, exist_ok=True)
-    name = "serving-busy-quick" if given.quick else "serving-busy"
+    name = "serving-busy" + "-quick" * given.quick
+    name += f"-{given.rival}" * (given.rival != "loop") + f"-{given.busy}" * (given.busy > 1)
     whole = {
         "conditions": where, "cores": CORES, "busy": given.busy, "rival": given.rival,
         "tokens": given.tokens, "size": size, "arms": found,
