@@ -87,6 +87,8 @@ def test_a_folder_needs_the_number_of_visual_tokens(tiny_model: Path) -> None:
         (("--model", "no-such", "--visual", 9), "no-such"),
         (("--policy", "st4"), "st4"),
         (("--policy", "fastv:layer=99"), "layer=99"),
+        (("--policies", " , "), "--policies names no policy"),
+        (("-m", "a b/c", "--visual", 3), "no hub id"),
         (("--dtype", "int3"), "int3"),
         (("--new-tokens", 0), "--max-new-tokens"),
     ],
@@ -168,6 +170,11 @@ def test_images_that_cannot_be_counted(arguments: tuple[object, ...], part: str)
     assert done.exit_code == 2, done.output
     (line,) = done.stderr.strip().splitlines()
     assert part in line
+
+
+def test_the_bundled_model_has_a_name(picture: Path) -> None:
+    words = ("-m", "st3-tiny", "--image", picture, "--policies", "vtw", "--json")
+    assert json.loads(cost(*words).stdout)["visual"] == 144
 
 
 def test_an_image_that_is_not_there(tiny_model: Path) -> None:

@@ -28,6 +28,7 @@ DIFFERS = {
     "--dtype": {"bench", "cost"},  # of random weights; of the KV cache
     "--max-new-tokens": {"bench", "cost", "eval", "tune"},  # exactly; by the kind of question
     "--model": {"bench", "cost"},  # random weights, or shapes, as well
+    "--policies": {"eval", "tune"},  # `all` as well
     "--policy": {"serve"},  # of requests that name none
 }
 

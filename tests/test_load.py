@@ -33,7 +33,7 @@ def test_a_model_comes_in_eval_mode_in_the_asked_precision(tiny_model: Path) -> 
 
 
 def test_the_bundled_model_needs_no_name() -> None:
-    assert load(device="cpu").name == "st3-tiny"
+    assert load(device="cpu").name == load("st3-tiny", "cpu").name == "st3-tiny"
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,14 @@ def test_a_model_that_is_not_there(name: str, message: str) -> None:
         load(name)
     assert "\n" not in str(caught.value)
     assert not caught.value.usage
+
+
+@pytest.mark.parametrize("name", ["bad name!!", "a b/c", "-x/y", "x" * 99])
+def test_what_cannot_be_a_hub_id_is_not_asked_for(name: str) -> None:
+    with pytest.raises(LoadError, match="no folder here, and no hub id") as caught:
+        load(name)
+    assert "\n" not in str(caught.value)
+    assert caught.value.usage
 
 
 def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:

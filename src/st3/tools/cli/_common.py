@@ -79,8 +79,11 @@ def split_policies(text: str) -> list[str]:
 
 def listed(given: Sequence[str] | None, default: Sequence[str]) -> list[str]:
     """The policies that --policies names, which may be repeated; ``default`` where it is not
-    given."""
-    return [name for text in given or default for name in split_policies(text)]
+    given. Raises CliError where it names none."""
+    found = [name for text in given or default for name in split_policies(text)]
+    if not found:
+        raise CliError("--policies names no policy: see `st3 policies`", 2)
+    return found
 
 
 def shown(text: str, policy: Policy) -> str:

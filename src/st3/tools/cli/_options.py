@@ -77,8 +77,14 @@ PolicyName = Annotated[
 ]
 Policies = Annotated[
     list[str] | None,
+    typer.Option("--policies", metavar="P,P,...", help="How to trim; see `st3 policies`."),
+]
+PoliciesOrAll = Annotated[
+    list[str] | None,
     typer.Option(
-        "--policies", metavar="P,P,...", help="See `st3 policies`; `all`: every method of st3."
+        "--policies",
+        metavar="P,P,...",
+        help="How to trim; see `st3 policies`. `all`: every method of st3.",
     ),
 ]
 Budget = Annotated[

@@ -95,12 +95,13 @@ def cost(
         from st3.models import model_facts
     shape = SHAPES.get(model)
     names = listed(policies, DEFAULT_POLICIES)
-    chosen = [read_policy(name, budget) for name in names]
-    hub = _hub(model, revision)
+    chosen = [read_policy(name, budget, "--policies") for name in names]
+    source = _source(model)
+    hub = _hub(source, revision)
     if hub or trust_remote_code:
         hub["trust_remote_code"] = trust_remote_code
     try:
-        config = load_config(model, **hub)
+        config = load_config(source, **hub)
         counted = _counted(model, config, shape, image, sizes, revision, trust_remote_code)
         tokens = counted or visual or (shape.visual_tokens if shape else 0)
         if not tokens:
@@ -142,6 +143,18 @@ def cost(
                 f"{', '.join(at_most)}: at most; how many tokens stay is the image's own number.",
                 style="dim",
             )
+
+
+def _source(model: str) -> str:
+    """A shape, a folder or a hub id; for the bundled model's name its folder."""
+    from st3.tools.common.bundled import BUNDLED_MODEL, bundled_model
+
+    if model != BUNDLED_MODEL or Path(model).exists():
+        return model
+    try:
+        return str(bundled_model())
+    except FileNotFoundError as error:
+        raise CliError(f"{error} with --model") from error
 
 
 def _hub(model: str, revision: str | None) -> dict[str, Any]:

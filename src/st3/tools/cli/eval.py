@@ -18,7 +18,7 @@ from st3.tools.cli._options import (
     Device,
     DType,
     Model,
-    Policies,
+    PoliciesOrAll,
     Precision,
     Revision,
     System,
@@ -46,7 +46,7 @@ def evaluate(
         str | None, typer.Option(metavar="T,T,...", help="Some of the set's tasks. Default: all.")
     ] = None,
     system: System = None,
-    policies: Policies = None,
+    policies: PoliciesOrAll = None,
     budgets: Annotated[
         str | None,
         typer.Option(

@@ -24,6 +24,7 @@ def models(as_json: AsJson = False) -> None:
                         "model_type": family.model_type,
                         "name": family.name,
                         "hub_id": HUB_IDS.get(family.model_type),
+                        "video": family.video,
                         "heatmap": family.layout.placed,
                         "notes": family.notes,
                     }
@@ -33,15 +34,21 @@ def models(as_json: AsJson = False) -> None:
         )
         return
     rows = [
-        (family.model_type, family.name, "yes" if family.layout.placed else "no", family.notes)
+        (
+            family.model_type,
+            family.name,
+            "yes" if family.video else "no",
+            "yes" if family.layout.placed else "no",
+            family.notes,
+        )
         for family in known
     ]
-    head = ("model_type", "name", "heat map", "notes")
+    head = ("model_type", "name", "video", "heat map", "notes")
     console = stdout()
-    console.print(tables.console(head, rows, left=(0, 1, 2, 3), fold=(1, 3)))
+    console.print(tables.console(head, rows, left=(0, 1, 2, 3, 4), fold=(1, 4)))
     console.print(
-        "\nmodel_type is the field of that name in the model's config.json. heat map: whether st3 "
-        "knows where a visual token lies in the image.\n"
+        "\nmodel_type is the field of that name in the model's config.json. video: whether videos "
+        "are trimmed, too. heat map: whether st3 knows where a visual token lies in the image.\n"
     )
     ids = [(f.model_type, HUB_IDS[f.model_type]) for f in known if f.model_type in HUB_IDS]
     console.print(tables.console(("model_type", "a hub id, for -m"), ids, left=(0, 1)))

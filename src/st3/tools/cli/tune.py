@@ -27,7 +27,7 @@ from st3.tools.cli._options import (
     Device,
     DType,
     Model,
-    Policies,
+    PoliciesOrAll,
     Precision,
     Revision,
     Threads,
@@ -68,7 +68,7 @@ def tune(
     sure: Annotated[
         bool, typer.Option("--sure", help="Take only what meets the goal with 95 % certainty.")
     ] = False,
-    policies: Policies = None,
+    policies: PoliciesOrAll = None,
     budgets: Annotated[
         str | None,
         typer.Option(metavar="S,S,...",

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from st3.tools.common.bundled import BUNDLED_MODEL, bundled_model
@@ -61,7 +62,7 @@ def load(
     """A model in eval mode and its processor.
 
     Args:
-        name: a folder or hub id; None: the bundled model.
+        name: a folder or hub id; None or ``"st3-tiny"``: the bundled model.
         device: as for :func:`device_of`.
         dtype: ``"auto"`` (the checkpoint's), or as for :func:`dtype_of`.
         attention: transformers' attention kernel; None: its choice.
@@ -203,7 +204,7 @@ def quiet() -> Iterator[None]:
 
 def _source(name: str | None, revision: str | None = None) -> tuple[str, str]:
     """What transformers is given, and what messages and records call it."""
-    if name is not None:
+    if name is not None and (name != BUNDLED_MODEL or Path(name).exists()):
         return str(_folder_or_id(name)), name if revision is None else f"{name}@{revision}"
     try:
         return str(bundled_model()), BUNDLED_MODEL
@@ -232,14 +233,19 @@ def hub_options(source: str, shown: str, revision: str | None = None) -> dict[st
     to look into the local cache alone. It would try each of a dozen files six times, for minutes.
 
     Raises:
-        LoadError: a revision of a folder, which has none; or the hub cannot be reached, and the
-            model is not in the cache.
+        LoadError: what is no hub id; a revision of a folder, which has none; or the hub cannot be
+            reached, and the model is not in the cache.
     """
     if Path(source).exists():
         if revision is None:
             return {}
         message = f"a revision is for a hub id: {shown!r} is a folder here"
         raise LoadError(message, usage=True)
+    try:
+        validate_repo_id(source)
+    except HFValidationError as error:
+        message = f"no such model: {shown!r} is no folder here, and no hub id, such as owner/name"
+        raise LoadError(message, usage=True) from error
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return options
