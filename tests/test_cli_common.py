@@ -109,6 +109,7 @@ def test_quiet_leaves_the_answer_alone(picture: Path, tiny_model: Path) -> None:
         (["--heatmap", "kept.png", "--layers", "99"], "no layer 99, the model has 0 to 7"),
         (["--save", "run", "--policy", "dycoke"], "--save: a run of dycoke cannot be recorded"),
         (["--save", "run", "--policy", "st3:rerank_every=4"], "cannot be recorded"),
+        (["--save", "/proc/no/run"], "--save /proc/no/run: No such file or directory"),
         (["--rounds", "2"], "--rounds is for --compare"),
         (["--device", "foo"], "no such device; use auto, cpu"),
     ],
@@ -139,6 +140,18 @@ def test_a_report_is_refused_before_anything_is_written(
     before = sorted(tmp_path.rglob("*"))
     check_error(st3("report", "run", *options), 2, message)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_group_without_a_command_shows_its_help() -> None:
+    told = st3("vllm")
+    assert told.exit_code == 0
+    assert "check" in told.stdout
+    assert told.stderr == ""
+
+
+def test_a_folder_of_results_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("x")
+    check_error(st3("eval", "-o", tmp_path / "out"), 2, "that is a file, name a folder")
 
 
 def test_a_report_as_json(tmp_path: Path) -> None:

@@ -131,6 +131,10 @@ def test_padding_is_on_the_left_and_has_a_token() -> None:
 def test_reasons_are_one_line() -> None:
     assert first_line(ValueError("first\nsecond")) == "first"
     assert first_line(ValueError()) == "ValueError"
+    assert first_line(OSError("of a library")) == "of a library"
+    with pytest.raises(FileNotFoundError) as caught:
+        Path("no/such/file").read_text()
+    assert first_line(caught.value) == "No such file or directory: 'no/such/file'"
 
 
 # The model hub ------------------------------------------------------------------------------------

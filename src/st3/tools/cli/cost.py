@@ -97,7 +97,7 @@ def cost(
     names = listed(policies, DEFAULT_POLICIES)
     chosen = [read_policy(name, budget, "--policies") for name in names]
     source = _source(model)
-    hub = _hub(source, revision)
+    hub = _hub(source, model, revision)
     if hub or trust_remote_code:
         hub["trust_remote_code"] = trust_remote_code
     try:
@@ -157,17 +157,17 @@ def _source(model: str) -> str:
         raise CliError(f"{error} with --model") from error
 
 
-def _hub(model: str, revision: str | None) -> dict[str, Any]:
+def _hub(source: str, model: str, revision: str | None) -> dict[str, Any]:
     """What from_pretrained is told of a hub id. Raises CliError where the hub cannot be reached and
     the model is not in the cache, and for a revision of a shape or folder."""
-    if "/" not in model and not Path(model).exists():
+    if "/" not in source and not Path(source).exists():
         if revision is not None:
             raise CliError(f"--revision is for a hub id: {model!r} is none", 2)
         return {}
     from st3.tools.common.load import hub_options
 
     try:
-        return hub_options(model, model if revision is None else f"{model}@{revision}", revision)
+        return hub_options(source, model if revision is None else f"{model}@{revision}", revision)
     except LoadError as error:
         raise CliError(str(error), 2 if error.usage else 1) from error
 

@@ -99,6 +99,8 @@ def evaluate(
     st3 eval -m ./llava-1.5-7b-hf --data ./my-images --policies "st3-7b,fastv:drop=0.75"
     """
     shares = None if budgets is None else _shares(budgets)
+    if out is not None and out.exists() and not out.is_dir():
+        raise CliError(f"--out {out}: that is a file, name a folder", 2)
     console = stderr()
     with console.status("importing torch and transformers"):
         from st3.models import family_of

@@ -154,7 +154,7 @@ def generate(
         if wanted is not None:
             _check_layers(wanted, trimmer.schedule.num_layers)
         if save is not None:
-            _check_saved(trimmer, policy)
+            _check_saved(save, trimmer, policy)
         inputs = _loading.prepare(loaded, pictures, prompt, system)
     if compare:
         result |= _compared(loaded, inputs, trimmer, max_new_tokens, rounds or 3, policy, as_json)
@@ -251,6 +251,8 @@ def _check_writable(path: Path) -> None:
         raise CliError(f"--heatmap {path}: the name must end in one of {', '.join(PICTURES)}", 2)
     if not path.parent.is_dir():
         raise CliError(f"--heatmap {path}: there is no folder {str(path.parent)!r}", 2)
+    if not os.access(path.parent, os.W_OK):
+        raise CliError(f"--heatmap {path}: the folder cannot be written", 2)
 
 
 def _layer_list(text: str) -> list[int]:
@@ -278,14 +280,19 @@ def _check_layers(wanted: list[int], count: int) -> None:
         raise CliError(f"--layers: there is no layer {bad[0]}, the model has 0 to {count - 1}", 2)
 
 
-def _check_saved(trimmer: Any, policy: str) -> None:
-    """Before anything is answered: whether the run can be recorded."""
+def _check_saved(folder: Path, trimmer: Any, policy: str) -> None:
+    """Before anything is answered: whether the run can be recorded, and written. Makes the
+    folder."""
     if trimmer.policy.rerank:
         raise CliError(
             f"--save: a run of {policy} cannot be recorded, since it ranks tokens anew while it "
             "decodes: leave out rerank_every, recall_every or dycoke",
             2,
         )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CliError(f"--save {folder}: {first_line(error)}", 2) from error
 
 
 def _draw(

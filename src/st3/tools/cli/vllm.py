@@ -16,14 +16,16 @@ from st3.tools.common.errors import first_line
 
 app = typer.Typer(
     help="Trimming inside of vLLM.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 @app.callback()
-def vllm() -> None:
+def vllm(context: typer.Context) -> None:
     """Trimming inside of vLLM: what fits, and what does not."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command(cls=Command)

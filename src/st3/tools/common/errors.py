@@ -20,6 +20,10 @@ class LoadError(InputError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where it has none."""
+    """The first line of an exception's message, or its type where it has none; of an error of the
+    system what it means and the file, without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        file = "" if error.filename is None else f": {error.filename!r}"
+        return f"{error.strerror}{file}".splitlines()[0]
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

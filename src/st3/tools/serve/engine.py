@@ -119,8 +119,8 @@ class Engine:
                 found = Trimmer(self.model, name)
                 if found.policy.recalls:
                     raise ValueError(
-                        "it shows hidden tokens again, which a server evicts: use a policy that "
-                        "recalls nothing, such as st3 with rerank_every"
+                        f"policy {name}: it shows hidden tokens again, which a server evicts: use "
+                        "one that recalls nothing, such as st3 with rerank_every"
                     )
                 found = found if found.active else self._decoder
             self._trimmers[name] = found

@@ -198,7 +198,7 @@ function look() {
 function show() {
   const layer = Number($("layer").value), numbers = counts(kept);
   const text = `${numbers[layer]} of ${kept.seen_by.length} visual tokens`;
-  $("layer-name").textContent = `${layer} of 0 to ${kept.layers - 1}`;
+  $("layer-name").textContent = `${layer} (0 to ${kept.layers - 1})`;
   $("layer").setAttribute("aria-valuetext", `layer ${layer}: ${text}`);
   $("layer-text").textContent = `Layer ${layer} sees ${text}.`;
   $("chart").querySelectorAll("rect").forEach((bar, at) => bar.classList.toggle("now", at === layer));
