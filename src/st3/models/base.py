@@ -61,11 +61,21 @@ class Family:
         return find_parts(model)
 
     def visual_tokens(self, model: nn.Module, parts: Parts) -> VisualTokens:
-        """What listens for which tokens of a prompt are visual."""
+        """What listens for which tokens of a prompt are visual.
+
+        Args:
+            model: bare, or wrapped by peft.
+            parts: of the same model.
+        """
         return VisualTokens(base_model(model), parts.inner)
 
     def tower(self, model: nn.Module, parts: Parts, looks: Sequence[Look]) -> TowerTap:
         """What listens for what the vision tower attends to.
+
+        Args:
+            model: bare, or wrapped by peft.
+            parts: of the same model.
+            looks: which layers of the tower to read, and how.
 
         Raises:
             UnsupportedModelError: if the family's way from patches to visual tokens is not known,
@@ -85,6 +95,12 @@ class Family:
         self, model: nn.Module, parts: Parts, score: Any, active: bool = True
     ) -> TowerTap | PixelTap | None:
         """What listens to the vision tower, or for the pixels of images, if the score asks.
+
+        Args:
+            model: bare, or wrapped by peft.
+            parts: of the same model.
+            score: of a policy.
+            active: whether the policy drops anything; if not, nothing is listened to.
 
         Raises:
             UnsupportedModelError: if it is not known how they become visual tokens.
@@ -130,8 +146,12 @@ class Family:
     # What it costs -----------------------------------------------------------------------------
 
     def lookahead(self, text: Any, window: int | None) -> Lookahead:
-        """Which later positions a token may see in a layer with this sliding window; ``text`` is
-        the config of the text model."""
+        """Which later positions a token may see in a layer.
+
+        Args:
+            text: the config of the text model.
+            window: of the layer, in tokens; None: it has none.
+        """
         return "none"
 
     def text_dims(self, config: Any) -> TextDims:
@@ -157,7 +177,12 @@ class Family:
         return dims
 
     def project(self, tower: VisionDims, config: Any) -> VisionDims | None:
-        """The tower with its projector; None if that is not described."""
+        """The tower with its projector; None if that is not described.
+
+        Args:
+            tower: without the projector.
+            config: of the whole model.
+        """
         return None
 
     def tower_flops(self, config: Any, n_visual: int, crops: int | None = None) -> int:
@@ -180,8 +205,13 @@ class Family:
     # How it is measured ------------------------------------------------------------------------
 
     def bench_inputs(self, model: nn.Module, visual: int, batch: int) -> dict[str, Any] | None:
-        """Random arguments of ``get_image_features`` that give each of ``batch`` rows about
-        ``visual`` tokens; None where st3 cannot make any."""
+        """Random arguments of ``get_image_features``; None where st3 cannot make any.
+
+        Args:
+            model: bare, or wrapped by peft; the arguments are on its device, in its dtype.
+            visual: tokens of each row, about.
+            batch: rows.
+        """
         model = base_model(model)
         try:
             dims = self.tower_dims(model.config)

@@ -32,7 +32,12 @@ _counted: dict[str, TextDims] = {}  # a model is counted once; it takes up to a 
 
 
 def counted(family: Family, config: Any) -> TextDims:
-    """The dimensions of a decoder, counted on the modules that its config describes.
+    """The dimensions of a decoder, counted on the modules that its config describes, on torch's
+    meta device.
+
+    Args:
+        family: of the config.
+        config: of the whole model.
 
     Raises:
         ValueError: if that cannot be done.
@@ -65,8 +70,13 @@ def _count(family: Family, config: Any) -> TextDims:
 def counted_crop(family: Family, config: Any, why: ValueError) -> tuple[int, int]:
     """FLOPs of the vision tower and its projector for one crop, and the tokens that it becomes.
 
+    Args:
+        family: of the config.
+        config: of the whole model.
+        why: there is no closed form.
+
     Raises:
-        ValueError: ``why`` there is no closed form, if it cannot be counted either.
+        ValueError: ``why``, if it cannot be counted either.
     """
     try:
         inputs = family.layout.crop(config)

@@ -116,6 +116,11 @@ def find_parts(model: Any) -> Parts:
 def decoder_parts(text: Any, inner: Any, model_type: str) -> Parts:
     """The parts of a text model.
 
+    Args:
+        text: the module that holds the decoder layers.
+        inner: the module around it and the vision tower.
+        model_type: for the error's message.
+
     Raises:
         UnsupportedModelError: for layers of a kind that is not known.
     """

@@ -104,7 +104,13 @@ def check_placed(model: Any) -> Layout:
 
 
 def image_tiles(layout: Layout, model: Any, inputs: Mapping[str, Any], n_tokens: int) -> list[Tile]:
-    """The tiles of all images of a prompt, which become its ``n_tokens`` image tokens.
+    """The tiles of all images of a prompt.
+
+    Args:
+        layout: of the model's family.
+        model: bare.
+        inputs: what the processor gave, pixels and all.
+        n_tokens: image tokens that the tiles become.
 
     Raises:
         UnknownPlaces: inputs that do not fit what is known of the model.

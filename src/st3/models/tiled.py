@@ -123,7 +123,13 @@ class AnyRes(Layout):
 
 
 def image_size(pinpoints: list[list[int]], side: int, crops: int) -> list[int] | None:
-    """An image size that LLaVA-NeXT cuts into ``crops`` crops, the overview among them."""
+    """An image size that LLaVA-NeXT cuts into so many crops; None if there is none.
+
+    Args:
+        pinpoints: the model's [height, width] of tiled images, in pixels.
+        side: of a crop, in pixels.
+        crops: wanted, the overview among them.
+    """
     for height, width in pinpoints:
         if (height // side) * (width // side) + 1 == crops:
             return [height, width]

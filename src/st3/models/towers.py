@@ -23,7 +23,15 @@ def vit(
     any_size: bool = False,
     pooling_head: bool = False,
 ) -> VisionDims:
-    """CLIP, SigLIP and their like: square crops, an MLP of ``matrices`` matrices."""
+    """CLIP, SigLIP and their like, which take square crops.
+
+    Args:
+        vision: the config of the tower.
+        matrices: of the MLP: 2, or 3 with a gate.
+        class_tokens: before the patches.
+        any_size: images of any size, in place of crops of one size.
+        pooling_head: attention behind the last layer, which costs and gives no visual tokens.
+    """
     (height, width), (p, q) = _pair(vision.image_size), _pair(vision.patch_size)
     hidden, inner = vision.hidden_size, vision.intermediate_size
     return VisionDims(
@@ -112,7 +120,12 @@ def has_class_token(vision: Any) -> bool:
 
 
 def two_linear(tower: VisionDims, config: Any) -> VisionDims:
-    """LLaVA's projector: two layers, on every patch; the class token takes part if it is kept."""
+    """LLaVA's projector: two layers, on every patch; the class token takes part if it is kept.
+
+    Args:
+        tower: without a projector.
+        config: of the whole model.
+    """
     out = config.text_config.hidden_size
     layers = config.vision_feature_layer
     inputs = tower.hidden * (1 if isinstance(layers, int) else len(layers))
@@ -127,6 +140,13 @@ def two_linear(tower: VisionDims, config: Any) -> VisionDims:
 
 
 def shuffled(tower: VisionDims, merge: int, out: int, layers: int = 1) -> VisionDims:
-    """``merge`` patches side by side (pixel shuffle), then one matrix or two of width ``out``."""
+    """A projector on patches side by side (pixel shuffle).
+
+    Args:
+        tower: without a projector.
+        merge: patches that become one token.
+        out: width of a token.
+        layers: 1 matrix, or 2.
+    """
     projector = merge * tower.hidden * out + (layers - 1) * out * out
     return replace(tower, projector=projector, patches_per_token=Fraction(merge))

@@ -101,8 +101,13 @@ class VisualTokens:
         hooks.replace(self.inner, "get_placeholder_mask", get_placeholder_mask)
 
     def heard(self, result: Any, asked: dict[str, Any]) -> None:
-        """What the model's ``get_placeholder_mask`` said, and was asked: a mask, or several, of
-        images, videos and, last, of sounds, which are no visual tokens."""
+        """Note what the model's ``get_placeholder_mask`` said. Changes what :meth:`mask` gives.
+
+        Args:
+            result: a mask, or several: of images, videos and, last, of sounds, which are no visual
+                tokens.
+            asked: the arguments of the call.
+        """
         masks = result if isinstance(result, tuple) else (result,)
         if len(masks) > 1 and hasattr(self.inner, "get_audio_features"):
             masks = masks[:-1]
@@ -195,8 +200,15 @@ def tokens_of(encoded: Any) -> int:
 
 
 def at_visual(flat: Tensor, visual: Tensor) -> Tensor | None:
-    """Numbers of all visual tokens of a batch, [n, tokens], at the visual tokens [B, T] bool, 0
-    elsewhere, [n, B, T]; None where the two do not fit."""
+    """Numbers of visual tokens at the places of these tokens.
+
+    Args:
+        flat: of all visual tokens of a batch, [n, tokens].
+        visual: where they are, [B, T] bool.
+
+    Returns:
+        [n, B, T], 0 elsewhere; None where the two do not fit.
+    """
     # Beams and return sequences: generate() encodes an image once and repeats its row.
     found, total, rows = flat.shape[1], int(visual.sum()), visual.shape[0]
     copies = total // max(1, found)
@@ -220,7 +232,12 @@ def _without_pixels(name: str, value: Any) -> Any:
 
 def visual_mask_for(mask: Tensor, embeds: Tensor) -> Tensor:
     """The caller's visual_mask for a batch of prompts: generate() repeats each row for beams and
-    return sequences."""
+    return sequences.
+
+    Args:
+        mask: [B, T] bool.
+        embeds: [B * copies, T, D] of the batch.
+    """
     rows, tokens = embeds.shape[:2]
     if mask.shape[1] != tokens or rows % mask.shape[0]:
         raise ValueError(

@@ -17,6 +17,14 @@ Getter = Callable[[Row], float | None]
 def draw_all(summary: Summary, folder: Path, title: str) -> list[Path]:
     """Write ``quality-budget.png``, ``quality-time.png`` and ``quality-bubbles.png``.
 
+    Args:
+        summary: of a finished evaluation, with one policy or more beside the untrimmed model.
+        folder: exists; files of these names are replaced.
+        title: of each picture.
+
+    Returns:
+        the files; those whose figures nobody knows (FLOPs, say) are left out.
+
     Raises:
         ValueError: matplotlib is not installed.
     """
@@ -44,7 +52,12 @@ _UNITS = {
 
 def main_metric(kind: str, row: Row) -> str:
     """What stands for the quality of a kind: right answers (without labels: the untrimmed ones),
-    objects named, or CIDEr-D."""
+    objects named, or CIDEr-D.
+
+    Args:
+        kind: one of :data:`~st3.tools.eval.data.KINDS`.
+        row: any row of that kind.
+    """
     if kind != CAPTION:
         return "accuracy" if "accuracy" in row.values else "loyal_answers"
     return "recall" if "recall" in row.values else "cider"
@@ -55,6 +68,14 @@ def draw(
 ) -> None:
     """Quality against ``across``, a panel for each kind of items; random choice as hollow
     triangles, tied to the method whose counts it has; the untrimmed model as a line.
+
+    Args:
+        summary: of a finished evaluation.
+        path: of the PNG.
+        across: what the horizontal axis shows of a row, as a share; None: the row is left out.
+        axis: the label of that axis.
+        title: of the picture.
+        bubbles: circles whose area is the KV memory, in place of markers with intervals.
 
     Raises:
         ValueError: matplotlib is not installed.

@@ -32,7 +32,12 @@ def percent(value: float | None) -> str:
 
 
 def with_interval(one: Estimate, signed: bool = False) -> str:
-    """``61.0% [55.8, 66.1]``; a difference in points, ``-3.2 [-5.0, -1.1]``."""
+    """``61.0% [55.8, 66.1]``; a difference in points, ``-3.2 [-5.0, -1.1]``.
+
+    Args:
+        one: a share, and the ends of its 95 % interval.
+        signed: it is a difference.
+    """
     if signed:
         return f"{100 * one.value:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
     return f"{one.value:.1%} [{100 * one.low:.1f}, {100 * one.high:.1f}]"
@@ -101,7 +106,13 @@ _SHORT = ("right", "objects named", "hard")
 
 
 def columns(kind: str, rows: Sequence[Row], brief: bool) -> list[Column]:
-    """The columns of a kind, without those that no row has anything in."""
+    """The columns of a kind, without those that no row has anything in.
+
+    Args:
+        kind: one of :data:`~st3.tools.eval.data.KINDS`.
+        rows: of that kind.
+        brief: few enough for a terminal.
+    """
     found = _CAPTIONS if kind == CAPTION else _ANSWERS
     shown: list[Column] = []
     for name, cell in found:
@@ -127,7 +138,12 @@ def by_task(rows: Sequence[Row]) -> list[Column]:
 
 
 def tables(summary: Summary, brief: bool = False) -> list[tuple[str, list[Column], list[Row]]]:
-    """(title, columns, rows) of every table."""
+    """(title, columns, rows) of every table.
+
+    Args:
+        summary: of a finished evaluation.
+        brief: few columns, and none by task: for a terminal.
+    """
     found = []
     for kind, rows in summary.rows.items():
         title = f"{kind[0].upper()}{kind[1:]} ({summary.items[kind]})"
@@ -138,7 +154,13 @@ def tables(summary: Summary, brief: bool = False) -> list[tuple[str, list[Column
 
 
 def as_markdown(summary: Summary, given: dict[str, Any], pictures: Sequence[str] = ()) -> str:
-    """A page with all tables."""
+    """A page with all tables.
+
+    Args:
+        summary: of a finished evaluation.
+        given: the conditions, as :func:`~st3.tools.common.conditions.conditions` has them.
+        pictures: files to show, by their names.
+    """
     lines = [f"# Quality of {given['model']}", ""]
     for title, names, rows in tables(summary):
         cells = [[cell(row) for _, cell in names] for row in rows]

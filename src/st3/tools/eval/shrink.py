@@ -22,8 +22,13 @@ _SPARE = 1.15  # a patch size and merged patches leave no exact count
 
 
 def shrunk(image: Image.Image, keep: float, back: bool) -> Image.Image:
-    """An image of ``keep`` of the pixels (0..1); with ``back`` brought to its old size again, which
-    then shows no more than the smaller one."""
+    """A smaller image.
+
+    Args:
+        image: of any size.
+        keep: share of the pixels that is left, 0..1; at least one row and column remain.
+        back: bring it to its old size again; it then shows no more than the smaller one.
+    """
     scale = math.sqrt(keep)
     wide, high = (max(1, round(scale * side)) for side in image.size)
     small = image.convert("RGB").resize((wide, high), Image.Resampling.BICUBIC)
@@ -65,8 +70,14 @@ class Downsampler:
     def share(
         self, whole: Sequence[Chat], small: Sequence[Chat], keep: float, new_tokens: int
     ) -> Share:
-        """What the conversations with smaller images, ``small``, leave of those with the ``whole``
-        ones, each behind ``new_tokens``."""
+        """What conversations with smaller images leave of the cost of the whole ones.
+
+        Args:
+            whole: conversations with the images as they are.
+            small: the same with smaller images.
+            keep: the share of the pixels that ``small`` was made with.
+            new_tokens: length of each answer.
+        """
         lengths, visual = zip(*(self._lengths(chats) for chats in (whole, small)), strict=True)
         if lengths[0] == lengths[1]:
             return Share(keep, 1.0, 1.0)

@@ -95,6 +95,12 @@ def _estimate(value: float, drawn: Tensor) -> Estimate:
 
 
 def metric(rows: Sequence[Sequence[float] | Tensor], clusters: Sequence[str]) -> Metric:
-    """A ratio of sums from pairs (part, whole), one of each item."""
+    """A ratio of sums.
+
+    Args:
+        rows: (part, whole) of each item: its part of the numerator, and of the denominator.
+        clusters: for each item what it shares with others, such as its image: items of a cluster
+            are drawn together.
+    """
     parts = torch.stack([torch.as_tensor(row, dtype=torch.float64) for row in rows])
     return Metric(parts, tuple(clusters))

@@ -75,7 +75,17 @@ NAMES: dict[str, str] = {
 def summarise(
     data: Dataset, entries: Sequence[Entry], records: Sequence[Record], notes: Sequence[str] = ()
 ) -> Summary:
-    """The figures of a finished evaluation."""
+    """The figures of a finished evaluation.
+
+    Args:
+        data: what was asked.
+        entries: the policies, the untrimmed model first.
+        records: of every item under every policy.
+        notes: what a reader has to know of it.
+
+    Raises:
+        KeyError: a record is missing.
+    """
     by_key = {record.key: record for record in records}
     rows: dict[str, list[Row]] = {}
     for kind in KINDS:
@@ -192,8 +202,15 @@ def hard(
     vocabulary: dict[str, str],
 ) -> dict[str, Metric]:
     """The share that is right of the hard answers (of descriptions: named, of the hard objects):
-    those that are right untrimmed, ``whole``, and wrong with the image made as ``small`` as the
-    budget. Where a smaller image is as good, no method shows what it is for.
+    those that are right untrimmed and wrong with a smaller image. Where a smaller image is as good,
+    no method shows what it is for.
+
+    Args:
+        kind: one of :data:`~st3.tools.eval.data.KINDS`.
+        pairs: each item with the record of the policy.
+        whole: the same items untrimmed.
+        small: the same items, untrimmed, with images as small as the policy's budget.
+        vocabulary: the objects that may be named, phrase -> name.
 
     Source: group A of VTC-Bench (arXiv 2510.07143).
     """
@@ -255,7 +272,12 @@ def _caption_metrics(pairs: Sequence[Pair]) -> dict[str, Metric]:
 
 
 def to_dict(summary: Summary, given: dict[str, Any]) -> dict[str, Any]:
-    """Plain values, ready for JSON: each figure as [value, low, high]."""
+    """Plain values, ready for JSON: each figure as [value, low, high].
+
+    Args:
+        summary: of a finished evaluation.
+        given: the conditions.
+    """
     return {
         "conditions": given,
         "images": summary.images,

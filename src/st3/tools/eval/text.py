@@ -74,8 +74,16 @@ def cider_d(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
 
 
 def bleu_counts(text: str, references: Sequence[str]) -> Tensor:
-    """What BLEU-4 is made of, of one text: [10] matches by order, n-grams by order, the text's
-    length, that of the closest reference. Summed over texts and given to :func:`bleu4`."""
+    """What BLEU-4 is made of, of one text. Summed over texts and given to :func:`bleu4`.
+
+    Args:
+        text: what was answered.
+        references: one or more.
+
+    Returns:
+        [10]: matches by order, n-grams by order (1 to 4 words), the text's length, and the length
+        of the closest reference.
+    """
     own, others = words(text), [words(reference) for reference in references]
     most: Grams = Counter()
     for other in others:
@@ -154,7 +162,12 @@ _SMALL = re.compile(r"\b(a|an|the)\b")
 
 def is_right(text: str, answers: Sequence[str]) -> bool:
     """Whether an answer is one of the accepted ones: case, punctuation and articles do not count,
-    all other words do."""
+    all other words do.
+
+    Args:
+        text: what was answered.
+        answers: the accepted ones; none: never right.
+    """
 
     def plain(answer: str) -> list[str]:
         return words(_SMALL.sub(" ", answer.lower())) or words(answer)

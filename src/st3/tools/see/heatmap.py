@@ -25,10 +25,12 @@ INK = (20, 20, 20)
 
 
 def choose_layers(kept: Sequence[int], count: int = 4) -> list[int]:
-    """At most `count` layers that tell the story: the first layer with fewer tokens, ..., the last.
+    """Layers that tell the story: the first with fewer tokens, ..., the last. Only layers at which
+    the number changes are taken; if it never changes, the last layer alone.
 
-    kept: visual tokens that each layer keeps. Only layers at which the number changes are taken;
-    if it never changes, the last layer alone.
+    Args:
+        kept: visual tokens that each layer keeps.
+        count: the most to choose.
     """
     if not kept:
         raise ValueError(
@@ -51,10 +53,15 @@ def draw(
 ) -> Image.Image:
     """For each image: the image, then a panel for each layer with dropped patches dimmed.
 
-    images: as given to the model, in the prompt's order. places: where each visual token lies in
-    them. kept_positions: for each layer to draw (counted from 0) the kept tokens, as indices into
-    the row's visual tokens (all images one after another).
-    Raises ValueError when places or positions speak of images or tokens that are not there.
+    Args:
+        images: as given to the model, in the prompt's order.
+        places: where each visual token lies in them.
+        kept_positions: for each layer to draw (counted from 0) the kept tokens, as indices into the
+            row's visual tokens (all images one after another).
+        title: above all; may be empty.
+
+    Raises:
+        ValueError: places or positions speak of images or tokens that are not there.
     """
     if any(place.picture >= len(images) for place in places):
         raise ValueError(
@@ -82,9 +89,13 @@ def animate(run: Run, frames: int = 60, picture: int = 0) -> list[Image.Image]:
     """Annealing as a sequence of pictures: what the decoder layers still see of one image while the
     answer grows. A patch is as bright as the share of the layers that see it.
 
-    run: a recorded run. frames: the most to draw; longer answers are sampled evenly. picture: which
-    image. Raises ValueError when the places of the visual tokens are not known, or there is no such
-    picture.
+    Args:
+        run: a recorded run.
+        frames: the most to draw; longer answers are sampled evenly.
+        picture: which image of the prompt, from 0.
+
+    Raises:
+        ValueError: the places of the visual tokens are not known, or there is no such picture.
     """
     if run.places is None:
         raise ValueError(f"no animation: {run.unplaced}")
@@ -114,7 +125,16 @@ def animate(run: Run, frames: int = 60, picture: int = 0) -> list[Image.Image]:
 
 
 def save_gif(path: Path, frames: Sequence[Image.Image], seconds: float = 8.0) -> None:
-    """Write frames as an endless GIF of about `seconds`; the last frame stays for two more."""
+    """Write an endless GIF; its last frame stays for two seconds more.
+
+    Args:
+        path: of the file.
+        frames: of one size.
+        seconds: about so long, for all frames together.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     each = max(40, round(1000 * seconds / len(frames)))
     small = [frame.quantize(96, dither=Image.Dither.NONE) for frame in frames]
     durations = [each] * (len(frames) - 1) + [each + 2000]
@@ -144,7 +164,12 @@ def _shade(panel: Image.Image) -> Image.Image:
 
 
 def dimmed(panel: Image.Image, kept: Iterable[Box]) -> Image.Image:
-    """The panel with all dimmed but these parts, which get an outline."""
+    """A panel with all dimmed but some parts, which get an outline.
+
+    Args:
+        panel: the picture; it is not changed.
+        kept: the parts, in pixels: left, top, right, bottom.
+    """
     mask = Image.new("L", panel.size, 0)
     fill = ImageDraw.Draw(mask)
     for box in kept:

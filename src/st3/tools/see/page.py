@@ -45,7 +45,12 @@ def write(
 
 
 def html(figures: Sequence[Figure], about: dict[str, str]) -> str:
-    """The page as text: nothing in it is fetched from elsewhere."""
+    """The page as text: nothing in it is fetched from elsewhere.
+
+    Args:
+        figures: in the order of the page.
+        about: model, prompts, conditions ...: the head of the page.
+    """
     data: dict[str, Any] = {
         "about": about,
         "figures": [

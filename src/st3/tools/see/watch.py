@@ -150,7 +150,13 @@ class Watch(Observer):
 
     @torch.no_grad()
     def attention(self, layer: int, call: AttentionCall, block: Block | None) -> None:
-        """Hand the attention of a layer's last row to the listener."""
+        """Hand the attention of a layer's last row to the listener.
+
+        Args:
+            layer: counted from 0.
+            call: the queries and keys, and what the attention was called with.
+            block: the rows and visual tokens that the layer sees; None in a decode step.
+        """
         prompt = self.current
         if not self._listening or prompt is None:
             return
