@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "serving", "scale-out")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "models", "serving", "scale-out")),
 )
 OWN_CACHE = "untrimmed, st3's cache"
 SETTING = "balanced:budget=35%"
@@ -288,6 +288,25 @@ def scale_out() -> str:
     return markdown(head, [list(row.values()) for row in data["rows"]])
 
 
+def families() -> str:
+    """The models that can be trimmed, by name."""
+    from st3.models import families as known
+    from st3.models.hub import HUB_IDS
+
+    rows = [
+        [
+            one.name,
+            f"`{one.model_type}`",
+            f"`{HUB_IDS[one.model_type]}`" if one.model_type in HUB_IDS else "-",
+            "yes" if one.video else "no",
+            "yes" if one.layout.placed else "no",
+        ]
+        for one in sorted(known(), key=lambda one: one.name.lower())
+    ]
+    head = ("family", "`model_type`", "a hub id", "video", "heat map")
+    return markdown(head, rows, left=(0, 1, 2, 3, 4))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -301,6 +320,7 @@ TABLES: dict[str, Callable[[], str]] = {
         vllm,
         serving,
         scale_out,
+        families,
     )
 }
 BLOCK = re.compile(r"(<!-- table: (\w+) -->).*?(<!-- end -->)", re.S)
