@@ -34,8 +34,8 @@ SHORT = Workload(visual=576, text=64, new_tokens=32)
 PREFILL = dataclasses.replace(SHORT, new_tokens=0, repeats=1)
 PARTS: dict[str, tuple[tuple[str, ...], list[Workload]]] = {
     "policies": ((SETTING, *OTHERS), [dataclasses.replace(SHORT, repeats=3)]),
-    "batch": ((SETTING,), [dataclasses.replace(SHORT, batch=4, repeats=2)]),
-    "long": ((SETTING,), [dataclasses.replace(SHORT, visual=2880, images=5, repeats=2)]),
+    "batch": ((SETTING,), [dataclasses.replace(SHORT, batch=4, repeats=3)]),
+    "long": ((SETTING,), [dataclasses.replace(SHORT, visual=2880, images=5, repeats=3)]),
     "possible": ((SETTING,), [dataclasses.replace(PREFILL, layer_rounds=6)] * 4),
 }
 
