@@ -40,22 +40,17 @@ class Tile:
 
 
 class Layout:
-    """A layout of which nothing is known. ``inputs`` are the arguments of the model's forward or
-    its encoder."""
+    """A layout of which nothing is known.
+
+    Arguments that its methods share: ``model``, bare; ``inputs``, the arguments of its forward or
+    its encoder, pixels and all; ``n_tokens``, the visual tokens that came of them; ``tiles``, of
+    :meth:`tiles`. They raise UnknownPlaces for inputs that do not fit what is known of the model.
+    """
 
     placed = False  # whether the tokens' places in the pixel input are known
 
     def tiles(self, model: Any, inputs: Inputs, n_tokens: int) -> list[Tile]:
-        """The tiles of all images of a prompt.
-
-        Args:
-            model: bare.
-            inputs: what the processor gave, pixels and all.
-            n_tokens: image tokens that the tiles become.
-
-        Raises:
-            UnknownPlaces: inputs that do not fit what is known of the model.
-        """
+        """The tiles of all images of a prompt, which become its ``n_tokens`` image tokens."""
         raise UnknownPlaces(
             f"where the visual tokens of {model.config.model_type!r} models lie in the image is "
             "not known to st3"
@@ -68,30 +63,14 @@ class Layout:
     def arrange(
         self, model: Any, inputs: Inputs, tiles: Sequence[Tile], values: Sequence[Tensor]
     ) -> Tensor:
-        """What is known of the tiles' cells, as that of the prompt's visual tokens.
-
-        Args:
-            model: bare.
-            inputs: what the processor gave.
-            tiles: of :meth:`tiles`.
-            values: of each tile's cells, [rows * columns, D].
-
-        Returns:
-            [tokens, D]; NaN for tokens that stand for no cell (newlines).
-        """
+        """``values`` of the tiles' cells, [rows * columns, D] each, as those of the prompt's visual
+        tokens, [tokens, D]; NaN for tokens that stand for no cell (newlines)."""
         return torch.cat(list(values))
 
     def pictures(
         self, model: Any, inputs: Inputs, tiles: Sequence[Tile], numbers: Sequence[int]
     ) -> list[int]:
-        """The picture of each visual token.
-
-        Args:
-            model: bare.
-            inputs: what the processor gave.
-            tiles: of :meth:`tiles`.
-            numbers: the picture of each tile, from 0.
-        """
+        """The picture of each visual token, from the ``numbers`` of each tile's, from 0."""
         pairs = zip(tiles, numbers, strict=True)
         return [number for tile, number in pairs for _ in range(self.tokens_of(tile))]
 
@@ -116,30 +95,12 @@ class Layout:
                 yield from self.rasters(model, call.inputs, call.tokens)
 
     def rasters(self, model: Any, inputs: Inputs, n_tokens: int) -> Iterator[Raster]:
-        """The rasters of images.
-
-        Args:
-            model: bare.
-            inputs: the encoder's arguments.
-            n_tokens: visual tokens that it gave.
-
-        Raises:
-            UnknownPlaces: where an image is no raster.
-        """
+        """The rasters of images, by the encoder's arguments and its number of tokens."""
         raise UnknownPlaces("images are no rasters")
 
     def video_rasters(self, model: Any, inputs: Inputs, n_tokens: int) -> list[Raster]:
         """The raster of each frame (or pair of frames that become one) of the prompts' videos.
-        Tokens of a video behind its last frame are left over.
-
-        Args:
-            model: bare.
-            inputs: the encoder's arguments.
-            n_tokens: visual tokens that it gave.
-
-        Raises:
-            UnknownPlaces: where a frame is no raster.
-        """
+        Tokens of a video behind its last frame are left over."""
         raise UnknownPlaces(
             f"where the video tokens of this {model.config.model_type!r} model lie is not known "
             "to st3"
@@ -153,14 +114,9 @@ class Layout:
     def bench_inputs(
         self, model: Any, dims: VisionDims, visual: int, batch: int
     ) -> dict[str, Any] | None:
-        """Random arguments of ``get_image_features``; None where st3 cannot make any.
-
-        Args:
-            model: bare; the arguments are on its device, in its dtype.
-            dims: of its vision tower.
-            visual: tokens of each row, about.
-            batch: rows.
-        """
+        """Random arguments of ``get_image_features``, on the model's device and in its dtype, that
+        give each of ``batch`` rows about ``visual`` tokens; None where st3 cannot make any. dims:
+        of the vision tower."""
         return None
 
 
@@ -322,12 +278,7 @@ def _first(size: Any) -> Any:
 
 
 def crops_for(dims: VisionDims, visual: int) -> int:
-    """How many crops give at least so many tokens.
-
-    Args:
-        dims: of a tower whose crops have one size.
-        visual: tokens.
-    """
+    """How many crops of a tower of one size give at least ``visual`` tokens."""
     return math.ceil(visual / ((dims.crop_patches or 1) / dims.patches_per_token))
 
 
