@@ -68,6 +68,16 @@ def test_presets_keep_their_names_in_the_table() -> None:
     assert "first_drop" not in done.stdout
 
 
+def test_a_policy_is_not_cut_where_the_terminal_is_narrow() -> None:
+    done = CliRunner().invoke(
+        app, ["cost", "--policies", "balanced:budget=50%"], env={"COLUMNS": "80"}
+    )
+    assert "…" not in done.stdout
+    lines = done.stdout.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("balanced"))
+    assert lines[first].split()[0] + lines[first + 1].split()[0] == "balanced:budget=50%"
+
+
 def test_a_folder_needs_the_number_of_visual_tokens(tiny_model: Path) -> None:
     done = cost("--model", tiny_model, "--visual", 16, "--policy", "vtw", "--json")
     assert done.exit_code == 0, done.output

@@ -228,7 +228,7 @@ def _show(given: dict[str, Any], rows: list[CostRow], called: dict[str, str]) ->
     console.print(table)
     tower = rows[0].vision_tflops
     console.print(
-        "\nComputed from the config, not measured; per cents are of the untrimmed model. TFLOPs: "
+        "\nComputed from the config, not measured; percentages are of the untrimmed model. TFLOPs: "
         "prefill of the text decoder; the vision tower, the same in every row, comes to it: "
         f"{'not known' if tower is None else f'{tower:.3g}'}. visual: tokens that a layer sees, "
         f"mean over the layers. KV: live MiB in {given['dtype']}, first after the prefill, mean "

@@ -43,6 +43,7 @@ def console(
             escape(name),
             justify="left" if number in left else "right",
             no_wrap=number in left and number not in fold,
+            overflow="fold" if number in fold else "ellipsis",  # a name without spaces, too
         )
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
