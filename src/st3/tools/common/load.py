@@ -15,7 +15,7 @@ from urllib.parse import quote
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from st3.tools.common.bundled import BUNDLED_MODEL, bundled_model
@@ -242,7 +242,7 @@ def hub_options(source: str, shown: str, revision: str | None = None) -> dict[st
         message = f"a revision is for a hub id: {shown!r} is a folder here"
         raise LoadError(message, usage=True)
     try:
-        validate_repo_id(source)
+        cached = huggingface_hub.try_to_load_from_cache(source, "config.json", revision=revision)
     except HFValidationError as error:
         message = f"no such model: {shown!r} is no folder here, and no hub id, such as owner/name"
         raise LoadError(message, usage=True) from error
@@ -252,7 +252,6 @@ def hub_options(source: str, shown: str, revision: str | None = None) -> dict[st
     hub = huggingface_hub.constants.ENDPOINT
     if _answers(f"{hub}/{source}/resolve/{quote(revision or 'main', safe='')}/config.json"):
         return options
-    cached = huggingface_hub.try_to_load_from_cache(source, "config.json", revision=revision)
     if not isinstance(cached, str):
         raise LoadError(_explain(shown, source, OSError("the hub cannot be reached")))
     return {**options, "local_files_only": True}
