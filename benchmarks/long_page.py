@@ -109,9 +109,10 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             panel.grid()
             panel.set_title(title)
             panel.set_xlabel("tokens between the prompt and the description")
+            panel.set_xticks(sorted({row["tokens"] for row in rows}))
             for place, (policy, (shade, mark)) in enumerate(zip(policies, LOOKS, strict=False)):
                 own = [row for row in rows if row["policy"] == policy]
-                xs = [row["tokens"] + 4 * (place - 2.5) for row in own]  # beside each other
+                xs = [row["tokens"] + 2 * (place - 2.5) for row in own]  # beside each other
                 ys = [100 * row["values"][name][0] for row in own]
                 panel.plot(xs, ys, color=shade, marker=mark, linewidth=1.4, label=policy)
                 for x, row in zip(xs, own, strict=True):
