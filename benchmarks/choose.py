@@ -1,4 +1,4 @@
-"""Settings of `covered`, compared on the half to choose on: python -m benchmarks.choose
+"""Settings of `thirds`, and others, on the half to choose on: python -m benchmarks.choose
 
 Prints a line for each candidate and budget; finished items are kept, so that a killed run goes on.
 """
@@ -19,11 +19,17 @@ from st3.tools.eval import Entry, Evaluation, Item, Store, bundled_scenes, summa
 
 BUDGETS = (0.35, 0.2)
 CANDIDATES = (
-    *(f"covered:tower={share}" for share in (0.333, 0.5, 0.667, 0.8, 1.0)),
-    *(f"covered:tower={share},taper=1" for share in (0.5, 0.667, 0.8)),
-    "covered:tower=0.667,taper=0.4",
-    "visionzip",
+    "thirds",
     "balanced",
+    "covered",
+    "visionzip",
+    "vscan",
+    "cdpruner",
+    "thirds:later=1",
+    "thirds:salient=0.5",
+    "thirds:salient=0.8",
+    "thirds:window=6",
+    "thirds:every=3",
 )
 LIMITS = {"small object": 15, "small print": 15, "dense text": 15, "describe": 10}
 

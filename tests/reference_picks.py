@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -206,6 +207,39 @@ def salient(seen: Seen, row: int, scorer: Any, weights: list[Tensor], cover: Ten
     score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
     for i in there:
         score[i] = better_of(by_tower, scorer.share, by_grid, i)
+    return score
+
+
+def standout(seen: Seen, row: int, scorer: Any, weights: Any, layout: Any, cover: Tensor) -> Tensor:
+    """Of all visual tokens, whoever is still there. Without ``weights`` those stand out that few
+    others are like."""
+    seen = replace(seen, kept=seen.valid)
+    there, where = visuals(seen, row), places(seen, row, layout)
+    if weights[0] is None:
+        hidden = seen.inputs[0][row].double()
+        alike = torch.cosine_similarity(hidden[there, None], hidden[None, there], -1)
+        alike.fill_diagonal_(-torch.inf)
+        salience = dict(zip(there, (-(20 * (alike - 1)).exp().sum(1)).tolist(), strict=True))
+    else:
+        looked_at = row_of(weights[0], seen, row)
+        salience = {i: float(looked_at[i]) for i in there}
+    windows: dict[Any, list[int]] = {}
+    for image in row_of(layout, seen, row):
+        for place, token in enumerate(image):
+            picture, y, x = where[token]
+            window = (picture, y // scorer.window, x // scorer.window)
+            if shape_of(image, layout) is None:
+                window = (picture, place // scorer.window**2, 0)
+            windows.setdefault(window, []).append(token)
+    turns = {}
+    for tokens in windows.values():
+        tokens.sort(key=lambda i: -salience[i])
+        turns |= {token: Fraction(2 * n + 1, 2 * len(tokens)) for n, token in enumerate(tokens)}
+    by_window = sorted(there, key=lambda i: (turns[i], -salience[i]))
+    by_grid = sorted(there, key=lambda i: -float(cover[i]))
+    score = torch.zeros(seen.valid.shape[1], dtype=torch.double)
+    for i in there:
+        score[i] = better_of(by_window, scorer.share, by_grid, i)
     return score
 
 

@@ -31,6 +31,7 @@ from tests.reference_picks import (
     row_of,
     salient,
     scope,
+    standout,
     texts,
     transprune,
     vispruner,
@@ -68,6 +69,11 @@ def formula(scorer: Any, family: Family, model: Any, batch: Any) -> tuple[Formul
         return partial(marginal_relevance, scorer=scorer, inner=inner), stage
     if kind in TOWER:
         looks = [tower_weights(model, batch, family, look) for look in looks_of(scorer)]
+        if kind is scores.Standout:
+            layout = image_rows(family, model, batch)
+            return lambda seen, row: standout(
+                seen, row, scorer, looks, layout, grid(seen, row, scores.Grid(), layout)
+            ), "embeds"
         if kind is scores.Salient:
             layout = image_rows(family, model, batch)
             return lambda seen, row: salient(
@@ -86,6 +92,9 @@ def formula(scorer: Any, family: Family, model: Any, batch: Any) -> tuple[Formul
             return torch.where(mine > scorer.threshold, mine, even)
 
         return novelty, "embeds"
+    if kind is scores.Mixed:
+        cover, _ = formula(scorer.cover, family, model, batch)
+        return partial(mixed, scorer=scorer, cover=cover), "attention"
     if kind in LAID_OUT:
         of, stage = LAID_OUT[kind]
         return partial(of, scorer=scorer, layout=image_rows(family, model, batch)), stage
@@ -301,11 +310,11 @@ def near(frames: Tensor, centre: Tensor) -> Tensor:
     return torch.stack([(-squared / (2 * a)).exp() for a in (0.125, 0.25, 0.5, 1, 2)]).sum(0)
 
 
-def mixed(seen: Seen, row: int, scorer: Any, layout: Any) -> Tensor:
+def mixed(seen: Seen, row: int, scorer: Any, cover: Formula) -> Tensor:
     there = visuals(seen, row)
     attended = attention(seen, row, scorer.attention)
-    cover = grid(seen, row, scorer.cover, layout)
-    looked_at, covering = (sorted(there, key=lambda i: -float(by[i])) for by in (attended, cover))
+    covers = cover(seen, row)
+    looked_at, covering = (sorted(there, key=lambda i: -float(by[i])) for by in (attended, covers))
     taken: list[int] = []
     for turn in range(len(there) * scorer.every):
         queue = looked_at if turn % scorer.every == scorer.every - 1 else covering
@@ -361,11 +370,11 @@ TOWER: dict[type, Formula] = {
     scores.Hierarchy: hiprune,
     scores.LocalGlobal: vscan,
     scores.Salient: salient,
+    scores.Standout: standout,
 }
 LAID_OUT: dict[type, tuple[Formula, str]] = {
     scores.Feather: (feather, "attention"),
     scores.Grid: (grid, "embeds"),
-    scores.Mixed: (mixed, "attention"),
     scores.FrameChange: (frame_change, "embeds"),
     scores.FrameQuota: (frame_quota, "embeds"),
 }

@@ -105,6 +105,7 @@ def test_scores_on_another_schedule(score: str) -> None:
         "hiprune",
         "vispruner",
         "vscan",
+        "thirds",
         "transprune",
     ],
 )
@@ -125,6 +126,7 @@ def test_several_images_in_a_prompt(method: str) -> None:
         "hiprune",
         "vispruner",
         "vscan",
+        "thirds",
         "transprune",
     ],
 )
@@ -159,7 +161,7 @@ def test_random_choice_at_the_counts_of_each(method: str) -> None:
     assert parse(str(policy)) == policy
 
 
-@pytest.mark.parametrize("method", ["divprune", "v2drop", "dart", "vscan", "transprune"])
+@pytest.mark.parametrize("method", ["divprune", "v2drop", "dart", "vscan", "thirds", "transprune"])
 def test_gradient_checkpointing(method: str) -> None:
     case = Case.of("llava")
     plain = gradients(case, METHODS[method], None)

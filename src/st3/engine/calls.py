@@ -75,7 +75,7 @@ class Chunk:
     candidates: int = 0
     cache: Cache | None = None
     past: int = 0
-    tower: Callable[[Tensor], Tensor] | None = None
+    tower: Callable[[Tensor], Tensor | None] | None = None
     late: LateFeatures | None = None
 
     @property

@@ -27,6 +27,8 @@ class PromptEvent:
         past: logical length of the cache before it.
         n_past: for each row the tokens of earlier turns.
         timeline: of the cache that it goes to; None if nothing of the run is changed.
+        lacks_tower: whether the score goes another way, as the vision tower's attention is not
+            known.
     """
 
     rows: Rows
@@ -36,6 +38,7 @@ class PromptEvent:
     past: int
     n_past: tuple[int, ...]
     timeline: Timeline | None
+    lacks_tower: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from st3.engine.prefill import Prefill
 from st3.engine.prompt import Block, Rows, read_prompt
 from st3.engine.steps import JoinedStep, TextStep
 from st3.errors import TrimStateError, UnsupportedModelError
+from st3.methods.scores.base import spares_of
 
 PADDED_CONTINUATION = (
     "a padded batch cannot be continued behind a trimmed prompt: continue the rows one by one, or "
@@ -171,7 +172,8 @@ class Session:
         tower = None
         if chunk.tower is not None and chunk.visual is not None:
             tower = chunk.tower(chunk.visual)
-        self._tell(chunk, rows, block, timeline)
+        lacks = tower is None and "tower" in spares_of(self.plan.score)
+        self._tell(chunk, rows, block, timeline, lacks)
         given = self.plan, rows, block, stores, timeline, past > 0, tower, self.events
         if self.plan.wiring.plain and chunk.late is None:
             self.current = Prefill(*given)
@@ -244,14 +246,16 @@ class Session:
         else:
             self.events.text_prompt()
 
-    def _tell(self, chunk: Chunk, rows: Rows, block: Block, timeline: Timeline | None) -> None:
+    def _tell(
+        self, chunk: Chunk, rows: Rows, block: Block, timeline: Timeline | None, lacks: bool = False
+    ) -> None:
         past, mask = chunk.past, chunk.attention_mask
         if past and mask is not None:
             n_past = tuple(mask[:, :past].sum(1).tolist())
         else:
             n_past = (past,) * rows.batch
         budgets = self.plan.budgets(rows)
-        self.events.prompt(PromptEvent(rows, block, budgets, chunk, past, n_past, timeline))
+        self.events.prompt(PromptEvent(rows, block, budgets, chunk, past, n_past, timeline, lacks))
 
 
 def _check_attended(prefill: Prefill) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from st3.cost.dims import Lookahead, TextDims
 from st3.cost.vision import VisionDims, vision_flops
 from st3.errors import UnsupportedModelError
-from st3.methods.scores.base import needs_of
+from st3.methods.scores.base import needs_of, spares_of
 from st3.methods.scores.looks import Look, looks_of
 from st3.models.decoders import closed_form
 from st3.models.grids import Grids, grids_of, no_grids
@@ -103,11 +103,20 @@ class Family:
             active: whether the policy drops anything; if not, nothing is listened to.
 
         Raises:
-            UnsupportedModelError: if it is not known how they become visual tokens.
+            UnsupportedModelError: if it is not known how they become visual tokens, and the score
+                has no other way.
         """
         needs = needs_of(score) if active else ()
         if "tower" in needs:
-            return self.tower(model, parts, looks_of(score))
+            spare = "tower" in spares_of(score)
+            try:
+                tap = self.tower(model, parts, looks_of(score))
+            except UnsupportedModelError:
+                if spare:
+                    return None
+                raise
+            tap.may_lack = spare
+            return tap
         if "pixels" in needs:
             return PixelTap(base_model(model), parts.inner, self.layout, score.of_pixels)
         return None

@@ -47,6 +47,9 @@ class TowerTap:
         way: from patches to visual tokens.
         has_class_token: whether the tower has a token of its own in front of its patches.
 
+    Attributes:
+        may_lack: whether the score has another way where the tower gives nothing.
+
     Raises:
         UnsupportedModelError: where the class token itself becomes a visual token, or the tower's
             layers or its attention kernel are unknown.
@@ -56,7 +59,7 @@ class TowerTap:
         self, config: Any, inner: Any, looks: Sequence[Look], way: Way, has_class_token: bool
     ) -> None:
         self.inner, self.looks, self.way = inner, tuple(looks), way
-        self.has_class_token = has_class_token
+        self.has_class_token, self.may_lack = has_class_token, False
         strategy = getattr(config, "vision_feature_select_strategy", None)
         if has_class_token and strategy not in (None, "default"):
             raise UnsupportedModelError(
@@ -70,32 +73,31 @@ class TowerTap:
         for number, look in enumerate(self.looks):
             index = feature if look.depth is None else round(look.depth * len(modules)) - 1
             self._looked.setdefault(modules[max(0, index)], []).append(number)
+        self._names = {
+            id(config): (config, registered(attention_of(config)))
+            for config in map(_config_of, self._looked)
+        }
         self._heard = _Heard()
 
     def listen(self, hooks: Hooks) -> None:
         """Listen on this instance alone."""
         hooks.before(self.tower, self._begin)
-        configs = {}
         for module, numbers in self._looked.items():
-            config = getattr(module, "config", None)
-            if config is None:
-                raise UnsupportedModelError(f"{type(module).__name__} has no config: {REMEDY}")
-            configs[id(config)] = config
             hooks.replace(module, TOWER, partial(self._hear, numbers))
-        for config in configs.values():
-            name = registered(attention_of(config))
+        for config, name in self._names.values():
             hooks.assign(config, "_attn_implementation", name)
         if self.way.packs and hasattr(self.inner, "pack_image_features"):
             pack = self._packing(self.inner.pack_image_features)
             hooks.replace(self.inner, "pack_image_features", pack)
 
-    def take(self, visual: Tensor) -> Tensor:
-        """The weights, [looks, B, T], at the visual tokens [B, T] bool of the prompt under way."""
+    def take(self, visual: Tensor) -> Tensor | None:
+        """The weights, [looks, B, T], at the visual tokens [B, T] bool of the prompt under way;
+        None where the tower gave none for them and the score has another way."""
         packed = self._heard.packed
         flat = torch.cat(packed).T if packed else self._tokens()
         self.end()
         found = at_visual(flat, visual)
-        if found is None:
+        if found is None and not self.may_lack:
             raise UnsupportedModelError(
                 f"the vision tower gave {flat.shape[1]} weights for {int(visual.sum())} visual "
                 f"tokens (videos, or ready-made image features): {REMEDY}"
@@ -173,6 +175,13 @@ def _attention_modules(tower: nn.Module) -> list[nn.Module]:
             f"{type(tower).__name__} has no single stack of layers: {REMEDY}"
         )
     return stacks[0]
+
+
+def _config_of(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    if config is None:
+        raise UnsupportedModelError(f"{type(module).__name__} has no config: {REMEDY}")
+    return config
 
 
 def _attention_in(layer: nn.Module) -> nn.Module | None:

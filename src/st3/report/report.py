@@ -43,6 +43,8 @@ class Report:
             those of the prompt alone: what it spends on attention to earlier turns is not counted.
         budgets: for each row the counts that the schedule's shares are taken of: all visual tokens,
             or those that the images themselves keep.
+        lacks_tower: whether the score went another way, as the vision tower's attention could not
+            be followed to the tokens.
         samples: KV bytes after the prefill and after each decode step.
         entry_bytes: bytes of one KV entry (key and value) in each layer.
     """
@@ -55,6 +57,7 @@ class Report:
     budgets: tuple[tuple[int, ...], ...]
     dims: TextDims | None
     entry_bytes: tuple[int, ...]
+    lacks_tower: bool = False
     samples: list[KVSample] = field(default_factory=list)
     _blocks: dict[int, Block] = field(default_factory=dict, repr=False)  # by first layer
     _timeline: Timeline | None = field(default=None, repr=False)
@@ -81,6 +84,7 @@ class Report:
             event.budgets,
             dims,
             entries,
+            event.lacks_tower,
             _timeline=event.timeline,
         )
 

@@ -45,6 +45,10 @@ def rows(report: Report) -> list[tuple[str, str]]:
     ]
     if isinstance(report.schedule, Laid):
         lines += report.schedule.departures
+    if report.lacks_tower:
+        lines.append(
+            ("ranked by", "the embeddings: the vision tower's attention is not known here")
+        )
     flops, ratio = report.prefill_flops, report.prefill_flops_ratio
     if flops is not None and ratio is not None:
         lines.append(("prefill FLOPs", f"{flops:.3g} ({ratio:.1%} of untrimmed)"))

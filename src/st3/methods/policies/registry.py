@@ -135,6 +135,8 @@ def _changed(start: Policy | type[Policy], values: Mapping[str, Any]) -> Policy:
     annealing = {key: value for key, value in values.items() if key in flat}
     if annealing:
         anneal = given.get("anneal", getattr(start, "anneal", default_of(fields["anneal"])))
+        if anneal.curve == "none":  # a period or a floor alone says that it shall be
+            annealing = {"curve": Anneal.curve, **annealing}
         given["anneal"] = dataclasses.replace(anneal, **annealing)
     made = start(**given) if isinstance(start, type) else dataclasses.replace(start, **given)
     return made if budget is None else Budgeted(made, budget)

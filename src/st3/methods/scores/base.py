@@ -232,6 +232,8 @@ class Score(Protocol):
             such a score can drop tokens before layer 0.
         needs: what it asks for beyond the view's own fields: "keys", "grids", "rotary", "tower",
             "pixels".
+        spares: what of its needs it has another way without: "tower", where its view then has no
+            ``towers``.
         last_row: True if of a layer's attention it reads :meth:`LayerView.last_row_logits` alone:
             where only the cache asks for it, it is taken when the first further token comes.
         looks: what it wants of the vision tower, for those that need "tower"; see
@@ -275,6 +277,11 @@ def stage_of(score: Score) -> Stage:
 def needs_of(score: Score) -> frozenset[str]:
     """What a score asks for beyond the view's own fields."""
     return frozenset(getattr(score, "needs", ()))
+
+
+def spares_of(score: Any) -> frozenset[str]:
+    """What of its needs a score has another way without."""
+    return frozenset(getattr(score, "spares", ()))
 
 
 def share_of(share: float, count: Tensor) -> Tensor:

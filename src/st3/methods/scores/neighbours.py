@@ -27,10 +27,10 @@ def cells(view: TokenView) -> tuple[Tensor, Tensor, Tensor]:
     frame = of(lambda place, shape: place // math.prod(shape[-2:]))
     row = of(lambda place, shape: place // shape[-1] % (shape[-2] if len(shape) > 1 else 1))
     column = of(lambda place, shape: place % shape[-1])
-    return _image(view) * (int(frame.max()) + 1) + frame, row, column
+    return image_of(view) * (int(frame.max()) + 1) + frame, row, column
 
 
-def _image(view: TokenView) -> Tensor:
+def image_of(view: TokenView) -> Tensor:
     """The number of each visual token's image, [B, N]."""
     most = max(map(len, view.images), default=0)
     counts = [list(row) + [0] * (most - len(row)) for row in view.images]
