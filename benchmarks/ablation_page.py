@@ -24,7 +24,8 @@ THIRDS = (("first", "first third"), ("middle", "middle"), ("last", "last third")
 
 INTRO = """# Ablations
 
-What each choice of the default policy, `balanced`, does to the answers of the bundled model,
+What each choice of the default policy, `thirds`, and then those of annealing and of the scores (on
+`balanced` and `st3`), do to the answers of the bundled model,
 st3-tiny, on {items} questions and descriptions of the half of its bundled scenes that settings are
 chosen on, greedy. **KL** is the
 divergence (nats a token) of the next token's distribution from the untrimmed model's, along the
@@ -140,7 +141,7 @@ def draw(ablation: dict[str, Any], untrimmed: dict[str, Any], path: Path) -> Non
             rows = kinds[kind]["rows"]
             for place, label in enumerate(labels):
                 value, low, high = (factor * v for v in rows[place]["values"][name])
-                shade = color("random") if label == "random choice" else color("balanced")
+                shade = color("random") if label == "random choice" else color("thirds")
                 panel.plot([low, high], [place, place], color=shade, linewidth=1.4)
                 first = place == 0
                 panel.scatter([value], [place], color=shade, s=46 if first else 30, zorder=3,

@@ -1,4 +1,4 @@
-"""The choices of `balanced` one by one: python -m benchmarks.ablations [--limit N] [--page]
+"""The choices of `thirds`, of annealing and of scores: python -m benchmarks.ablations [--limit N]
 
 Runs what ``st3 eval`` runs (answers, objects named, KL divergence along the untrimmed answers) on
 the bundled scenes, for each ablation of :data:`ABLATIONS`; keeps finished items, so that a killed
@@ -36,7 +36,7 @@ from st3.tools.eval import (
 RESULTS = Path("benchmarks/results/ablations.json")
 ITEMS = Path("runs/ablations")  # finished items, not committed
 KINDS = ("questions", "descriptions")
-BUDGET = 0.35
+BUDGET, SMALLER = 0.35, 0.2
 
 
 @dataclass(frozen=True)
@@ -59,62 +59,59 @@ def _scores(*names: str) -> dict[str, str]:
     return {name: f"balanced:curve=none,score={name}" for name in names}
 
 
-def _tapers(*parts: float) -> dict[str, str]:
-    return {
-        f"{100 * part:.0f} %": f"balanced:curve=none,first_drop=0.5,final_keep={part / 2}"
-        for part in parts
-    }
+def _thirds(name: str, *values: float) -> dict[str, str]:
+    return {f"{name} = {value}": f"thirds:{name}={value}" for value in values}
 
 
+_PARTS = {
+    "thirds": "thirds",
+    "without the grid": "thirds:salient=1",
+    "without the tower: grid and attention": "thirds:salient=0",
+    "without windows": "thirds:window=1000",
+    "without attention": "thirds:every=1000",
+    "without drops in the decoder": "thirds:later=1",
+    "the embeddings in place of the tower": "thirds:tower=false",
+}
 _ONLY_VTA = "balanced:first_drop=0,final_keep=1"
 
 ABLATIONS = (
     Ablation(
-        "share",
-        "How much of the choice is attention's: one of so many tokens, the others those of a grid",
-        _scores("mixed", "attention", *(f"mixed{n}" for n in (2, 3, 4, 8, 12)), "grid"),
+        "parts",
+        "What each part of `thirds` earns: one left out at a time",
+        _PARTS,
+        budget=SMALLER,
+        random=True,
+    ),
+    Ablation(
+        "parts-35",
+        "The same",
+        _PARTS,
         budget=BUDGET,
         random=True,
     ),
     Ablation(
-        "covered",
-        "What `covered` is made of: the vision tower beside the grid, and fewer tokens with depth",
-        {
-            "a third by the tower, 60 % left": "covered",
-            "half by the tower": "covered:tower=0.5",
-            "two thirds by the tower": "covered:tower=0.667",
-            "all by the tower": "covered:tower=1",
-            "none by the tower": "covered:tower=0",
-            "no drop within the decoder": "covered:taper=1",
-            "the grid alone, no drop within the decoder": "grid",
-        },
-        budget=BUDGET,
-        random=True,
+        "salient",
+        "How much stands out: share of the tokens before the decoder, the others by the grid",
+        _thirds("salient", 0.667, 0.333, 0.5, 0.8),
+        budget=SMALLER,
     ),
     Ablation(
-        "taper",
-        "How far to go down with depth: C as a part of what the first drop leaves (the paper's 7B: "
-        "2 %), at the same mean share",
-        _tapers(0.6, 0.02, 0.1, 0.3, 1.0),
-        budget=BUDGET,
+        "window",
+        "The side of a window, in tokens; an image has 12",
+        _thirds("window", 4, 2, 3, 6),
+        budget=SMALLER,
     ),
     Ablation(
-        "stride",
-        "How often to drop: stride S, with ratio R from eq. 9 at the same C = 24 %, P = 60 %",
-        {
-            "S = 4": "balanced:curve=none",
-            **{f"S = {s}": f"balanced:stride={s},curve=none" for s in (1, 2, 6, 12)},
-        },
-        random=True,
+        "every",
+        "How much attention chooses within the decoder: one place in so many",
+        _thirds("every", 4, 2, 3, 6),
+        budget=SMALLER,
     ),
     Ablation(
-        "first-layer",
-        "Where to begin: first layer that drops, at the same mean share",
-        {
-            "layer 1": "balanced:curve=none",
-            **{f"layer {i}": f"balanced:first_layer={i},curve=none" for i in (2, 3, 4, 5)},
-        },
-        budget=BUDGET,
+        "later",
+        "How steep: what each of the two drops within the decoder leaves",
+        _thirds("later", 0.667, 0.5, 0.8, 0.9),
+        budget=SMALLER,
     ),
     Ablation(
         "tau",

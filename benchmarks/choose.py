@@ -29,6 +29,7 @@ CANDIDATES = (
     "thirds:salient=0.5",
     "thirds:salient=0.8",
     "thirds:window=6",
+    "thirds:every=2",
     "thirds:every=3",
 )
 LIMITS = {"small object": 15, "small print": 15, "dense text": 15, "describe": 10}

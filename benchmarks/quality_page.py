@@ -49,22 +49,29 @@ REPRODUCE = """
 <!-- no-test: takes an hour on one core -->
 ```bash
 python -m benchmarks.quality          # goes on where it was
+python -m benchmarks.quality --whole  # all items, fewer policies
 python -m benchmarks.quality --page   # this page from benchmarks/results/quality-reported.json
 ```
 """
 
 R = TypeVar("R")
+MARK = "<!-- all items -->"
 
 
-def write_page(results: Path) -> Path:
-    """Write docs/quality.md.
+def write_page(results: Path, whole: Path | None = None) -> Path:
+    """Write docs/quality.md; ``whole`` holds the results of all items, if they were asked.
 
     Raises:
         ValueError: results of a tree with changes, or of another version of the core.
     """
     found = json.loads(results.read_text(encoding="utf-8"))
     check_current(found["conditions"])
-    PAGE.write_text(page(found, results), encoding="utf-8")
+    text = page(found, results)
+    if whole is not None and whole.is_file():
+        more = json.loads(whole.read_text(encoding="utf-8"))
+        check_current(more["conditions"])
+        text = text.replace(MARK, of_whole(more))
+    PAGE.write_text(text.replace(MARK, ""), encoding="utf-8")
     return PAGE
 
 
@@ -73,7 +80,7 @@ def page(found: dict[str, Any], results: Path) -> str:
     given, kinds = found["conditions"], found["kinds"]
     all_rows = results.with_suffix(".md").as_posix()
     parts = [INTRO.format(rows=ROWS, all=all_rows), "## The default against its bars\n",
-             bars(kinds), verdict(kinds)]  # fmt: skip
+             bars(kinds), verdict(kinds), MARK]  # fmt: skip
     budgets = [row["budget"] for row in kinds[QUESTIONS]["rows"] if row["budget"] is not None]
     for kind, own in kinds.items():
         for budget in sorted(set(budgets), reverse=True):
@@ -88,6 +95,25 @@ def page(found: dict[str, Any], results: Path) -> str:
     parts += ["", f"{given['items']} items, {found['images']} images; greedy. {in_words(given)}; "
               "times beside other work on the machine.", REPRODUCE]  # fmt: skip
     return "\n".join(parts)
+
+
+def of_whole(found: dict[str, Any]) -> str:
+    """The same bars on all items, and the figures of each policy in short."""
+    kinds, given = found["kinds"], found["conditions"]
+    asked, said = kinds[QUESTIONS], kinds[CAPTIONS]
+    lines = []
+    for row, told in zip(asked["rows"], said["rows"], strict=True):
+        budget = "-" if row["budget"] is None else f"{row['budget']:.0%}"
+        lines.append([budget, _title(row), _cell(row, "accuracy"), _cell(row, "hard"),
+                      _cell(row, "kl"), _cell(told, "recall"), _cell(told, "made_up")])  # fmt: skip
+    lines.sort(key=lambda line: {"-": 0, "35%": 1}.get(line[0], 2))
+    heads = ["budget", "policy", "right", "hard", "KL, answers", "objects named", "made up"]
+    title = f"## On all {asked['items']} questions and {said['items']} descriptions of the half"
+    return "\n".join([
+        f"{title}\n", "Every item of these kinds, fewer policies: narrower intervals. "
+        f"Commit {given.get('commit', 'unknown')}.\n",
+        bars(kinds), markdown(heads, lines, left=(0, 1)), "",
+    ])  # fmt: skip
 
 
 def chosen_rows(rows: Sequence[R]) -> list[R]:

@@ -328,7 +328,7 @@ def test_wrong_use_is_one_line(pictures: Path, tmp_path: Path, tiny_model: Path)
     assert invoke(fine, *out, *model).exit_code == 0
     other = invoke(fine, *out, *model, "--policy", "fastv")
     assert other.exit_code == 2
-    assert "holds answers of another run (policy was 'balanced', now 'fastv')" in other.output
+    assert "holds answers of another run (policy was 'thirds', now 'fastv')" in other.output
     only_bad = write_rows(tmp_path / "bad.jsonl", [{"image": "none.png", "prompt": "red"}])
     failed = invoke(only_bad, "-o", tmp_path / "bad", *model)
     assert failed.exit_code == 1

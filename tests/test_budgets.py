@@ -90,7 +90,7 @@ def test_a_trimmer_at_a_budget() -> None:
     case = Case.of("llava")
     trimmer = st3.trim(case.model, budget=0.5)
     assert trimmer.schedule.mean_share == pytest.approx(0.5, abs=1e-4)
-    assert trimmer.policy == st3.Balanced().at_budget(case.layers, 0.5)
+    assert trimmer.policy == st3.Thirds().at_budget(case.layers, 0.5)
     logits, report = case.prefill(parse("dart:budget=0.4"))
     wanted, other = case.prefill(st3.DART().at_budget(case.layers, 0.4))
     assert torch.equal(logits, wanted)

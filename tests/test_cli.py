@@ -72,7 +72,7 @@ def test_json_is_one_object_and_nothing_else(picture: Path, tiny_model: Path) ->
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data["new_tokens"] == 8
-    assert data["policy"] == "balanced"
+    assert data["policy"] == "thirds"
     assert data["ttft_ms"] > 0
     assert data["total_ms"] >= data["ttft_ms"]
     assert data["report"]["mean_share"] < 1
@@ -160,7 +160,7 @@ def test_policies_are_listed_the_default_first() -> None:
     result = st3("policies")
     assert result.exit_code == 0
     names = [line.split()[0] for line in result.stdout.splitlines() if line[:1].strip()]
-    assert names[:3] == ["policy", "balanced", "st3"]
+    assert names[:3] == ["policy", "thirds", "st3"]
     assert set(package.available()) | set(package.presets()) <= set(names)
     told = json.loads(st3("policies", "--json").stdout)
     assert {one["name"]: one["paper"] for one in told["policies"]} == {

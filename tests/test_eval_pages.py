@@ -84,10 +84,10 @@ def named(source: str, budget: float | None, value: float, **more: Any) -> dict[
 
 
 def results() -> dict[str, Any]:
-    rows = [named("none", None, 0.9), named("balanced", 0.35, 0.89), named("grid", 0.35, 0.88),
+    rows = [named("none", None, 0.9), named("thirds", 0.35, 0.89), named("grid", 0.35, 0.88),
             named("downsample", 0.35, 0.5), named("fastv", 0.35, 0.895),
-            named("random like balanced", 0.35, 0.7, random_beside="balanced"),
-            named("balanced", 0.2, 0.85), named("vtw", 0.2, 0.6)]  # fmt: skip
+            named("random like thirds", 0.35, 0.7, random_beside="thirds"),
+            named("thirds", 0.2, 0.85), named("vtw", 0.2, 0.6)]  # fmt: skip
     for number in range(9):
         rows.append(named(f"other{number}", 0.35, 0.1 + number / 100))
     for one in rows[1:]:
@@ -101,7 +101,7 @@ def test_the_quality_page_shows_ten_rows_of_a_table() -> None:
     part = text.partition("## Questions (3) at 35%")[2].partition("## ")[0]
     rows = [line for line in part.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 10
-    for name in ("`none`", "`balanced`", "`grid`", "`downsample`", "random like balanced"):
+    for name in ("`none`", "`thirds`", "`grid`", "`downsample`", "random like thirds"):
         assert any(line.startswith(f"| {name} |") for line in rows)
     assert not any("other3" in line for line in rows)  # the worst are in the file alone
     assert "44.5 [10.0, 90.0] of 7" in part

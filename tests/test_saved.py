@@ -182,7 +182,7 @@ def test_batch(file: Path, picture: Path, tiny_model: Path, tmp_path: Path) -> N
     words = ("batch", picture.parent, "-p", "what", "-m", tiny_model, "--max-new-tokens", 2)
     for name, options, policy in (
         ("a", ("--policy", file), POLICY),
-        ("b", ("--budget", "0.5"), "balanced:budget=0.5"),
+        ("b", ("--budget", "0.5"), "thirds:budget=0.5"),
     ):
         result = run(*words, "-o", tmp_path / name, *options)
         assert result.exit_code == 0, result.output

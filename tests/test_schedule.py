@@ -72,16 +72,23 @@ def test_a_first_drop_that_leaves_less_than_the_papers_end() -> None:
     assert shares(st3.ST3(first_drop=0.995), 32)[-1] == 0.005
 
 
-def test_the_default_is_balanced() -> None:
-    """As chosen by the ablations: what st3.trim(model) and the commands take."""
+def test_the_default_is_thirds() -> None:
+    """As chosen on the half to choose on: what st3.trim(model) and the commands take."""
     policy = parse(DEFAULT_POLICY)
-    assert policy == st3.Balanced()
+    assert policy == st3.Thirds()
+    assert (policy.keep, policy.later, policy.salient) == (0.5, 0.667, 0.667)
+    assert (policy.window, policy.every) == (4, 4)
+    assert shares(policy, 32)[0] == 0.5
+    assert st3.trim(Case.of("llava").model).policy == policy
+
+
+def test_the_settings_of_balanced() -> None:
+    policy = st3.Balanced()
     assert (policy.first_layer, policy.stride, policy.score) == (1, 4, "mixed")
     assert policy.anneal == st3.Anneal("cosine", 256, 0.05)
     assert shares(policy, 32)[:2] == [1, 0.4]
     assert shares(policy, 32)[-1] == 0.24
     assert st3.Random().like == policy
-    assert st3.trim(Case.of("llava").model).policy == policy
 
 
 def test_the_counts_of_llava_7b() -> None:

@@ -151,7 +151,7 @@ def test_with_a_key_the_files_are_open_and_nothing_else(engine: Engine) -> None:
     for path in ("/page/about", "/page/../v1/models", "/page/samples", "/v1/models", "/metrics"):
         assert client.get(path).status_code == 401, path
     about = client.get("/page/about", headers={"Authorization": f"Bearer {KEY}"}).json()
-    assert about["policies"][0] == about["policy"] == "balanced"
+    assert about["policies"][0] == about["policy"] == "thirds"
     assert about["layers"] == LAYERS
     assert about["samples"] == []
 

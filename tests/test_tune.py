@@ -217,7 +217,7 @@ def test_all_methods_and_the_baselines_are_candidates() -> None:
     names = {policy.name for policy in sources()}
     assert names == set(st3.available()) - {"none", "evs", "vidcom2"}
     assert {str(parse(text)) for text in SETTINGS} <= set(map(str, sources()))
-    assert list(map(str, sources(["dart"]))) == ["balanced", "random", "grid", "dart"]
+    assert list(map(str, sources(["dart"]))) == ["thirds", "random", "grid", "dart"]
     with pytest.raises(ValueError, match="unknown policy"):
         sources(["magic"])
 
@@ -258,7 +258,7 @@ def test_it_writes_a_policy_that_every_command_reads(
     assert picked[0]["confirm"]["kept"] >= picked[0]["at_least"] > 0
     assert 0 < picked[0]["cost"]["kv_ratio"] < 1
     names = {one["name"].partition(" at")[0] for one in evidence["finalists"] if one["confirm"]}
-    assert {"balanced", "random", "grid"} <= names
+    assert {"thirds", "random", "grid"} <= names
     assert data["conditions"]["seconds"] > 0
     assert data["summary"] in result.stdout
     assert data["summary"] in (tmp_path / "policy.md").read_text()

@@ -53,7 +53,7 @@ def page(pick: bool) -> dict[str, Any]:
         },
         "conditions": {"model": "st3-tiny", "data": "scenes", "seconds": 12.0, "command": "st3"},
         "axis": "time of the whole answer, of untrimmed", "cost_of": "total_ratio",
-        "colors": {"grid:keep=0.5": "#999933", "balanced:keep=0.5": "#0072b2",
+        "colors": {"grid:keep=0.5": "#999933", "balanced:keep=0.5": "#4477aa",
                    "scope:keep=0.5": "#01665e"},
         "table_notes": "kept: ...", "conditions_in_words": "a machine",
     }  # fmt: skip

@@ -129,7 +129,7 @@ def test_who_does_not_ask_gets_nothing() -> None:
     assert settings.read({"other": {}}) is None
 
 
-def test_the_default_policy_is_that_of_the_library() -> None:
+def test_the_default_policy_is_one_that_runs_there() -> None:
     asked = settings.read({"st3": {}})
     assert asked is not None
     assert str(asked.policy) == "balanced"
@@ -183,6 +183,7 @@ POLICIES_REFUSED = {
     "hiprune": "tower",
     "vispruner": "tower",
     "vscan": "tower",
+    "thirds": "tower",
     "sparsevlm": "text-raters",
     "transprune": "last query row",
     "v2drop": "hidden-change",

@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-DEFAULT_POLICY = "balanced"
+DEFAULT_POLICY = "thirds"
 """The policy where none is named: of :func:`st3.trim` and of every command."""
+
+DEFAULT_IN_VLLM = "balanced"
+"""The same inside of vLLM, which hands out no attention of the vision tower and takes one score for
+all of a prompt's drops."""
 
 
 def __getattr__(name: str) -> Any:

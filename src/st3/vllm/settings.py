@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from st3.methods import DEFAULT_POLICY
+from st3.methods import DEFAULT_IN_VLLM
 from st3.methods.policies import Policy, check_model, parse, read_budget, with_budget
 from st3.methods.policies.base import check_ranked
 from st3.methods.scores import Attention, KeyNorm, Mixed, needs_of, stage_of
@@ -88,13 +88,15 @@ def read(additional_config: Any) -> Settings | None:
     if asked is None:
         return None
     if not isinstance(asked, dict):
-        raise ValueError(f'st3: write {{"{KEY}": {{"policy": "{DEFAULT_POLICY}"}}}}, got {asked!r}')
+        raise ValueError(
+            f'st3: write {{"{KEY}": {{"policy": "{DEFAULT_IN_VLLM}"}}}}, got {asked!r}'
+        )
     for name in asked:
         if name not in OPTIONS:
             raise ValueError(f"st3: unknown option {name!r}: use {' or '.join(OPTIONS)}")
-    text, budget = asked.get("policy", DEFAULT_POLICY), asked.get("budget")
+    text, budget = asked.get("policy", DEFAULT_IN_VLLM), asked.get("budget")
     if not isinstance(text, str):
-        raise ValueError(f"st3: policy must be a string such as {DEFAULT_POLICY!r}, got {text!r}")
+        raise ValueError(f"st3: policy must be a string such as {DEFAULT_IN_VLLM!r}, got {text!r}")
     try:
         policy = parse(text, **({} if budget is None else {"budget": read_budget(budget)}))
     except ValueError as error:

@@ -17,8 +17,8 @@ from st3.methods.scores.standout import Standout
 @dataclass(frozen=True)
 class Thirds(Policy):
     """Thirds: before the decoder, keep an even grid and what stands out in each window of the image
-    to the vision tower; at a third and at two thirds of the depth, keep two thirds of that, half of
-    them for the attention that the prompt's last token gives them.
+    to the vision tower; at a third and at two thirds of the depth, keep two thirds of that, one in
+    four of them for the attention that the prompt's last token gives them.
 
     What each part is for: the grid for what is counted and described, the tower for what is small,
     windows so that a large object does not take what a small one needs, the prompt's attention for
@@ -34,6 +34,7 @@ class Thirds(Policy):
             the others by the grid.
         window: side of a window, in tokens.
         every: of the drops within the decoder, one place in so many is the attention's, at least 2.
+        tower: False takes what few others are like, also where the vision tower says more.
         anneal: how decode steps hide what is left; nothing is hidden by default.
 
     Source: this project's, of parts that others have: attention in the tower VisionZip's (arXiv
@@ -46,7 +47,8 @@ class Thirds(Policy):
     later: float = 0.667
     salient: float = 0.667
     window: int = 4
-    every: int = 2
+    every: int = 4
+    tower: bool = True
     anneal: Anneal = NO_ANNEAL
 
     name: ClassVar[str] = "thirds"
@@ -56,6 +58,8 @@ class Thirds(Policy):
         check_share("keep", self.keep)
         check_share("later", self.later)
         check_share("salient", self.salient)
+        if not isinstance(self.tower, bool):
+            raise ValueError(f"tower must be true or false, got {self.tower!r}")
         check_count("window", self.window)
         check_count("every", self.every, least=2)
 
@@ -69,4 +73,4 @@ class Thirds(Policy):
         return with_keep(self, num_layers, mean_keep, bound="later")
 
     def scorer(self) -> Score:
-        return Standout(self.salient, self.window, self.every)
+        return Standout(self.salient, self.window, self.every, self.tower)

@@ -232,8 +232,7 @@ class Score(Protocol):
             such a score can drop tokens before layer 0.
         needs: what it asks for beyond the view's own fields: "keys", "grids", "rotary", "tower",
             "pixels".
-        spares: what of its needs it has another way without: "tower", where its view then has no
-            ``towers``.
+        spares: what of its needs it has another way without; its view then has no ``towers``.
         last_row: True if of a layer's attention it reads :meth:`LayerView.last_row_logits` alone:
             where only the cache asks for it, it is taken when the first further token comes.
         looks: what it wants of the vision tower, for those that need "tower"; see

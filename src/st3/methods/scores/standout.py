@@ -43,6 +43,7 @@ class Standout:
             grid is cut into runs of ``window * window`` tokens.
         every: one place in so many is the attention's, for the drops within the decoder; None: the
             order alone.
+        tower: whether the tower is asked at all.
 
     Source: this project's, of parts that others have: the attention that the tower's tokens receive
     is VisionZip's measure (arXiv 2412.04467), as many from each window VScan's (arXiv 2505.22654),
@@ -53,15 +54,19 @@ class Standout:
     share: float = 0.667
     window: int = 4
     every: int | None = None
+    tower: bool = True
     name: str = "standout"
     stage: Stage = "embeds"
-    needs: tuple[str, ...] = ("tower", "grids")
     spares: tuple[str, ...] = ("tower",)
 
     def __post_init__(self) -> None:
         check_share("share", self.share)
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
             raise ValueError(f"window must be a side in tokens, at least 1, got {self.window!r}")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("tower", "grids") if self.tower else ("grids",)
 
     @property
     def looks(self) -> tuple[Look, ...]:

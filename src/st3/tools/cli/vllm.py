@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from st3.methods import DEFAULT_POLICY
+from st3.methods import DEFAULT_IN_VLLM
 from st3.tools.cli._command import Command, common
 from st3.tools.cli._common import CliError, print_json, read_policy, stderr, stdout
 from st3.tools.cli._options import AsJson, Budget, PolicyName, Revision
@@ -33,7 +33,7 @@ def vllm(context: typer.Context) -> None:
 def check(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a hub's id.")],
     revision: Revision = None,
-    policy: PolicyName = DEFAULT_POLICY,
+    policy: PolicyName = DEFAULT_IN_VLLM,
     budget: Budget = None,
     visual: Annotated[int, typer.Option(min=1, help="Visual tokens of a prompt.")] = 576,
     options: Annotated[

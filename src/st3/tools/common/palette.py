@@ -14,7 +14,8 @@ PAPER, INK, LINES = "#fcfcf9", "#1a1a1a", "#b8b8b8"  # ground, text, axes and he
 
 _LOOKS: dict[str, tuple[str, str]] = {
     "untrimmed": ("#4d4d4d", "o"),
-    "balanced": ("#0072b2", "D"),
+    "thirds": ("#0072b2", "D"),
+    "balanced": ("#4477aa", "o"),
     "st3": ("#5e3c99", "D"),
     "fastv": ("#e69f00", "v"),
     "vtw": ("#009e73", "*"),

@@ -16,6 +16,8 @@ OF_VIDEOS = ("evs", "vidcom2")
 
 #: Settings beside the defaults: the score, where drops begin and end, annealing.
 SETTINGS = (
+    "thirds:later=1", "thirds:later=0.8", "thirds:every=2", "thirds:salient=0.5",
+    "thirds:salient=0.8", "thirds:window=6",
     "balanced:score=mixed2", "balanced:score=mixed3", "balanced:score=mixed12",
     "balanced:first_layer=2", "balanced:first_layer=3", "balanced:stride=2",
     "balanced:final_keep=0.4", "balanced:final_keep=0.1",
