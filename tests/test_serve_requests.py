@@ -138,7 +138,7 @@ def test_fields_of_wrong_types_and_values(client: TestClient, name: str) -> None
 
 def test_a_budget_is_of_the_policy_named_or_of_the_servers_own(client: TestClient) -> None:
     for given, policy in (
-        ({"budget": 0.5}, "balanced:budget=0.5"),
+        ({"budget": 0.5}, "thirds:budget=0.5"),
         ({"budget": "50%", "policy": "fastv"}, "fastv:budget=0.5"),
     ):
         asked = body("describe", picture(), st3=given, max_tokens=2)

@@ -42,9 +42,18 @@ def test_a_budget_is_met_at_any_depth(layers: int, budget: float) -> None:
     assert policy.schedule(layers).mean_share == pytest.approx(budget, abs=1e-6)
 
 
-def test_a_budget_that_it_cannot_have() -> None:
-    with pytest.raises(ValueError, match="Use a larger later"):
-        st3.Thirds().at_budget(16, 0.9)
+@pytest.mark.parametrize("layers", [3, 16, 32])
+@pytest.mark.parametrize("budget", [0.69, 0.7, 0.9, 1.0])
+def test_a_large_budget_drops_less_within_the_decoder(layers: int, budget: float) -> None:
+    policy = st3.Thirds().at_budget(layers, budget)
+    assert policy.schedule(layers).mean_share == pytest.approx(budget, abs=1e-6)
+    assert policy.keep <= 1
+    assert (policy.later > 0.667) == (policy.keep == 1)
+
+
+def test_no_budget() -> None:
+    with pytest.raises(ValueError, match="mean_keep"):
+        st3.Thirds().at_budget(16, 1.2)
     assert st3.Thirds(later=1).at_budget(16, 0.9).keep == pytest.approx(0.9)
 
 

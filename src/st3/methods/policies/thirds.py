@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from st3.methods.policies.base import Policy, check_count
-from st3.methods.policies.layouts import with_keep
+from st3.methods.policies.layouts import solve, with_keep
 from st3.methods.policies.registry import register
 from st3.methods.schedule import NO_ANNEAL, Anneal, Schedule, check_share, exact
 from st3.methods.scores.base import Score
@@ -70,7 +71,22 @@ class Thirds(Policy):
         return Schedule(tuple(shares), self.anneal)
 
     def at_budget(self, num_layers: int, mean_keep: float) -> Self:
-        return with_keep(self, num_layers, mean_keep, bound="later")
+        """This policy with another ``keep``; above what ``later`` allows, with all tokens before
+        the decoder and a larger ``later``.
+
+        Raises:
+            ValueError: no share within [0, 1].
+        """
+        check_share("mean_keep", mean_keep)
+        whole = dataclasses.replace(self, keep=1.0)
+        if mean_keep <= whole.schedule(num_layers).mean_share:
+            return with_keep(self, num_layers, mean_keep, bound="later")
+
+        def mean_share(later: float) -> float:
+            larger = dataclasses.replace(whole, later=round(later, 12))
+            return larger.schedule(num_layers).mean_share
+
+        return dataclasses.replace(whole, later=round(solve(mean_share, mean_keep, 1.0), 12))
 
     def scorer(self) -> Score:
         return Standout(self.salient, self.window, self.every, self.tower)
