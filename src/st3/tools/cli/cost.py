@@ -69,7 +69,7 @@ def cost(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
     """Compute what policies save: prefill FLOPs, visual tokens, KV memory. Nothing is measured and
-    no model is built. Without --policies: balanced, st3, FastV at two layers, VTW.
+    no model is built. Without --policies: the default, st3, FastV at two layers, VTW.
 
     [bold]Examples[/bold]
 

@@ -85,7 +85,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure how much of the untrimmed model's answers each policy keeps.
 
-    Without --policies: balanced, fastv, vtw and pyramiddrop. The untrimmed model, random choice at
+    Without --policies: the default, fastv, vtw and pyramiddrop. The untrimmed model, random choice at
     each policy's counts, an even grid and the image made smaller are in every table.
 
     [bold]Examples[/bold]
