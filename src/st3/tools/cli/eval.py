@@ -85,8 +85,8 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure how much of the untrimmed model's answers each policy keeps.
 
-    Without --policies: the default, fastv, vtw and pyramiddrop. The untrimmed model, random choice at
-    each policy's counts, an even grid and the image made smaller are in every table.
+    Without --policies: the default, fastv, vtw and pyramiddrop. The untrimmed model, random choice
+    at each policy's counts, an even grid and the image made smaller are in every table.
 
     [bold]Examples[/bold]
 
