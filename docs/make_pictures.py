@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import st3
+from st3.methods import DEFAULT_POLICY
 from st3.models import places
 from st3.tools.cli import app
 from st3.tools.common.chats import ask, encode
@@ -27,7 +28,7 @@ from st3.tools.see.heatmap import dimmed, fit
 HERE = Path(__file__).resolve().parent
 OUT, PAGES = HERE / "img", HERE / "pages"
 LAYERS, VISUAL = 32, 576
-POLICIES = ("balanced", "st3", "fastv", "vtw", "none")
+POLICIES = tuple(dict.fromkeys((DEFAULT_POLICY, "balanced", "st3", "fastv", "vtw", "none")))
 PROMPT = "describe the image in detail."
 DEMO = 0  # of the sample images
 
@@ -135,9 +136,11 @@ def gallery() -> None:
     image = Path(os.path.relpath(st3.sample_images()[0]))
     with tempfile.TemporaryDirectory() as scratch:
         run, seen = Path(scratch) / "run", Path(scratch) / "seen"
+        kept = OUT / "gallery-kept.png"
+        command("generate", image, "-p", PROMPT, "--max-new-tokens", 1, "--heatmap", kept)
         # Annealing is faster here than by default, so that it is seen in a short answer.
         command("generate", image, "-p", PROMPT, "--compare", "--policy", "balanced:tau=64",
-                "--heatmap", OUT / "gallery-kept.png", "--save", run)  # fmt: skip
+                "--save", run)  # fmt: skip
         command("report", run, "--out", PAGES / "report.html",
                 "--gif", OUT / "gallery-annealing.gif")  # fmt: skip
         command("analyze", "-i", image.parent, "-p", PROMPT, "-o", seen, "--max-new-tokens", 96)
