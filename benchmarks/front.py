@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from st3.methods import DEFAULT_POLICY
 from st3.tools.bench import Subject, Workload, compare, from_shape, run
 from st3.tools.bench.files import save
 from st3.tools.common.conditions import conditions
@@ -28,8 +29,10 @@ from st3.tools.common.memory import keep_freed_memory
 
 RESULTS = Path(__file__).with_name("results")
 CPU = torch.device("cpu")
-SETTING = "balanced:budget=35%"
-OTHERS = ("balanced:budget=20%", "grid:budget=35%", "fastv:budget=35%")
+SETTING = f"{DEFAULT_POLICY}:budget=35%"
+OTHERS = (
+    f"{DEFAULT_POLICY}:budget=20%", "balanced:budget=35%", "grid:budget=35%", "fastv:budget=35%",
+)  # fmt: skip
 SHORT = Workload(visual=576, text=64, new_tokens=32)
 PREFILL = dataclasses.replace(SHORT, new_tokens=0, repeats=1)
 PARTS: dict[str, tuple[tuple[str, ...], list[Workload]]] = {
