@@ -111,8 +111,9 @@ class Part:
         return self.given.visual or sorted({subject.visual_tokens, 2880})
 
     def methods(self) -> list[Method]:
-        """The references, the shape's policy, the default and FastV."""
-        return compare(list(dict.fromkeys([self.policy, DEFAULT_POLICY, "fastv"])), peers=False)
+        """The references, the shape's policy, the default, and what else was asked for."""
+        names = dict.fromkeys([self.policy, DEFAULT_POLICY, *self.given.policies])
+        return compare(list(names), peers=False)
 
     def core(self) -> list[Method]:
         return compare([self.policy], peers=False)
@@ -358,6 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, help="another shape, in place of the part's")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--visual", type=int, nargs="+", help="visual tokens of a prompt")
+    parser.add_argument("--policies", nargs="*", default=["fastv"], help="beside shape and default")
     parser.add_argument("--layer-rounds", type=int, default=7, help="rounds of what is possible")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, help="rounds of everything")
