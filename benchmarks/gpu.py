@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from st3.methods import DEFAULT_POLICY
-from st3.methods.policies import NoTrim, parse
+from st3.methods.policies import NoTrim
 from st3.tools.bench import (
     SHAPES,
     Deadline,
@@ -114,9 +114,6 @@ class Part:
         """The references, the shape's policy, the default, and what else was asked for."""
         names = dict.fromkeys([self.policy, DEFAULT_POLICY, *self.given.policies])
         return compare(list(names), peers=False)
-
-    def core(self) -> list[Method]:
-        return compare([self.policy], peers=False)
 
     def enough_time(self, what: str, seconds: float) -> bool:
         """Whether ``what`` may still begin; notes it if not."""
@@ -244,7 +241,7 @@ def throughput(part: Part) -> None:
     subject = part.subject()
     workload = part.workload(subject, 1, part.given.repeats or 2, part.visual(subject)[-1])
     limit = part.given.limit or (4096 if part.device.type == "cuda" else 8)
-    rows = measure_capacity(subject, workload, part.core(), None, part.deadline, limit)
+    rows = measure_capacity(subject, workload, part.methods(), None, part.deadline, limit)
     base = rows[0]
     part.extra[f"largest batch, {workload.visual} visual tokens"] = [
         {
@@ -304,7 +301,7 @@ def graphs(part: Part) -> None:
     """Compiled decode steps, untrimmed and trimmed, beside the usual ones."""
     subject = part.subject()
     bandwidth = read_bandwidth(part.device)
-    policies = [NoTrim(), parse(part.policy)]
+    policies = [method.policy or NoTrim() for method in part.methods()[1:]]
     rows = part.extra["decode steps in one graph"] = []
     workloads = [
         part.workload(subject, batch, part.given.repeats or 3, visual)
@@ -314,7 +311,7 @@ def graphs(part: Part) -> None:
     for workload in workloads:
         if not part.enough_time(f"graphs: {workload.title}", 60):
             continue
-        usual = run(subject, workload, part.core(), bandwidth=bandwidth, prefills=False)
+        usual = run(subject, workload, part.methods(), bandwidth=bandwidth, prefills=False)
         part.results.append(usual)
         compiled = compiled_decode(subject, workload, policies, _options(part.given.compile))
         by_label = {one.label.replace("none", own_cache().label): one for one in compiled}
