@@ -21,7 +21,7 @@ import st3
 
 CHAT = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
-POLICIES = ("balanced", "none", "fastv:layer=1,drop=0.6", "balanced:tau=6,floor=0")
+POLICIES = ("thirds", "balanced", "none", "fastv:layer=1,drop=0.6", "balanced:tau=6,floor=0")
 WORDS = ("describe", "the", "image", "what", "is", "at", "top", "left", "red", "blue", "and", "a")
 
 

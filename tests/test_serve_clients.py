@@ -81,7 +81,7 @@ def test_openai(served: Served, client: Any) -> None:
     assert answer.choices[0].finish_reason in ("stop", "length")
     assert answer.usage.completion_tokens == len(wanted)
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + len(wanted)
-    assert answer.model_extra["st3"]["policy"] == "balanced"
+    assert answer.model_extra["st3"]["policy"] == "thirds"
     assert answer.model_extra["st3"]["visual_tokens"] == 16
     assert [model.id for model in client.models.list()] == ["st3"]
     assert client.models.retrieve("st3").id == "st3"
@@ -162,7 +162,7 @@ def test_curl(served: Served, tmp_path: Path) -> None:
         "curl", "-sN", f"{served.url}/v1/chat/completions", "-H", f"Authorization: Bearer {KEY}",
         "-H", "Content-Type: application/json", "-d", f"@{tmp_path / 'body.json'}",
     ]  # fmt: skip
-    wanted = served.alone.text(messages, "balanced", request["max_tokens"])
+    wanted = served.alone.text(messages, "thirds", request["max_tokens"])
     answer = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert answer["choices"][0]["message"]["content"] == wanted
     (tmp_path / "body.json").write_text(json.dumps({**request, "stream": True}))

@@ -78,7 +78,7 @@ def test_answers_in_company_are_the_answers_alone(engine: Engine, loaded: Loaded
 
 def test_what_is_told_of_an_answer(engine: Engine, loaded: Loaded) -> None:
     end = engine.complete(engine.prepare(turn("describe", picture()), max_tokens=5))
-    schedule = engine.trimmer("balanced").schedule
+    schedule = engine.trimmer("thirds").schedule
     assert end.visual_tokens == 16
     assert end.mean_share == pytest.approx(sum(schedule.kept(la, 16) for la in range(8)) / 128)
     assert 0 <= end.queued <= end.ttft <= end.total
@@ -356,12 +356,12 @@ def test_a_models_repetition_penalty_is_applied(loaded: Loaded, engine: Engine) 
     model.generation_config.repetition_penalty = 1.7
     try:
         messages = turn("describe the image", picture(1))
-        wanted = Alone(*loaded).tokens(messages, "balanced", 15)
+        wanted = Alone(*loaded).tokens(messages, "thirds", 15)
         end = engine.complete(engine.prepare(messages, max_tokens=15))
     finally:
         model.generation_config.repetition_penalty = None
     assert list(end.token_ids) == wanted
-    assert wanted != Alone(*loaded).tokens(messages, "balanced", 15)
+    assert wanted != Alone(*loaded).tokens(messages, "thirds", 15)
 
 
 def test_bfloat16_runs_as_well(tiny_model: Path) -> None:

@@ -15,7 +15,7 @@ from st3.models.base import Family
 from tests import reference_scores
 from tests.helpers import METHODS, Case
 from tests.test_cover import image_of
-from tests.zoo import T, V
+from tests.zoo import FAMILIES, T, V
 
 POLICY = METHODS["thirds"]
 
@@ -148,6 +148,22 @@ def test_where_it_can_be_the_report_says_nothing_of_it() -> None:
     report = Case.of("llava").prefill(POLICY)[1]
     assert not report.lacks_tower
     assert "ranked by" not in str(report)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_family(name: str) -> None:
+    """The default runs on all that can be trimmed, with the tower's attention or without."""
+    case = Case.of(name)
+    try:
+        case.prefill(METHODS["grid"])
+    except UnsupportedModelError:
+        pytest.skip("cannot be trimmed")
+    logits, report = case.prefill(POLICY)
+    assert torch.isfinite(logits[case.valid]).all()
+    policy = st3.trim(case.model, POLICY).schedule
+    for row, count in enumerate(case.visual.sum(1).tolist()):
+        assert report.kept[row] == tuple(policy.kept(i, count) for i in range(case.layers))
+    assert case.generate(POLICY, 3).sequences.shape[1] == case.width + 3
 
 
 @pytest.mark.usefixtures("no_tower")
