@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
+from itertools import zip_longest
 from pathlib import Path
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -103,7 +104,9 @@ def demo() -> None:
         boxes = [box for i in report.kept_positions(layer).tolist() if (box := found[i].box)]
         panel = dimmed(fit(image), boxes)
         panels.append((f"Layer {layer} of {len(kept)} sees {kept[layer]}", panel))
-    same = "the same answer" if before == after else "another answer"
+    pairs = list(zip_longest(before.split(), after.split()))
+    changed = sum(one != other for one, other in pairs)
+    same = f"{changed} of {len(pairs)} words differ" if changed else "the same answer"
     flops = report.prefill_flops_ratio or 0.0
     facts = (
         f"{report.mean_share:.0%} of the visual tokens on average, {flops:.0%} of the prefill "
@@ -122,12 +125,21 @@ def demo() -> None:
             ):
                 axis.axis("off")
                 axis.set_title(name)
-                lines = textwrap.wrap(text, 31)
+                lines = textwrap.wrap(from_difference(text, before, after), 31)
                 shown = "\n".join(lines[:7]) + (" ..." if len(lines) > 7 else "")
                 axis.text(0.0, 1, shown, va="top", fontsize=15, transform=axis.transAxes)
             figure.suptitle(f"Asked: \u201c{PROMPT}\u201d")
             figure.supxlabel(facts, fontsize=17)
             figure.savefig(OUT / f"demo{suffix(theme)}.png", dpi=120)
+
+
+def from_difference(text: str, before: str, after: str) -> str:
+    """An answer from some words before the two begin to differ."""
+    pairs = zip(before.split(), after.split(), strict=False)
+    same = next((i for i, (one, other) in enumerate(pairs) if one != other), 0)
+    words = text.split()
+    first = max(0, min(same - 6, len(words) - 32))
+    return "... " * bool(first) + " ".join(words[first:])
 
 
 def gallery() -> None:

@@ -94,6 +94,15 @@ def test_chosen_layers_are_where_the_number_changes(
     assert heatmap.choose_layers(kept, count) == layers
 
 
+def test_the_first_layer_is_shown_where_tokens_are_dropped_before_it() -> None:
+    kept = [72] * 5 + [48] * 5 + [32] * 6
+    assert heatmap.choose_layers(kept) == [5, 10]
+    assert heatmap.choose_layers(kept, whole=144) == [0, 5, 10]
+    assert heatmap.choose_layers(kept, 2, whole=144) == [0, 10]
+    assert heatmap.choose_layers([72] * 4, whole=144) == [0]
+    assert heatmap.choose_layers([144] * 4, whole=144) == [3]
+
+
 def test_no_layers_is_refused() -> None:
     with pytest.raises(ValueError, match="no layers"):
         heatmap.choose_layers([])

@@ -306,7 +306,7 @@ def _draw(
     from st3.tools.see import heatmap
 
     kept = report.kept[0]
-    layers = heatmap.choose_layers(kept) if wanted is None else wanted
+    layers = heatmap.choose_layers(kept, whole=report.n_visual[0]) if wanted is None else wanted
     try:
         picture = heatmap.draw(
             pictures,

@@ -15,7 +15,7 @@ PAPER, INK, LINES = "#fcfcf9", "#1a1a1a", "#b8b8b8"  # ground, text, axes and he
 _LOOKS: dict[str, tuple[str, str]] = {
     "untrimmed": ("#4d4d4d", "o"),
     "thirds": ("#0072b2", "D"),
-    "balanced": ("#4477aa", "o"),
+    "balanced": ("#8c510a", "o"),
     "st3": ("#5e3c99", "D"),
     "fastv": ("#e69f00", "v"),
     "vtw": ("#009e73", "*"),
@@ -30,7 +30,7 @@ _LOOKS: dict[str, tuple[str, str]] = {
     "cdpruner": ("#aa4499", "8"),
     "visionzip": ("#b2182b", "X"),
     "key_norm": ("#7a7a00", "H"),
-    "dycoke": ("#8c510a", "o"),
+    "dycoke": ("#6b7a1e", "o"),
     "downsample": ("#555511", "H"),
     "hiprune": ("#cc6677", "p"),
     "vispruner": ("#ee7733", "8"),

@@ -24,19 +24,21 @@ EDGE = (230, 159, 0)  # Okabe and Ito's orange, which colour-blind readers tell 
 INK = (20, 20, 20)
 
 
-def choose_layers(kept: Sequence[int], count: int = 4) -> list[int]:
+def choose_layers(kept: Sequence[int], count: int = 4, whole: int | None = None) -> list[int]:
     """Layers that tell the story: the first with fewer tokens, ..., the last. Only layers at which
     the number changes are taken; if it never changes, the last layer alone.
 
     Args:
         kept: visual tokens that each layer keeps.
         count: the most to choose.
+        whole: those of the prompt; None: as many as the first layer keeps.
     """
     if not kept:
         raise ValueError(
             "no heat map: the report has no layers (was there an image in the prompt?)"
         )
-    changes = [i for i in range(1, len(kept)) if kept[i] != kept[i - 1]]
+    before = [kept[0] if whole is None else whole, *kept]
+    changes = [i for i in range(len(kept)) if kept[i] != before[i]]
     if len(changes) <= count:
         return changes or [len(kept) - 1]
     picks = (

@@ -50,7 +50,7 @@ def heatmap(
     shown = [images] if isinstance(images, Image.Image) else list(images)
     report = trimmer.report
     kept = report.kept[0]
-    drawn = choose_layers(kept) if layers is None else list(layers)
+    drawn = choose_layers(kept, whole=report.n_visual[0]) if layers is None else list(layers)
     if process is None:
 
         def process(pictures: list[Image.Image]) -> Mapping[str, Any]:
