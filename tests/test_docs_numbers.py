@@ -97,7 +97,7 @@ def test_kvpress(start: str, key: str) -> None:
 
 def test_what_is_possible() -> None:
     found = [
-        NUMBERS["trimmed"](work["by"], NUMBERS["SETTING"])["possible"]
+        NUMBERS["trimmed"](work["by"], NUMBERS["POSSIBLE"])["possible"]
         for work in NUMBERS["held"]("front-possible")
     ]
     gains, reached = ([one[key]["median"] for one in found] for key in ("gain", "reached"))
