@@ -182,15 +182,17 @@ def test_compiled_decoding_gives_the_same(options: Any, rows: str, gpu: torch.de
 def test_memory_comes_back(policy: str, graphs: bool, gpu: torch.device) -> None:
     case = moved(Case.of("llava", four_rows("llava")), gpu)
     chosen = (POLICIES | METHODS)[policy]
-    case.generate(chosen)  # what libraries allocate once
-    gc.collect()
-    before = torch.cuda.memory_allocated()
     how = "graphs" if graphs else None
-    with st3.trim(case.model, chosen, compile_decode=how), torch.no_grad():
-        case.generate(None)
-        case.model(**case.batch)
-    gc.collect()
-    assert torch.cuda.memory_allocated() == before
+
+    def use() -> int:
+        with st3.trim(case.model, chosen, compile_decode=how), torch.no_grad():
+            case.generate(None)
+            case.model(**case.batch)
+        gc.collect()
+        return torch.cuda.memory_allocated()
+
+    before = use()  # with what libraries allocate once
+    assert use() == before
 
 
 @contextmanager
