@@ -19,29 +19,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
-import contextlib
 import dataclasses
-import gc
 import json
-import random
-import socket
 import statistics
 import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from io import BytesIO
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
-import uvicorn
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
+from serving_client import ask_all, request, served
+from serving_load import overload
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -51,13 +43,12 @@ from transformers import (
 
 import st3
 from st3.tools.bench.bars import Bar, as_markdown
-from st3.tools.common.chats import ask, encode
+from st3.tools.common.chats import ask
 from st3.tools.common.conditions import conditions, in_words
 from st3.tools.common.tables import markdown
-from st3.tools.serve import Engine, Settings, create_app
+from st3.tools.serve import Engine
 
 RESULTS = Path(__file__).with_name("results")
-CHAT = "/v1/chat/completions"
 AT_ONCE, THROUGHPUT = 2.5, 2.0  # the bars: times the untrimmed server's
 
 
@@ -102,44 +93,6 @@ def scaled(size: Size) -> tuple[Any, Any]:
     processor = AutoProcessor.from_pretrained(st3.bundled_model())
     processor.image_processor.size = {"height": vision.image_size, "width": vision.image_size}
     return model, processor
-
-
-def request(images: Sequence[Image.Image], text: str, **fields: Any) -> dict[str, Any]:
-    """A chat completion request, greedy."""
-    parts: list[dict[str, Any]] = []
-    for image in images:
-        buffer = BytesIO()
-        image.save(buffer, "png")
-        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        parts.append({"type": "image_url", "image_url": {"url": url}})
-    parts.append({"type": "text", "text": text})
-    turn = [{"role": "user", "content": parts}]
-    return {"model": "st3", "messages": turn, "temperature": 0, **fields}
-
-
-@contextlib.contextmanager
-def served(engine: Engine, settings: Settings | None = None) -> Iterator[str]:
-    """The engine behind HTTP on loopback; closed afterwards."""
-    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    config = uvicorn.Config(create_app(engine, settings), log_level="error")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-def client(url: str) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    return httpx.AsyncClient(base_url=url, timeout=3600, limits=limits)
-
-
-# Capacity -----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -191,7 +144,7 @@ def capacity(size: Size, untrimmed: int, progress: Progress) -> tuple[dict[str, 
             engine = Engine(model, processor, arm.policy, budget, queue_limit=size.requests)
             with served(engine) as url:
                 start = time.perf_counter()
-                answers = asyncio.run(_all(url, bodies, lambda: progress.advance(task)))
+                answers = asyncio.run(ask_all(url, bodies, lambda: progress.advance(task)))
                 took = time.perf_counter() - start
             arm.at_once.append(engine.stats().most_running)
             arm.requests_per_s.append(len(answers) / took)
@@ -221,171 +174,6 @@ def capacity(size: Size, untrimmed: int, progress: Progress) -> tuple[dict[str, 
 def _noise(pixels: int, rng: torch.Generator) -> Image.Image:
     data = torch.randint(0, 256, (pixels // 8, pixels // 8, 3), generator=rng, dtype=torch.uint8)
     return Image.fromarray(data.numpy()).resize((pixels, pixels))
-
-
-async def _all(url: str, bodies: Sequence[dict[str, Any]], done: Any) -> list[dict[str, Any]]:
-    async def one(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
-        response = await http.post(CHAT, json=body)
-        response.raise_for_status()
-        done()
-        answer: dict[str, Any] = response.json()
-        return answer
-
-    async with client(url) as http:
-        return await asyncio.gather(*(one(http, body) for body in bodies))
-
-
-# Overload -----------------------------------------------------------------------------------------
-
-POLICIES = ("balanced", "none", "balanced:tau=40,floor=0", "fastv", "vtw")
-NONSENSE: tuple[Any, ...] = (
-    {"model": "st3"}, {"model": "st3", "messages": [], "n": 3}, [], "st3",
-    {"model": "st3", "messages": [{"role": "user", "content": [
-        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]},
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A request of the mixture and its only right answer."""
-
-    body: dict[str, Any]
-    answer: str
-
-
-def kinds(model: Any, processor: Any, number: int, longest: int) -> list[Kind]:
-    """Requests of many lengths and policies, answered alone by generate()."""
-    images = [Image.open(path).convert("RGB") for path in st3.sample_images()]
-    texts = ("describe the image in detail.", "what is at the top left?", "what is in the center?")
-    found = []
-    for i in range(number):
-        policy, text = POLICIES[i % len(POLICIES)], texts[i % len(texts)]
-        image, tokens = images[i % len(images)], 4 + 11 * i % longest
-        inputs = encode(model, processor, [ask([image], text)])
-        with torch.no_grad(), st3.trim(model, policy):
-            out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-        new = out[0, inputs["input_ids"].shape[1] :]
-        answer = processor.tokenizer.decode(new, skip_special_tokens=True)
-        body = request([image], text, max_tokens=tokens, st3={"policy": policy})
-        found.append(Kind(body, answer))
-    return found
-
-
-def overload(
-    number: int, folder: Path, progress: Progress, longest: int = 60
-) -> tuple[dict[str, Any], list[Bar]]:
-    """``number`` mixed requests at four times the rate of saturation."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    mixture = kinds(model, processor, min(30, max(5, number // 10)), longest)
-    engine = Engine(model, processor, kv_budget_bytes=128 << 20)
-    task = progress.add_task("overload", total=number)
-    outcomes: Counter[str] = Counter()
-    with served(engine, Settings(send_timeout=10)) as url:
-        sample = [mixture[i % len(mixture)].body for i in range(min(48, max(10, number // 10)))]
-        start = time.perf_counter()
-        asyncio.run(_all(url, sample, lambda: None))
-        rate = len(sample) / (time.perf_counter() - start)
-        before = _resident()
-        took = asyncio.run(
-            _flood(url, mixture, number, 4 * rate, outcomes, lambda: progress.advance(task))
-        )
-        while (stats := engine.stats()).running or stats.waiting:
-            time.sleep(0.05)
-        asyncio.run(_all(url, sample[:5], lambda: None))  # it still answers
-        while engine.stats().lanes:
-            time.sleep(0.05)
-        after, stats = _resident(), engine.stats()
-    answered = outcomes["right"] + outcomes["wrong"]
-    bars = [
-        Bar("requests that crashed or got no response", outcomes["lost"], 0, at_most=True),
-        Bar("wrong answers", outcomes["wrong"], 0, at_most=True),
-        Bar("KV bytes still held", stats.reserved + stats.allocated, 0, at_most=True),
-        Bar("growth of resident memory, MiB", (after - before) / 2**20, 64, at_most=True),
-    ]
-    found = {
-        "requests": number, "rate_at_saturation": rate, "rate_sent": number / took,
-        "answered": answered, "outcomes": dict(outcomes), "resident_before": before,
-        "resident_after": after, "most_running": stats.most_running,
-    }  # fmt: skip
-    return found, bars
-
-
-async def _flood(
-    url: str,
-    mixture: Sequence[Kind],
-    number: int,
-    rate: float,
-    outcomes: Counter[str],
-    done: Any,
-) -> float:
-    """Send the requests at this rate; the seconds in which they were sent."""
-    rng = random.Random(0)
-
-    async def one(http: httpx.AsyncClient, index: int) -> None:
-        draw = rng.random()
-        try:
-            if draw < 0.05:
-                outcomes[await _nonsense(http, rng.choice(NONSENSE))] += 1
-            else:
-                outcomes[await _ask(http, rng.choice(mixture), draw < 0.15, draw < 0.55)] += 1
-        except httpx.HTTPError as error:
-            outcomes["lost"] += 1
-            print(f"lost: {error!r}", file=sys.stderr)
-        done()
-
-    async with client(url) as http, asyncio.TaskGroup() as tasks:
-        start = time.perf_counter()
-        for index in range(number):
-            await asyncio.sleep(max(0.0, start + index / rate - time.perf_counter()))
-            tasks.create_task(one(http, index))
-        took = time.perf_counter() - start
-    return took
-
-
-async def _nonsense(http: httpx.AsyncClient, body: Any) -> str:
-    response = await http.post(CHAT, json=body)
-    return "refused, bad" if response.status_code in (400, 429) else "wrong"
-
-
-async def _ask(http: httpx.AsyncClient, kind: Kind, hangs_up: bool, stream: bool) -> str:
-    """One client: it reads the answer whole or as a stream, or goes away."""
-    if not stream and not hangs_up:
-        response = await http.post(CHAT, json=kind.body)
-        if response.status_code == 429 and "retry-after" in response.headers:
-            return "refused, queue"
-        if response.status_code != 200:
-            return "wrong"
-        said = response.json()["choices"][0]["message"]["content"]
-        return "right" if said == kind.answer else "wrong"
-    text = ""
-    async with http.stream("POST", CHAT, json={**kind.body, "stream": True}) as response:
-        if response.status_code == 429:
-            return "refused, queue"
-        async for line in response.aiter_lines():
-            if line == "data: [DONE]":
-                return "right" if text == kind.answer else "wrong"
-            if not line:
-                continue
-            chunk = json.loads(line.removeprefix("data: "))
-            if "choices" not in chunk:
-                return "wrong"
-            text += chunk["choices"][0]["delta"].get("content", "")
-            if hangs_up and text:
-                return "hung up"
-    return "wrong"
-
-
-def _resident() -> int:
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        import ctypes
-
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) << 10
-    return 0
 
 
 # The whole ----------------------------------------------------------------------------------------

@@ -16,12 +16,14 @@ SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "serving.py"
 
 @pytest.fixture(scope="module")
 def serving() -> ModuleType:
+    sys.path.insert(0, str(SCRIPT.parent))  # as a script's own folder is
     spec = importlib.util.spec_from_file_location("serving_benchmark", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    sys.path.remove(str(SCRIPT.parent))
     return module
 
 
