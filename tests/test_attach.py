@@ -7,7 +7,6 @@ import functools
 import pickle
 import threading
 import warnings
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from transformers.cache_utils import CacheLayerMixin
 import st3
 from st3.engine.events import Observer, PassEvent, PromptEvent, StepEvent
 from st3.hf import check as checks
-from st3.hf.attention import on_unplanned_kernels
 from st3.hf.cache import TrimmedLayer, stores_of
 from st3.hf.call import CACHE_NAMES, cache_of
 from st3.hf.hooks import Hooks
@@ -385,28 +383,3 @@ def test_a_compiled_trimmer_keeps_no_cache_alive() -> None:
         gc.collect()
         assert store() is None
     assert torch.equal(answer(case.generate(ST3, 4), case.width), tokens)
-
-
-def test_trimmed_passes_on_cuda_do_without_kernels_that_are_planned() -> None:
-    """torch's switch is back behind the pass, also where that breaks off; it is not touched by
-    passes of which nothing is changed, or elsewhere than on CUDA."""
-    cuda, seen = torch.backends.cuda, []
-
-    def forward(**kwargs: Any) -> None:
-        seen.append(cuda.cudnn_sdp_enabled())
-        if kwargs.get("fails"):
-            raise KeyError("broken off")
-
-    session = SimpleNamespace(current=object())
-    run = on_unplanned_kernels(forward, session)  # type: ignore[arg-type]
-    on_cuda, on_cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda", "cpu"))
-    before = cuda.cudnn_sdp_enabled()
-    assert before
-    run(inputs_embeds=on_cuda)
-    with pytest.raises(KeyError):
-        run(inputs_embeds=on_cuda, fails=True)
-    assert cuda.cudnn_sdp_enabled()
-    run(inputs_embeds=on_cpu)
-    session.current = None
-    run(inputs_embeds=on_cuda)
-    assert seen == [False, False, True, True]

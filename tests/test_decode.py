@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import st3
 from st3.engine import decode
 from st3.engine.kv.layout import allocate, is_size_first
+from st3.hf.attention import on_unplanned_kernels
 from st3.hf.cache import stores_of
 from tests.helpers import ANNEAL, POLICIES, ST3, Case, assert_same
 from tests.test_cache import Run
@@ -240,3 +242,28 @@ def test_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "_FBGEMM", False)
     assert not decode.applies(query, {})
     assert not decode.wants_size_first(query)
+
+
+def test_trimmed_passes_on_cuda_do_without_kernels_that_are_planned() -> None:
+    """torch's switch is back behind the pass, also where that breaks off; it is not touched by
+    passes of which nothing is changed, or elsewhere than on CUDA."""
+    cuda, seen = torch.backends.cuda, []
+
+    def forward(**kwargs: Any) -> None:
+        seen.append(cuda.cudnn_sdp_enabled())
+        if kwargs.get("fails"):
+            raise KeyError("broken off")
+
+    session = SimpleNamespace(current=object())
+    run = on_unplanned_kernels(forward, session)  # type: ignore[arg-type]
+    on_cuda, on_cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda", "cpu"))
+    before = cuda.cudnn_sdp_enabled()
+    assert before
+    run(inputs_embeds=on_cuda)
+    with pytest.raises(KeyError):
+        run(inputs_embeds=on_cuda, fails=True)
+    assert cuda.cudnn_sdp_enabled()
+    run(inputs_embeds=on_cpu)
+    session.current = None
+    run(inputs_embeds=on_cuda)
+    assert seen == [False, False, True, True]

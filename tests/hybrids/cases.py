@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 import st3
 from st3.hf.call import CACHE, cache_of
-from tests.slow_hybrids import Counts, Row, text_of
+from tests.slow_counts import Counts
+from tests.slow_hybrids import Row, text_of
 from tests.zoo import Family, I, T, V, build
 
 ANNEAL = st3.Anneal(tau=12, floor=0.1)

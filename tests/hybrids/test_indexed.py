@@ -15,7 +15,7 @@ from st3.hf.call import CACHE, cache_of
 from st3.hf.indexed import IndexedLayer
 from st3.tools.see.watch import Watch
 from tests.hybrids.cases import POLICIES, compare, made, slow
-from tests.slow_hybrids import Counts
+from tests.slow_counts import Counts
 from tests.test_analysis import Notes, generate
 from tests.zoo import INDEXED, I, T
 

@@ -25,7 +25,8 @@ from tests.hybrids.cases import (
     rows_for,
     slow,
 )
-from tests.slow_hybrids import Counts, text_of
+from tests.slow_counts import Counts
+from tests.slow_hybrids import text_of
 from tests.zoo import HYBRIDS, I, T, V
 
 SHARED = [n for n in ("gemma4_shared", "gemma3n") if n in HYBRIDS]

@@ -24,8 +24,9 @@ from tests.hybrids.cases import (
     rows_for,
     slow,
 )
+from tests.slow_counts import Counts
 from tests.slow_hybrids import STATES as SLOW_STATES
-from tests.slow_hybrids import Counts, text_of
+from tests.slow_hybrids import text_of
 from tests.zoo import HYBRIDS, I, T, V
 
 STATES = [name for name in HYBRIDS if not name.startswith(("gemma", "granite", "apertus"))]
