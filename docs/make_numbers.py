@@ -14,6 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
+<<<<<<< HEAD
+=======
+from st3.methods import DEFAULT_POLICY
+from st3.tools.bench.clock import speed_up
+>>>>>>> 1f62aa2 (Quality of every method on the reported half, with thirds as the default)
 from st3.tools.common.tables import markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # tests load this file by its path
@@ -39,7 +44,7 @@ def quality() -> dict[tuple[str, float | None], tuple[str, str]]:
     found = {}
     for row in data["kinds"]["questions"]["rows"]:
         name, beside = row["policy"].split(":")[0], row["random_beside"]
-        if beside is None or beside.split(":")[0] == "balanced":
+        if beside is None or beside.split(":")[0] == DEFAULT_POLICY:
             points = [f"{100 * one:+.1f}" for one in row["differences"]["accuracy"]]
             found[name, row["budget"]] = (
                 percent(row["values"]["accuracy"][0]),
@@ -80,11 +85,13 @@ def answers() -> str:
     found = quality()
     names = {
         "downsample": "a smaller image, untrimmed",
-        "balanced": "**`balanced`, the default**",
+        DEFAULT_POLICY: f"**`{DEFAULT_POLICY}`, the default**",
         "grid": "`grid`: an even grid, no attention",
         "random": "`random`: random choice, same counts",
     }
-    others = ("visionzip", "vscan", "covered", "hiprune", "scope", "sparsevlm", "fastv")
+    others = (
+        "visionzip", "vscan", "covered", "balanced", "hiprune", "scope", "sparsevlm", "fastv",
+    )  # fmt: skip
     rows = [
         [names.get(name, f"`{name}`"), *found[name, 0.35]]
         for name in (*names, *others)

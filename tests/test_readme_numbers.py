@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from st3.methods import DEFAULT_POLICY
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -31,7 +33,7 @@ def test_the_first_screen_says_what_the_table_does() -> None:
     (line,) = [line for line in README.splitlines() if line.startswith("| **Cost**")]
     (untrimmed,), (own,) = (
         cells(README, "untrimmed, 100 %"),
-        cells(README, "`balanced`, the default"),
+        cells(README, f"`{DEFAULT_POLICY}`, the default"),
     )
     assert own[0] in line
     assert untrimmed[0] in line
