@@ -37,13 +37,15 @@ from train.world import EMOJI
 RESULTS = Path("benchmarks/results/long-answers.json")
 ITEMS = Path("runs/long-answers.jsonl")  # finished descriptions, not committed
 DISTANCES = (0, 100, 200, 400)  # tokens between the prompt and the description
-BUDGET, LONGEST, SCENES = 0.35, 160, 16
+BUDGET, LONGEST, SCENES = 0.35, 160, 40
 POLICIES = {
     "untrimmed": "none",
     "annealed alone": "balanced:first_drop=0,final_keep=1",
-    "trimmed, not annealed": f"balanced:curve=none,budget={BUDGET}",
+    "thirds, the default": f"thirds:budget={BUDGET}",
+    "thirds, annealed": f"thirds:budget={BUDGET},curve=cosine",
+    "thirds, annealed, floor 20 %": f"thirds:budget={BUDGET},floor=0.2",
+    "balanced, not annealed": f"balanced:curve=none,budget={BUDGET}",
     "balanced": f"balanced:budget={BUDGET}",
-    "balanced, floor 20 %": f"balanced:budget={BUDGET},floor=0.2",
     "evicted after the prefill": f"evict:budget={BUDGET}",
 }
 PARTS = ("recall", "first", "middle", "last", "made_up")

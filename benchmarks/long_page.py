@@ -14,7 +14,7 @@ from st3.tools.common.tables import markdown
 PAGE, PICTURE = Path("docs/long-answers.md"), Path("docs/img/long-answers.png")
 # Okabe and Ito's colours; a marker of its own for each line.
 LOOKS = (("#4d4d4d", "o"), ("#e69f00", "v"), ("#009e73", "s"), ("#0072b2", "D"),
-         ("#cc79a7", "^"), ("#d55e00", "X"))  # fmt: skip
+         ("#cc79a7", "^"), ("#d55e00", "X"), ("#999933", "P"), ("#56b4e9", "<"))  # fmt: skip
 
 TOO_FAR = 0.1  # of the objects named untrimmed: behind that there is nothing left to lose
 
@@ -112,7 +112,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             panel.set_xticks(sorted({row["tokens"] for row in rows}))
             for place, (policy, (shade, mark)) in enumerate(zip(policies, LOOKS, strict=False)):
                 own = [row for row in rows if row["policy"] == policy]
-                xs = [row["tokens"] + 2 * (place - 2.5) for row in own]  # beside each other
+                xs = [row["tokens"] + 2 * (place - 3.5) for row in own]  # beside each other
                 ys = [100 * row["values"][name][0] for row in own]
                 panel.plot(xs, ys, color=shade, marker=mark, linewidth=1.4, label=policy)
                 for x, row in zip(xs, own, strict=True):
