@@ -14,11 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
-<<<<<<< HEAD
-=======
 from st3.methods import DEFAULT_POLICY
-from st3.tools.bench.clock import speed_up
->>>>>>> 1f62aa2 (Quality of every method on the reported half, with thirds as the default)
 from st3.tools.common.tables import markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # tests load this file by its path
