@@ -38,9 +38,9 @@ LLaVA-1.5-7B: run this on yours before you believe it there.
 OUTRO = """
 ## Reproduce
 
-<!-- no-test: takes hours on one core -->
+<!-- no-test: takes half an hour on one core -->
 ```bash
-python -m benchmarks.ablations             # all; goes on where it was; --limit 4 takes minutes
+python -m benchmarks.ablations --limit 10  # 10 items of each task; goes on where it was
 python -m benchmarks.ablations --page      # this page from benchmarks/results/ablations.json
 ```
 
