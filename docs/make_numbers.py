@@ -29,7 +29,7 @@ PAGES = (
         for name in ("benchmarks", "gpu", "models", "serving", "scale-out")
     ),
 )
-SETTING = "balanced:budget=35%"
+SETTING = f"{DEFAULT_POLICY}:budget=35%"
 POSSIBLE = "balanced:budget=35%"  # of the bare layers, which need no score: any policy will do
 
 
@@ -58,7 +58,10 @@ def setting() -> str:
         "answers right", "points to untrimmed [95 %]",
     )  # fmt: skip
     rows = [["untrimmed", "100 %", "100 %", "1", "1", answers["none", None][0], "-"]]
-    policies = (SETTING, "balanced:budget=20%", "grid:budget=35%", "fastv:budget=35%")
+    policies = (
+        SETTING, f"{DEFAULT_POLICY}:budget=20%", "balanced:budget=35%", "grid:budget=35%",
+        "fastv:budget=35%",
+    )  # fmt: skip
     for policy in policies:
         found = trimmed(work["by"], policy)
         name, budget = policy.split(":budget=")
@@ -105,11 +108,10 @@ def lengths() -> str:
         "answer of 32 tokens", "cache alone", "in all",
     )  # fmt: skip
     rows = []
-    for work in held("cpu-quick"):
+    for name in ("front-policies", "front-batch", "front-long"):
+        (work,) = held(name)
         load = work["workload"]
-        if load["new_tokens"] != 32:
-            continue
-        found, cache = work["by"]["balanced"], work["by"][OWN_CACHE]
+        found, cache = trimmed(work["by"], SETTING), work["by"][OWN_CACHE]
         rows.append(
             [
                 f"{load['visual']:,} visual tokens, batch {load['batch']}",
