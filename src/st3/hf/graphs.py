@@ -8,6 +8,7 @@ the others replay it; so too behind a step for which a buffer of the cache has m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -40,7 +41,7 @@ class CudaGraph:
                 "leave compile_decode at None"
             )
         self._graph = torch.cuda.CUDAGraph()
-        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream, current = _stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             # Other threads may go on using the device meanwhile.
@@ -53,6 +54,12 @@ class CudaGraph:
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+@cache  # libraries keep tens of MiB for each stream that they are used on
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a device that graphs are recorded on."""
+    return torch.cuda.Stream(device)
 
 
 class RecordedSteps:
