@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 import st3
+from st3.methods import DEFAULT_POLICY
 from st3.methods.policies import parse, plain
 from st3.methods.policies.saved import ModelFacts, to_dict
 from st3.tools.eval import Evaluation, Store, bundled_scenes, entries, label_policies
@@ -159,3 +160,9 @@ def test_the_harness_measures_what_st3_eval_measures(harness: Any, tmp_path: Pat
         for item in single
     ]
     assert value == pytest.approx(sum(right) / len(right))
+
+
+def test_its_help_names_the_default() -> None:
+    """Read as text: the harness may not be installed."""
+    text = (Path(st3.__file__).parent / "tools" / "lmms" / "model.py").read_text()
+    assert f"policy                 default: {DEFAULT_POLICY};" in text

@@ -29,7 +29,7 @@ class TrimmedModel(lmms):
     themselves: ``policy=fastv,drop=0.75`` and ``policy=fastv:layer=2,drop=0.75`` are both read)::
 
         pretrained             a folder or hub id; default: the bundled st3-tiny
-        policy                 default: balanced; "none" is the untrimmed model; a file of st3 tune
+        policy                 default: thirds; "none" is the untrimmed model; a file of st3 tune
         budget                 mean share of the visual tokens over the layers, 0.35 or 35%
         dtype                  auto, bfloat16, float16, float32
         attn_implementation    sdpa, eager, flash_attention_2
