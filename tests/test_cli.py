@@ -180,6 +180,7 @@ def test_a_policy_is_told_with_its_arguments_and_defaults() -> None:
         assert f" {name}={'none' if value is None else value}\n" in result.stdout
     assert f" tau={defaults.anneal.tau}\n" in result.stdout
     assert "st3-7b  is  st3:" in st3("policies", "st3-7b").stdout
+    assert ":class:" not in st3("policies", "thirds").stdout
     check_error(st3("policies", "FastV1"), 2, "did you mean 'fastv'")
 
 

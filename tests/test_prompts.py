@@ -13,7 +13,7 @@ import st3
 from st3.engine.events import Observer, PromptEvent
 from st3.hf.call import CACHE
 from st3.models import find_parts
-from tests.helpers import POLICIES, ST3, Case, assert_same
+from tests.helpers import METHODS, POLICIES, ST3, Case, assert_same
 from tests.zoo import FAMILIES, I, T
 
 SOLO: list[list[Any]] = [[T(5), I(), T(9)]]
@@ -181,3 +181,51 @@ def test_a_static_cache_is_refused_by_its_name(name: str) -> None:
         pytest.skip("this transformers' own model fails with a static cache")
     with pytest.raises(st3.UnsupportedModelError, match=r"StaticCache|StaticLayer|Static"):
         case.generate(HALF, 3, cache_implementation="static")
+
+
+# -- what one row or prompt says to another --------------------------------------------------------
+
+
+def alone_and_beside(name: str, rows: list[list[Any]], policy: st3.Policy, **options: Any) -> Any:
+    """The logits behind row 0, by itself and in the batch."""
+    beside, alone = Case.of(name, rows), Case.of(name, rows, only=0)
+    last = beside.valid[0].nonzero().max()
+    return alone.prefill(policy, **options)[0][0, -1], beside.prefill(policy, **options)[0][0, last]
+
+
+@pytest.mark.parametrize("policy", ["thirds", "grid", "default"])
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("llava", [[T(5), I(), T(4)], [T(9), I()]]),
+        ("llava_next", [[T(5), I(), I(), T(4)], [T(9), I(), I()]]),
+    ],
+)
+def test_a_row_that_ends_in_an_image_changes_no_other_row(
+    name: str, rows: list[list[Any]], policy: str
+) -> None:
+    """Its very last token is not dropped, but counts where an image's grid is looked for."""
+    alone, beside = alone_and_beside(name, rows, (POLICIES | METHODS)[policy])
+    assert_same(beside, alone)
+
+
+@pytest.mark.parametrize("policy", ["st3", "divprune"])
+def test_touching_images_at_a_rows_end_keep_budgets_of_their_own(policy: str) -> None:
+    rows = [[T(5), I(), I(), T(4)], [T(9), I(), I()]]
+    chosen = (POLICIES | METHODS)[policy]
+    alone, beside = alone_and_beside("llava", rows, chosen, per_image=True)
+    assert_same(beside, alone)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm"])
+def test_an_image_encoded_by_itself_is_not_the_next_prompts(name: str) -> None:
+    case, policy = Case.of(name, SOLO), METHODS["grid"]
+    pixels = {
+        key: value
+        for key, value in case.batch.items()
+        if key.startswith(("pixel", "image_grid", "image_sizes"))
+    }
+    with torch.no_grad(), st3.trim(case.model, policy):
+        before = case.model(**case.batch).logits
+        case.model.model.get_image_features(**pixels)
+        assert torch.equal(case.model(**case.batch).logits, before)

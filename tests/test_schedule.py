@@ -88,7 +88,7 @@ def test_the_settings_of_balanced() -> None:
     assert policy.anneal == st3.Anneal("cosine", 256, 0.05)
     assert shares(policy, 32)[:2] == [1, 0.4]
     assert shares(policy, 32)[-1] == 0.24
-    assert st3.Random().like == policy
+    assert st3.Random().like == st3.Thirds()
 
 
 def test_the_counts_of_llava_7b() -> None:

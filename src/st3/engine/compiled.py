@@ -115,7 +115,8 @@ def check(plan: Plan) -> None:
     """Raise ``UnsupportedModelError`` for what cannot run in one graph."""
     if plan.rerank:
         raise UnsupportedModelError(
-            "compile_decode and rerank_every exclude each other: leave rerank_every at None"
+            "compile_decode and rankings anew while decoding (rerank_every, recall_every, dycoke) "
+            "exclude each other: leave rerank_every and recall_every at None, or use another policy"
         )
     if plan.wiring.in_order:
         raise UnsupportedModelError(

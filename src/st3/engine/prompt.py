@@ -29,6 +29,8 @@ class Rows:
         images: for each row the number of visual tokens of each image (or video).
         n_text: for each row its other valid tokens.
         tail: trailing columns that are candidates of assisted decoding, not prompt.
+        whole: as ``images``, with a prompt's very last token where that is visual: what the encoder
+            gave.
         grids: the shape of each image's tokens, (rows, columns) or (frames, rows, columns), None
             for an image that is no grid; empty if nobody asked.
     """
@@ -38,6 +40,7 @@ class Rows:
     n_text: tuple[int, ...]
     tail: int = 0
     grids: tuple[tuple[tuple[int, ...] | None, ...], ...] = ()
+    whole: tuple[tuple[int, ...], ...] = ()
 
     @property
     def batch(self) -> int:
@@ -126,21 +129,31 @@ def read_prompt(
     position = torch.arange(columns, device=visual.device)
     valid = attention_mask.bool() if attention_mask is not None else None
     last_valid = (position * valid).amax(1) if valid is not None else position[-1].expand(batch)
-    visual = visual & (position != (last_valid - tail)[:, None])
     if valid is not None:
         visual = visual & valid
+    last = position == (last_valid - tail)[:, None]
+    ends = (visual & last).any(1)
     number = torch.cumsum(_run_starts(visual), dim=1) - 1
     n_images = int(number.max().item()) + 1 if columns else 0
     facts = [] if n_images <= 0 else [((number == i) & visual).sum(1) for i in range(n_images)]
     n_valid = (
         valid.sum(1) if valid is not None else visual.new_full((batch,), columns, dtype=torch.long)
     )
-    table = torch.stack([n_valid, *facts], dim=1).tolist()
-    runs = [[n for n in row[1:] if n] for row in table]
-    images = _cut_runs(runs, sizes) if sizes else tuple(map(tuple, runs))
+    visual = visual & ~last
+    table = torch.stack([n_valid, ends, *facts], dim=1).tolist()
+    runs = [[n for n in row[2:] if n] for row in table]
+    whole = _cut_runs(runs, sizes) if sizes else tuple(map(tuple, runs))
+    images = tuple(
+        tuple(n for n in (*row[:-1], row[-1] - 1) if n) if ends_in_image else row
+        for row, (_, ends_in_image, *_) in zip(whole, table, strict=True)
+    )
     counts = tuple(row[0] for row in table)
     rows = Rows(
-        columns, images, tuple(c - sum(i) for c, i in zip(counts, images, strict=True)), tail
+        columns,
+        images,
+        tuple(c - sum(i) for c, i in zip(counts, images, strict=True)),
+        tail,
+        whole=whole,
     )
     all_valid = all(count == columns for count in counts)
     ordinal = torch.cumsum(visual, dim=1) - 1

@@ -143,7 +143,7 @@ class Session:
         if not any(rows.n_visual):
             return None
         if chunk.grids is not None and "grids" in self.plan.needs:
-            rows = replace(rows, grids=chunk.grids(rows.images))
+            rows = replace(rows, grids=chunk.grids(rows.whole))
         return rows, block
 
     def _begin_untouched(self, chunk: Chunk, prompt: tuple[Rows, Block] | None) -> None:

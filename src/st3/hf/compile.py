@@ -29,7 +29,7 @@ def compiled_forward(
     Raises:
         ValueError: for an unknown mode.
     """
-    if options == graphs.MODE:
+    if options in (graphs.MODE, {"mode": graphs.MODE}):
         return graphs.recorded_forward(forward, session)
     if isinstance(options, str):
         if options not in MODES:

@@ -162,6 +162,10 @@ class VisualTokens:
         # Encoded features come as a tensor or as a dict that may be empty.
         given = (value for name, value in kwargs.items() if name.startswith(_IMAGE_ARGUMENTS))
         self.has_image = any(v is not None and (isinstance(v, Tensor) or bool(v)) for v in given)
+        if any(v is not None for name, v in kwargs.items() if name.startswith("pixel_values")):
+            # Pixels are encoded within this pass: what was encoded before is another prompt's.
+            self._encoding.sizes.clear()
+            self._encoding.calls.clear()
         past = cache_in(kwargs)
         self.unknown = (
             not self.has_image

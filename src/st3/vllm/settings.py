@@ -55,7 +55,10 @@ class Settings:
             return None
         why = unsupported(policy)
         if why:
-            raise ValueError(f"st3: policy {policy.name!r} cannot run inside of vLLM: {why}")
+            raise ValueError(
+                f"st3: policy {policy.name!r} cannot run inside of vLLM: {why}. Use "
+                f"{DEFAULT_IN_VLLM}, st3, fastv or grid"
+            )
         check_ranked(policy, schedule)
         size = self.layers_per_group
         if size is None:

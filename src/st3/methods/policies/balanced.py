@@ -1,4 +1,4 @@
-"""Balanced: ST3's schedule with coverage and attention mixed, the default."""
+"""Balanced: ST3's schedule with coverage and attention mixed."""
 
 from __future__ import annotations
 

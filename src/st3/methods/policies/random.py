@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from st3.methods.policies.balanced import Balanced
 from st3.methods.policies.base import Policy, check_count
 from st3.methods.policies.registry import register
+from st3.methods.policies.thirds import Thirds
 from st3.methods.schedule import Schedule
 from st3.methods.scores.base import Score
 from st3.methods.scores.random import RandomScore
@@ -19,13 +19,13 @@ class Random(Policy):
     """Random: the same counts as another policy, chosen at random. The baseline of every table.
 
     Args:
-        like: the policy whose counts are used.
+        like: the policy whose counts are used, by default the default policy.
         seed: which random choice.
 
     Source: random is a strong baseline at equal budget (arXiv 2502.11501).
     """
 
-    like: Policy = field(default_factory=Balanced)
+    like: Policy = field(default_factory=Thirds)
     seed: int = 0
 
     name: ClassVar[str] = "random"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,7 +79,9 @@ def _list(known: dict[str, type[Policy]], presets: dict[str, Policy]) -> None:
 def _tell(policy: type[Policy]) -> None:
     console = stdout()
     console.print(f"[bold]{policy.name}[/bold]: {escape(policy.paper or 'no paper')}\n")
-    console.print(escape(inspect.getdoc(policy) or ""), soft_wrap=True)
+    # (a name alone of what is a link in the reference)
+    told = re.sub(r":\w+:`~?([^`]*)`", r"\1", inspect.getdoc(policy) or "")
+    console.print(escape(told), soft_wrap=True)
     console.print("\n[bold]Arguments and defaults[/bold]")
     for key, default in arguments(policy):
         console.print(f"    [cyan]{key}[/cyan]={escape(default)}", soft_wrap=True)
