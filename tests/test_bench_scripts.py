@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import st3
 from st3.cost import TextDims, kv_bytes
+from st3.methods import DEFAULT_POLICY
 from st3.tools.bench import (
     GROUPED,
     SHAPES,
@@ -206,7 +207,7 @@ def test_the_cpu_table_has_rows_of_grouped_queries(tmp_path: Path) -> None:
             ]
         )
     goals = json.loads((tmp_path / "cpu-quick-grouped-goals.json").read_text())["goals"]
-    name = "decode step / untouched: balanced, tiny"
+    name = f"decode step / untouched: {DEFAULT_POLICY}, tiny"
     steps = [(g["goal"], g["at_most"]) for g in goals if g["name"].startswith(name)]
     assert steps == [(1.0, True)]
     assert all(goal["measured"] is not None for goal in goals)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import st3
 from st3.engine import masks
+from st3.engine.steps import TextStep
 from tests.helpers import POLICIES, ST3, Case, parts
 from tests.test_modes import SOLO
 from tests.zoo import I, T
@@ -49,7 +51,8 @@ def attention_arguments(case: Case) -> Iterator[list[list[dict[str, Any]]]]:
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm", "gemma3", "mistral3"])
 @pytest.mark.parametrize("rows", [SOLO, RAGGED], ids=["solo", "ragged"])
 def test_trimmed_layers_get_no_position_ids(name: str, rows: Any) -> None:
-    """Flash attention takes jumps in them for the borders of packed sequences."""
+    """Flash attention takes jumps in them for the borders of packed sequences. A single token's ids
+    have none: a decode step whose layers need no mask leaves its inputs as they are."""
     case = Case.of(name, rows)
     with attention_arguments(case) as passes:
         case.generate(ST3, 4)
@@ -59,7 +62,16 @@ def test_trimmed_layers_get_no_position_ids(name: str, rows: Any) -> None:
         if layer >= FIRST:
             assert seen.get("position_ids") is None
     for seen in chain.from_iterable(passes[1:]):
-        assert seen.get("position_ids") is None
+        ids = seen.get("position_ids")
+        assert ids is None or (rows is SOLO and ids.shape[-1] == 1)
+
+
+def test_flash_attention_gets_no_position_ids_in_a_step() -> None:
+    step: Any = SimpleNamespace(plan=SimpleNamespace(kind="flash"), _unmasked={0: True})
+    assert not TextStep.leaves(step, 0)
+    step.plan.kind = "sdpa"
+    assert TextStep.leaves(step, 0)
+    assert not TextStep.leaves(step, 1)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm", "mistral3", "internvl"])

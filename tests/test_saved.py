@@ -243,7 +243,7 @@ def test_eval(file: Path, picture: Path, tiny_model: Path, tmp_path: Path) -> No
     ],
 )
 def test_wrong_budgets_and_files_are_one_line(command: tuple[str, ...]) -> None:
-    option = "--policies" if command == ("bench",) else "--policy"
+    option = "--policies" if command in (("bench",), ("cost",)) else "--policy"
     for options, message in (
         (("--budget", "35"), "error: --budget 35 is no share of the visual tokens"),
         ((option, "none.json"), f"error: {option} none.json: cannot read the policy none.json"),

@@ -275,7 +275,7 @@ def test_commands_make_a_model_that_looks_and_can_be_trimmed(folder, inputs):
         made.load(folder / "run")
         trained = made.model.float()(**batch).logits
     assert trimmer.report.n_visual == [36]
-    assert trimmer.report.kept[0][1] == 14  # 40 % of 36
+    assert trimmer.report.kept[0][0] == 18  # half of 36
     torch.testing.assert_close(bare, trained, atol=0.05, rtol=0.05)
 
 
