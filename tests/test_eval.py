@@ -186,13 +186,13 @@ def test_a_killed_run_goes_on(loaded: tuple[Any, Any], folder: Path, tmp_path: P
 
 def test_random_stands_beside_every_policy_at_its_counts() -> None:
     rows, notes = entries(
-        label_policies(["balanced", "vtw", "random", "none", "fastv"]), None, LAYERS, False
+        label_policies(["thirds", "vtw", "random", "none", "fastv"]), None, LAYERS, False
     )
-    assert [row.label for row in rows] == ["none", "balanced", "random", "vtw", "fastv",
+    assert [row.label for row in rows] == ["none", "thirds", "random", "vtw", "fastv",
                                            "random:like=(fastv)"]  # fmt: skip
     assert not notes
     assert rows[-1].policy.schedule(LAYERS) == rows[-2].policy.schedule(LAYERS)
-    assert rows[2].beside == "balanced"  # VTW chooses nothing, and random has its own counts
+    assert rows[2].beside == "thirds"  # VTW chooses nothing, and random has its own counts
 
 
 def test_budgets_are_reached() -> None:
