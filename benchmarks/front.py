@@ -39,7 +39,7 @@ PARTS: dict[str, tuple[tuple[str, ...], list[Workload]]] = {
     "policies": ((SETTING, *OTHERS), [dataclasses.replace(SHORT, repeats=3)]),
     "batch": ((SETTING,), [dataclasses.replace(SHORT, batch=4, repeats=3)]),
     "long": ((SETTING,), [dataclasses.replace(SHORT, visual=2880, images=5, repeats=3)]),
-    "possible": (("balanced:budget=35%",), [dataclasses.replace(PREFILL, layer_rounds=6)] * 4),
+    "possible": ((SETTING,), [dataclasses.replace(PREFILL, layer_rounds=6)] * 4),
 }
 
 

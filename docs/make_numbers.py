@@ -30,7 +30,6 @@ PAGES = (
     ),
 )
 SETTING = f"{DEFAULT_POLICY}:budget=35%"
-POSSIBLE = "balanced:budget=35%"  # of the bare layers, which need no score: any policy will do
 
 
 def quality() -> dict[tuple[str, float | None], tuple[str, str]]:
@@ -130,7 +129,7 @@ def possible() -> str:
     head = ("run", "FLOPs ratio", "possible", "of possible", "outside of the layers")
     rows = []
     for number, work in enumerate(held("front-possible"), 1):
-        found = trimmed(work["by"], POSSIBLE)
+        found = trimmed(work["by"], SETTING)
         what = found["possible"]
         rows.append(
             [
@@ -149,7 +148,7 @@ def possible() -> str:
 def layers() -> str:
     """One layer's time by its columns, of the first of those runs."""
     work = held("front-possible")[0]
-    found = trimmed(work["by"], POSSIBLE)["possible"]["layers"]
+    found = trimmed(work["by"], SETTING)["possible"]["layers"]
     head = (
         "columns", "layers", "untouched, ms", "bare, ms", "trimmed, ms", "untouched / bare",
         "ratio of columns",
