@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from st3.errors import UnsupportedModelError
 from st3.hf.hooks import Hooks
+from st3.models import encoder
 from st3.models.layouts import Layout, Tile, UnknownPlaces
 from st3.models.visual import at_visual, tokens_of
 
@@ -26,7 +25,6 @@ class _Heard(threading.local):
 
     def __init__(self) -> None:
         self.values: list[Tensor] = []
-        self.inside = False
 
 
 class PixelTap:
@@ -53,10 +51,7 @@ class PixelTap:
 
     def listen(self, hooks: Hooks) -> None:
         """Listen on this instance alone."""
-        for name in ("get_image_features", "get_video_features"):
-            if hasattr(self.inner, name):
-                listening = self._listening(getattr(self.inner, name), name == "get_video_features")
-                hooks.replace(self.inner, name, listening)
+        encoder.listen(hooks, self.inner, self._note)
 
     def take(self, visual: Tensor) -> Tensor:
         """What was found, [1, B, T], at the visual tokens [B, T] bool of the prompt under way;
@@ -80,28 +75,11 @@ class PixelTap:
         """Forget what this thread has heard."""
         self._heard.values.clear()
 
-    def _listening(self, encode: Callable[..., Any], video: bool) -> Callable[..., Any]:
-        signature = inspect.signature(encode)
-
-        @functools.wraps(encode)  # generate() reads the signature
-        def listening(*args: Any, **kwargs: Any) -> Any:
-            heard = self._heard
-            if heard.inside:  # videos are encoded as images are
-                return encode(*args, **kwargs)
-            heard.inside = True
-            try:
-                result = encode(*args, **kwargs)
-            finally:
-                heard.inside = False
-            # What an earlier call left is of no prompt any more.
-            self.end()
-            if not video:
-                given = signature.bind(*args, **kwargs).arguments
-                inputs = {**given, **given.get("kwargs", {})}
-                heard.values.append(self._values(inputs, tokens_of(result)))
-            return result
-
-        return listening
+    def _note(self, video: bool, inputs: dict[str, Any], result: Any) -> None:
+        # What an earlier call left is of no prompt any more.
+        self.end()
+        if not video:
+            self._heard.values.append(self._values(inputs, tokens_of(result)))
 
     @torch.no_grad()
     def _values(self, inputs: dict[str, Any], n_tokens: int) -> Tensor:

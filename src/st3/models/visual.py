@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 from collections.abc import Callable
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from st3.hf.call import cache_in
 from st3.hf.hooks import Hooks
+from st3.models import encoder
 
-_ENCODERS = {"get_image_features": False, "get_video_features": True}
 _IMAGE_ARGUMENTS = ("pixel_values", "image_hidden_states", "mm_encoder_outputs", "image_embeds")
 
 
@@ -41,7 +40,6 @@ class _Encoding(threading.local):
     def __init__(self) -> None:
         self.sizes: list[int] = []
         self.calls: list[Encoded] = []
-        self.inside = False
 
 
 class VisualTokens:
@@ -85,9 +83,7 @@ class VisualTokens:
 
     def listen(self, hooks: Hooks) -> None:
         """Listen on this instance alone; the class stays as it is."""
-        for name, video in _ENCODERS.items():
-            if hasattr(self.inner, name):
-                hooks.replace(self.inner, name, self._noting(getattr(self.inner, name), video))
+        encoder.listen(hooks, self.inner, self._note)
         if not hasattr(self.inner, "get_placeholder_mask"):
             return
         original: Callable[..., Any] = self.inner.get_placeholder_mask
@@ -122,30 +118,13 @@ class VisualTokens:
         self._encoding.sizes.clear()
         self._encoding.calls.clear()
 
-    def _noting(self, encode: Callable[..., Any], video: bool) -> Callable[..., Any]:
-        signature = inspect.signature(encode)
-
-        @functools.wraps(encode)  # generate() reads the signature
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            mine = self._encoding
-            if mine.inside:  # videos are encoded as images are
-                return encode(*args, **kwargs)
-            mine.inside = True
-            try:
-                result = encode(*args, **kwargs)
-            finally:
-                mine.inside = False
-            features = getattr(result, "pooler_output", result)
-            if isinstance(features, (list, tuple)) and features is not result:
-                mine.sizes += map(_tokens, features)
-            tokens = tokens_of(result)
-            given = signature.bind(*args, **kwargs).arguments
-            inputs = {**given, **given.get("kwargs", {})}
-            inputs = {name: _without_pixels(name, value) for name, value in inputs.items()}
-            mine.calls.append(Encoded(video, inputs, tokens))
-            return result
-
-        return noting
+    def _note(self, video: bool, inputs: dict[str, Any], result: Any) -> None:
+        mine = self._encoding
+        features = getattr(result, "pooler_output", result)
+        if isinstance(features, (list, tuple)) and features is not result:
+            mine.sizes += map(_tokens, features)
+        inputs = {name: _without_pixels(name, value) for name, value in inputs.items()}
+        mine.calls.append(Encoded(video, inputs, tokens_of(result)))
 
     def take_sizes(self) -> list[int]:
         """The sizes that this thread has noted so far, and :attr:`encoded` along with them; the

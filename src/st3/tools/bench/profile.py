@@ -53,17 +53,13 @@ def profile_decode(
             generation(model, prompt, 2)
             with _profiler(prompt) as profiler:
                 generation(model, prompt, tokens)
-        events = profiler.key_averages()
-        waits = {name: sum(e.count for e in events if e.key == name) for name in WAITS}
-        kernels = [e for e in events if _is_kernel(e)]
-        busy = sum(e.self_device_time_total for e in kernels)
-        counted.append((waits, sum(e.count for e in kernels), busy))
+        counted.append(_counted(profiler))
     (waits_a, launches_a, busy_a), (waits_b, launches_b, busy_b) = counted
     steps = many - few
     return DecodeProfile(
         {name: (waits_b[name] - waits_a[name]) / steps for name in WAITS},
         (launches_b - launches_a) / steps,
-        (busy_b - busy_a) / steps / 1e6,
+        (busy_b - busy_a) / steps,
     )
 
 
@@ -92,14 +88,7 @@ def profile_prefill(model: Any, prompt: Prompt, method: Method) -> PrefillProfil
         seconds = prefill(model, prompt)
         with _profiler(prompt) as profiler:
             prefill(model, prompt)
-    events = profiler.key_averages()
-    kernels = [e for e in events if _is_kernel(e)]
-    return PrefillProfile(
-        {name: sum(e.count for e in events if e.key == name) for name in WAITS},
-        sum(e.count for e in kernels),
-        sum(e.self_device_time_total for e in kernels) / 1e6,
-        seconds,
-    )
+    return PrefillProfile(*_counted(profiler), seconds)
 
 
 def selection_share(model: Any, prompt: Prompt, method: Method) -> float:
@@ -125,6 +114,17 @@ def selection_share(model: Any, prompt: Prompt, method: Method) -> float:
     else:
         total = sum(e.self_cpu_time_total for e in events)
     return float(own / total)
+
+
+def _counted(profiler: Any) -> tuple[dict[str, float], int, float]:
+    """Calls of each of :data:`WAITS`, kernels, and the seconds in which they ran."""
+    events = profiler.key_averages()
+    kernels = [e for e in events if _is_kernel(e)]
+    return (
+        {name: sum(e.count for e in events if e.key == name) for name in WAITS},
+        sum(e.count for e in kernels),
+        sum(e.self_device_time_total for e in kernels) / 1e6,
+    )
 
 
 def _profiler(prompt: Prompt) -> Any:
